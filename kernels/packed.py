@@ -1,0 +1,30 @@
+"""The weight container that the ops share: a linear layer in its backend's own layout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """y = x W^T + b, packed once at load.
+
+    weight: backend-defined layout (reference: `[out_features, in_features]` in the storage dtype)
+    bias:   `[out_features]` fp32, or None
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Norm:
+    """LayerNorm parameters: weight and bias `[features]` fp32."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float

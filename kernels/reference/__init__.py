@@ -1,0 +1,27 @@
+"""The ops in plain PyTorch: the oracle that every kernel is tested against. Any device, any float dtype."""
+
+from specengine.kernels.reference.embed import embed
+from specengine.kernels.reference.filter_rows import filter_rows
+from specengine.kernels.reference.head import head
+from specengine.kernels.reference.linear_residual import linear_residual
+from specengine.kernels.reference.match_verify import match_verify
+from specengine.kernels.reference.norm_linear import norm_linear
+from specengine.kernels.reference.norm_qkv import norm_qkv
+from specengine.kernels.reference.paged_attention import paged_attention
+from specengine.kernels.reference.rejection_verify import rejection_verify
+from specengine.kernels.reference.sample_rows import sample_rows
+from specengine.kernels.reference.token_logprobs import token_logprobs
+
+__all__ = [
+    "embed",
+    "filter_rows",
+    "head",
+    "linear_residual",
+    "match_verify",
+    "norm_linear",
+    "norm_qkv",
+    "paged_attention",
+    "rejection_verify",
+    "sample_rows",
+    "token_logprobs",
+]

@@ -1,0 +1,28 @@
+"""Final LayerNorm and the language-model head."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.reference.norm_linear import layer_norm, linear
+
+PAD_MULTIPLE = 128
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """The logits' row length: `vocab_size` rounded up to a multiple of 128."""
+    return (vocab_size + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
+
+
+def head(hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
+    """logits = LayerNorm(hidden) W^T, columns from `vocab_size` on are -inf.
+
+    hidden:     `[R, D]` fp32
+    weight:     D -> at least vocab_size
+    vocab_size: the number of real tokens (no larger id is ever emitted)
+    returns     `[R, V]` fp32, V = vocab_size rounded up to a multiple of 128
+    """
+    logits = linear(layer_norm(hidden, norm), weight)[:, :vocab_size]
+    return F.pad(logits, (0, padded_vocab_size(vocab_size) - vocab_size), value=float("-inf"))

@@ -1,0 +1,44 @@
+"""LayerNorm, linear, bias and activation in one op."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from specengine.kernels.packed import Norm, PackedLinear
+
+
+def apply_activation(x: Tensor, activation: str) -> Tensor:
+    """`none`, `relu`, `gelu` (erf) or `gelu_tanh` (the tanh approximation GPT-2 was trained with)."""
+    if activation == "none":
+        return x
+    if activation == "relu":
+        return F.relu(x)
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    raise ValueError(f"activation: {activation!r} is unknown; expected none, relu, gelu or gelu_tanh")
+
+
+def layer_norm(hidden: Tensor, norm: Norm) -> Tensor:
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in the input's dtype."""
+    return F.layer_norm(
+        hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype), norm.eps
+    )
+
+
+def linear(x: Tensor, weight: PackedLinear) -> Tensor:
+    """x W^T + b in the input's dtype."""
+    bias = None if weight.bias is None else weight.bias.to(x.dtype)
+    return F.linear(x, weight.weight.to(x.dtype), bias)
+
+
+def norm_linear(hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
+    """activation(LayerNorm(hidden) W^T + b).
+
+    hidden:  `[T, D]` fp32
+    weight:  D -> N
+    returns  `[T, N]` fp32
+    """
+    return apply_activation(linear(layer_norm(hidden, norm), weight), activation)

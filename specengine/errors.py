@@ -1,0 +1,37 @@
+"""The exceptions that specengine raises beyond `ValueError` and `TypeError`."""
+
+
+class SpecEngineError(Exception):
+    """Base class of every error that is specengine's own."""
+
+
+class ModelLoadError(SpecEngineError, ValueError):
+    """A checkpoint is malformed, unsafe or of an unsupported architecture. Names the file and the field."""
+
+
+class VocabularyMismatchError(SpecEngineError, ValueError):
+    """The draft model and the target do not share a vocabulary. Names both models."""
+
+
+class InsufficientMemoryError(SpecEngineError, ValueError):
+    """The configuration cannot fit: names what is asked, what there is, and what would fit."""
+
+
+class BackendUnavailableError(SpecEngineError, RuntimeError):
+    """The requested backend cannot run here. Says what to install or choose."""
+
+
+class KVCacheError(SpecEngineError):
+    """Base class of the paged KV cache's errors. The state is unchanged whenever one is raised."""
+
+
+class OutOfBlocksError(KVCacheError):
+    """Fewer blocks are free or evictable than the call needs."""
+
+
+class OutOfSlotsError(KVCacheError):
+    """All sequence slots are in use."""
+
+
+class UnknownSequenceError(KVCacheError):
+    """The slot names no live sequence: never allocated, or freed already."""
