@@ -1,0 +1,163 @@
+"""From a checkpoint's tensors to a decoder's packed weights, one layer at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from specengine.errors import ModelLoadError
+from specengine.json_file import shorten
+from specengine.kernels.packed import Norm, PackedLinear
+from specengine.models.architecture import Architecture, LayerTensors, LinearTensors, NormTensors
+from specengine.models.checkpoint import TensorSource
+from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
+from specengine.ops import Backend
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class ConfiguredModel:
+    """An architecture with a checked config."""
+
+    architecture: Architecture
+    config: Any
+    spec: DecoderSpec
+
+
+def read_weights(
+    model: ConfiguredModel,
+    source: TensorSource,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    backend: Backend,
+    progress: Progress | None,
+) -> DecoderWeights:
+    """Converts and packs a checkpoint. No more than one layer is ever held twice.
+
+    Every name and shape is checked before the first tensor is loaded: raises `ModelLoadError` naming the
+    tensor, the expected and the found shape.
+    """
+    rehearsal = CheckpointReader(source, model.architecture.PREFIXES)
+    model.architecture.read_outer(rehearsal, model.config)
+    for index in range(model.spec.num_layers):
+        model.architecture.read_layer(rehearsal, model.config, index)
+    return _build(
+        model,
+        _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress),
+        _Packer(model.spec, dtype, device, backend),
+    )
+
+
+class CheckpointReader:
+    """Checks names and shapes, and hands out tensors without storage."""
+
+    def __init__(self, source: TensorSource, prefixes: tuple[str, ...]) -> None:
+        self.num_bytes = 0
+        self._source = source
+        self._prefixes = prefixes
+
+    def __call__(self, name: str, *shape: int) -> Tensor:
+        return self.first_of((name,), *shape)
+
+    def first_of(self, names: tuple[str, ...], *shape: int) -> Tensor:
+        """The first of `names`, under any prefix, that the checkpoint has."""
+        candidates = [prefix + name for name in names for prefix in self._prefixes]
+        found = next((name for name in candidates if name in self._source.tensors), None)
+        if found is None:
+            names_tried = " or ".join(candidates)
+            raise ModelLoadError(
+                f"{self._source.origin}: tensor {names_tried} of shape {list(shape)} is missing"
+            )
+        info = self._source.tensors[found]
+        if info.shape != shape:
+            raise ModelLoadError(
+                f"{self._source.origin}: tensor {found}: "
+                f"expected shape {list(shape)} by the config, found {shorten(list(info.shape))}"
+            )
+        if info.dtype is None:
+            raise ModelLoadError(
+                f"{self._source.origin}: tensor {found} is not stored as 16, 32 or 64 bit floats"
+            )
+        self.num_bytes += info.num_bytes
+        return self._read(found, shape, info.dtype)
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class _LoadingReader(CheckpointReader):
+    """Hands out the tensors themselves."""
+
+    def __init__(
+        self, source: TensorSource, prefixes: tuple[str, ...], total_bytes: int, progress: Progress | None
+    ) -> None:
+        super().__init__(source, prefixes)
+        self._total_bytes = total_bytes
+        self._progress = progress
+
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        tensor = self._source.load(name)
+        if self._progress is not None:
+            self._progress(self.num_bytes, self._total_bytes)
+        return tensor
+
+
+def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> DecoderWeights:
+    outer = model.architecture.read_outer(read, model.config)
+    token_table = pack.table(outer.token_table)
+    position_table = None if outer.position_table is None else pack.table(outer.position_table)
+    # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
+    head = pack.backend.pack_linear(token_table if outer.head is None else pack.table(outer.head), None)
+    final_norm = pack.norm(outer.final_norm)
+    del outer
+    layers = tuple(
+        pack.layer(model.architecture.read_layer(read, model.config, index))
+        for index in range(model.spec.num_layers)
+    )
+    return DecoderWeights(token_table, position_table, layers, final_norm, head)
+
+
+class _Packer:
+    """Copies tensors to their device and dtype; nothing it returns shares memory with the checkpoint."""
+
+    def __init__(self, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
+        self.backend = backend
+        self._spec = spec
+        self._dtype = dtype
+        self._device = device
+
+    def layer(self, tensors: LayerTensors) -> LayerWeights:
+        return LayerWeights(
+            attention_norm=self.norm(tensors.attention_norm),
+            qkv=self.linear(tensors.qkv),
+            attention_output=self.linear(tensors.attention_output),
+            mlp_norm=self.norm(tensors.mlp_norm),
+            mlp_up=self.linear(tensors.mlp_up),
+            mlp_down=self.linear(tensors.mlp_down),
+        )
+
+    def linear(self, tensors: LinearTensors) -> PackedLinear:
+        bias = None if tensors.bias is None else self._copy(tensors.bias, torch.float32)
+        return self.backend.pack_linear(self.table(tensors.weight), bias)
+
+    def norm(self, tensors: NormTensors) -> Norm:
+        weight, bias = tensors.weight, tensors.bias
+        width = self._spec.hidden_size
+        weight = torch.ones(width) if weight is None else weight
+        bias = torch.zeros(width) if bias is None else bias
+        return Norm(self._copy(weight, torch.float32), self._copy(bias, torch.float32), self._spec.norm_eps)
+
+    def table(self, tensor: Tensor) -> Tensor:
+        converted = self._copy(tensor, self._dtype)
+        if self._dtype == torch.float16 and tensor.dtype != torch.float16 and not converted.isfinite().all():
+            raise ModelLoadError("dtype=torch.float16: a weight is beyond its range; use bfloat16 or float32")
+        return converted
+
+    def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(device=self._device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)

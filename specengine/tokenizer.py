@@ -1,0 +1,286 @@
+"""Text to ids and back, on the `tokenizers` library; text that streams is never split inside a character."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from specengine.errors import ModelLoadError, VocabularyMismatchError
+from specengine.json_file import read_json, shorten
+
+REPLACEMENT = "\ufffd"
+
+MAX_SETTINGS_BYTES = 16 << 20
+MAX_TOKENIZER_BYTES = 256 << 20
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer.
+
+    vocab_size:   number of ids, added tokens included: the largest id + 1
+    eos_token_id: the end-of-text token that the checkpoint's tokenizer files name, or None
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, *, eos_token: str | None = None) -> None:
+        # What a checkpoint was trained with says nothing about how its prompts are to be cut.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self.eos_token_id = None if eos_token is None else self._vocabulary.get(eos_token)
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+
+    @classmethod
+    def from_directory(cls, directory: Path) -> Tokenizer:
+        """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt where there is none.
+
+        Raises `ModelLoadError` naming the file that is missing or malformed.
+        """
+        settings = _read_settings(directory)
+        path = directory / "tokenizer.json"
+        tokenizer = _read_tokenizer_json(path) if path.exists() else _read_byte_level(directory, settings)
+        _mark_special(tokenizer, settings)
+        return cls(tokenizer, eos_token=settings.special_tokens.get("eos_token"))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, with the special tokens that the checkpoint's post-processor adds."""
+        return list(self._tokenizer.encode(text).ids)
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @cached_property
+    def vocabulary_fingerprint(self) -> str:
+        """Equal for two tokenizers iff every token has the same id in both."""
+        digest = hashlib.sha256()
+        for token, token_id in sorted(self._vocabulary.items()):
+            data = token.encode("utf-8", "surrogatepass")
+            digest.update(f"{len(data)}:{token_id}:".encode() + data)
+        return digest.hexdigest()
+
+    def difference_from(self, other: Tokenizer) -> str:
+        """The first token, by id, on which two vocabularies differ, in words; empty if they are the same."""
+        mine, theirs = set(self._vocabulary.items()), set(other._vocabulary.items())
+        if mine == theirs:
+            return ""
+        token, _ = min(mine ^ theirs, key=lambda item: (item[1], item[0]))
+        ids = [str(vocabulary.get(token, "absent")) for vocabulary in (self._vocabulary, other._vocabulary)]
+        return f"token {shorten(token)} has id {ids[0]} in the first and {ids[1]} in the second"
+
+
+class IncrementalDetokenizer:
+    """Turns generated ids into text as they come.
+
+    The deltas add up to what decoding prompt and generated ids together puts after the prompt's own text. A
+    character is delivered once its bytes are complete, U+FFFD once no further byte can turn it into one. Each
+    token costs the decoding of a few ids, however long the text.
+    """
+
+    _MAX_PENDING = 3  # a character has at most four bytes, so at most three are waiting for the last
+    _NUM_CONTEXT = 8
+    _MAX_WINDOW = 24
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._window = self._visible(prompt_ids[-4 * self._NUM_CONTEXT :])[-self._NUM_CONTEXT :]
+        text = tokenizer.decode(self._window)
+        self._num_sent = self._stable_length(text)
+        # U+FFFD at the prompt's end: the prompt's own, unless the next id completes the character.
+        self._prompt_tail = text[self._num_sent :]
+        self._boundary = len(self._window)
+
+    def push(self, token_id: int) -> str:
+        """The text that `token_id` settles, often its own, sometimes none or more."""
+        if not self._visible((token_id,)):
+            return ""
+        self._window.append(token_id)
+        text = self._tokenizer.decode(self._window)
+        delta = self._deliver(text, self._stable_length(text))
+        if delta and self._num_sent == len(text):
+            self._forget_before_boundary()
+        elif len(self._window) % self._MAX_WINDOW == 0:
+            self._forget_settled(text)
+        return delta
+
+    def finish(self) -> str:
+        """What is left: bytes that no further id will complete."""
+        text = self._tokenizer.decode(self._window)
+        return self._deliver(text, len(text))
+
+    def _visible(self, token_ids: Sequence[int]) -> list[int]:
+        special = self._tokenizer.special_token_ids
+        return [token_id for token_id in token_ids if token_id not in special]
+
+    def _stable_length(self, text: str) -> int:
+        tail = len(text) - len(text.rstrip(REPLACEMENT))
+        return len(text) - min(tail, self._MAX_PENDING)
+
+    def _deliver(self, text: str, end: int) -> str:
+        start = self._num_sent + _common_prefix_length(text[self._num_sent :], self._prompt_tail)
+        if end <= start:
+            return ""
+        self._num_sent, self._prompt_tail = end, ""
+        return text[start:end]
+
+    def _forget_before_boundary(self) -> None:
+        """All text is out: the ids since the last such moment are context enough if a decoder looks back."""
+        self._window = self._window[self._boundary :]
+        self._boundary = len(self._window)
+        self._num_sent = len(self._tokenizer.decode(self._window))
+
+    def _forget_settled(self, text: str) -> None:
+        """Cuts text that keeps ending in U+FFFD where both sides decode alone as they decode together.
+
+        No character is split there, and none will be: further bytes change only the last character.
+        """
+        for cut in range(len(self._window) - 1, 0, -1):
+            settled = self._tokenizer.decode(self._window[:cut])
+            if len(settled) > self._num_sent:
+                continue
+            if settled + self._tokenizer.decode(self._window[cut:]) == text:
+                self._window = self._window[cut:]
+                self._num_sent -= len(settled)
+                self._boundary = 0
+                return
+
+
+def _common_prefix_length(first: str, second: str) -> int:
+    length = 0
+    while length < min(len(first), len(second)) and first[length] == second[length]:
+        length += 1
+    return length
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What decides whether two models can work together.
+
+    name:     the model's, for messages
+    num_rows: ids that its embedding and head know, padding included
+    """
+
+    name: str
+    num_rows: int
+    tokenizer: Tokenizer | None
+
+
+def check_compatible(target: Vocabulary, draft: Vocabulary) -> int:
+    """The number of ids that the pair may use: the target's own, never more than its tokenizer has.
+
+    Tokenizers must agree on every token's id; the models' sizes may differ by padding rows. Where a model has
+    no tokenizer there is nothing to compare but sizes, which must be equal. Raises `VocabularyMismatchError`
+    naming both models and the difference.
+    """
+    pair = f"target {target.name!r} and draft {draft.name!r} do not share a vocabulary"
+    num_ids = num_usable_ids(target)
+    if target.tokenizer is None or draft.tokenizer is None:
+        if target.num_rows != draft.num_rows:
+            raise VocabularyMismatchError(
+                f"{pair}: {target.num_rows} and {draft.num_rows} ids, and no tokenizers to compare"
+            )
+        return min(num_ids, num_usable_ids(draft))
+    if target.tokenizer.vocabulary_fingerprint != draft.tokenizer.vocabulary_fingerprint:
+        raise VocabularyMismatchError(f"{pair}: {target.tokenizer.difference_from(draft.tokenizer)}")
+    if draft.num_rows < num_ids:
+        raise VocabularyMismatchError(
+            f"{pair}: the target uses {num_ids} ids, the draft's embedding has {draft.num_rows} rows"
+        )
+    return num_ids
+
+
+def num_usable_ids(vocabulary: Vocabulary) -> int:
+    """Ids that a model may emit: it has a row for them, and its tokenizer, if any, knows them."""
+    if vocabulary.tokenizer is None:
+        return vocabulary.num_rows
+    return min(vocabulary.num_rows, vocabulary.tokenizer.vocab_size)
+
+
+def find_tokenizer(directory: Path) -> Tokenizer | None:
+    """A checkpoint's tokenizer, or None if it has no tokenizer files."""
+    has_files = any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt"))
+    return Tokenizer.from_directory(directory) if has_files else None
+
+
+@dataclass(frozen=True)
+class _Settings:
+    special_tokens: dict[str, str]
+    add_prefix_space: bool
+    add_bos_token: bool
+
+
+def _read_settings(directory: Path) -> _Settings:
+    values: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = directory / name
+        if path.exists():
+            values.update(read_json(path, MAX_SETTINGS_BYTES))
+    special_tokens = {}
+    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        value = values.get(key)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and text:
+            special_tokens[key] = text
+    if not special_tokens and not (directory / "tokenizer.json").exists():
+        special_tokens["eos_token"] = "<|endoftext|>"  # the first GPT-2 checkpoints name theirs nowhere
+    return _Settings(
+        special_tokens, values.get("add_prefix_space") is True, values.get("add_bos_token") is True
+    )
+
+
+def _mark_special(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
+    """The named special tokens are special wherever the vocabulary has them: skipped in text, never split."""
+    named = dict.fromkeys(settings.special_tokens.values())
+    known = [text for text in named if tokenizer.token_to_id(text) is not None]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
+
+
+def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    _check_file(path)
+    with _refusing(str(path)):
+        return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _read_byte_level(directory: Path, settings: _Settings) -> tokenizers.Tokenizer:
+    """GPT-2's tokenizer from its two original files."""
+    vocab_path, merges_path = directory / "vocab.json", directory / "merges.txt"
+    _check_file(vocab_path)
+    _check_file(merges_path)
+    with _refusing(f"{vocab_path} and merges.txt"):
+        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab_path), str(merges_path)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    bos = settings.special_tokens.get("bos_token")
+    if settings.add_bos_token and bos is not None and tokenizer.token_to_id(bos) is not None:
+        bos_id = tokenizer.token_to_id(bos)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
+        )
+    return tokenizer
+
+
+@contextmanager
+def _refusing(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises plain `Exception`, and its panics are not even that
+        raise ModelLoadError(f"{where}: {shorten(str(error))}") from error
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise ModelLoadError(f"{path}: no such file")
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise ModelLoadError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes")
