@@ -1,0 +1,114 @@
+// The functions that exist once per instruction set. Each works on one panel, row or tile, is
+// single-threaded, and its results depend on nothing but its own row and weights.
+#pragma once
+
+#include <cstdint>
+
+#include "half.h"
+#include "philox.h"
+
+namespace specengine {
+
+// Weights are packed in panels of 64 output columns: [ceil(N / 64), K, 64], and for bf16
+// [ceil(N / 64), ceil(K / 2), 64, 2]; padded with zeros. One panel is one contiguous stream.
+constexpr int kPanelColumns = 64;
+// An output element is the sum, in order, of sequential sums over K chunks of this length.
+constexpr int kChunkK = 128;
+// Rows that one pass over a panel may hold in its accumulators.
+constexpr int kMaxPassRows = 96;
+// Attention partials cover KV tiles that start at absolute multiples of this.
+constexpr int kAttentionTile = 128;
+constexpr int kMaxHeadDim = 256;
+// Groups whose maxima bound the k-th largest from below.
+constexpr int kNumMaximaGroups = 512;
+// Bins of 1/32 nat below the maximum; the last holds the tail.
+constexpr int kNumMassBins = 1024;
+constexpr float kMassBinsPerNat = 32.0f;
+
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
+
+struct LinearArgs {
+  const float* x;  // [num_rows, stride x_stride], zero-padded to an even K for bf16 weights
+  int64_t x_stride;
+  int64_t num_rows;
+  const void* panels;
+  DType dtype;
+  int64_t k;
+  const float* bias;      // [num_columns] or null
+  const float* residual;  // [num_rows, num_columns] or null
+  Activation activation;
+  float* out;  // [num_rows, stride out_stride]
+  int64_t out_stride;
+  int64_t num_columns;  // columns that are stored
+};
+
+struct AttentionArgs {
+  const float* query;  // [T, H, head_dim]
+  const void* kv;      // [2, N, Hkv, block_size, head_dim]
+  DType dtype;
+  const int32_t* block_table;
+  int64_t table_stride;
+  const int32_t* slots;
+  const int32_t* q_start;
+  const int32_t* context_len;
+  int64_t num_heads, num_kv_heads, head_dim, num_blocks, block_size;
+  float* out;  // [T, H * head_dim]
+};
+
+// One row of logits as the verification ops see it.
+struct RowView {
+  const float* logits;
+  int64_t vocab;
+  float divisor;    // temperature, 1 for a greedy row
+  float threshold;  // keep z / T >= threshold
+  float log_normaliser;
+};
+
+struct RowMaximum {
+  float value;
+  bool has_nan;
+};
+
+struct RaceResult {
+  int32_t token;
+  float score;  // -inf when nothing could win
+};
+
+struct Kernels {
+  const char* name;
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
+                     int64_t size, float* out);
+  void (*linear_panel)(const LinearArgs& args, int64_t panel);
+  void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
+                    int64_t row_end);
+  RowMaximum (*row_maximum)(const RowView& row);
+  // Sum of exp(z / T - maximum) over the kept tokens.
+  double (*row_sum_exp)(const RowView& row, float maximum);
+  // group_maxima: [kNumMaximaGroups]; the maxima of disjoint groups of the row.
+  void (*row_group_maxima)(const RowView& row, float* group_maxima);
+  // Kept values >= low, in index order; returns how many were written to `values`.
+  int64_t (*row_collect)(const RowView& row, float low, float* values);
+  // Mass exp(z / T - maximum) of the kept tokens by bin of distance from the maximum.
+  void (*row_mass_bins)(const RowView& row, float maximum, double* mass);
+  int64_t (*row_collect_bin)(const RowView& row, float maximum, int bin, float* values);
+  int32_t (*row_argmax)(const RowView& row);
+  // Gumbel race over the kept tokens of `target`; with `draft`, over log max(p - q, 0); `excluded`
+  // (or -1) cannot win.
+  RaceResult (*race)(const RowView& target, const RowView* draft, int64_t excluded,
+                     const NoiseKey& key);
+  void (*vocabulary_bits)(const NoiseKey& key, int64_t vocab, uint32_t* bits);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+#endif
+extern const Kernels kPortableKernels;
+
+// The kernels in use: the best the processor has, unless set_instruction_set chose another.
+const Kernels& kernels();
+// "auto", "avx512", "avx2" or "portable"; false when unknown or not supported here.
+bool set_instruction_set(const char* name);
+bool supports_instruction_set(const char* name);
+
+}  // namespace specengine

@@ -1,0 +1,44 @@
+// The kernels for AVX2 with FMA and F16C.
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,bmi,bmi2,popcnt,lzcnt")
+#endif
+
+namespace specengine {
+namespace avx2 {
+#include "simd_avx2.h"
+//
+#include "isa_table.h"
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {
+    "avx2",
+    avx2::layer_norm,
+    avx2::linear_panel,
+    avx2::attention,
+    avx2::row_maximum,
+    avx2::row_sum_exp,
+    avx2::row_group_maxima,
+    avx2::row_collect,
+    avx2::row_mass_bins,
+    avx2::row_collect_bin,
+    avx2::row_argmax,
+    avx2::race,
+    avx2::vocabulary_bits,
+};
+}  // namespace specengine
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif  // __x86_64__

@@ -1,0 +1,141 @@
+# Types of the C++ extension: the ops (csrc/bindings.cpp; meanings in specengine.kernels.reference) and the KV cache
+# manager (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+_TokenIds = Sequence[int] | NDArray[np.int32]
+
+class PagedKVCache:
+    num_blocks: int
+    block_size: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_sequences: int
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        max_blocks_per_sequence: int,
+        num_models: int,
+        block_table_address: int,
+        enable_prefix_cache: bool = True,
+    ) -> None: ...
+    def allocate(self, token_ids: _TokenIds, max_cached_tokens: int) -> int: ...
+    def extend(self, slot: int, first_position: int, num_tokens: int) -> list[tuple[int, int]]: ...
+    def num_blocks_needed(self, slot: int, first_position: int, num_tokens: int) -> int: ...
+    def can_extend(self, slot: int, first_position: int, num_tokens: int) -> bool: ...
+    def num_computed_tokens(self, slot: int, model: int) -> int: ...
+    def set_computed(self, slot: int, model: int, num_tokens: int) -> None: ...
+    def rollback(self, slot: int, num_tokens: int) -> None: ...
+    def fork(self, slot: int, num_tokens: int) -> int: ...
+    def publish(self, slot: int, token_ids: _TokenIds) -> None: ...
+    def trim(self, slot: int, num_tokens: int) -> None: ...
+    def free(self, slot: int) -> None: ...
+    def reset_prefix_cache(self) -> None: ...
+    def capacity(self, slot: int) -> int: ...
+    def reference_count(self, block: int) -> int: ...
+    def sequence_blocks(self, slot: int) -> list[int]: ...
+    def check_invariants(self) -> None: ...
+
+def pack_linear(weight: Tensor) -> Tensor: ...
+def embed(
+    token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
+) -> Tensor: ...
+def norm_linear(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    activation: str,
+) -> Tensor: ...
+def linear_residual(
+    x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int, residual: Tensor
+) -> Tensor: ...
+def head(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    vocab_size: int,
+) -> Tensor: ...
+def norm_qkv(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    positions: Tensor,
+    kv_slots: Tensor,
+    kv_cache: Tensor,
+    rotary: Tensor | None,
+) -> Tensor: ...
+def paged_attention(
+    query: Tensor, kv_cache: Tensor, block_table: Tensor, slots: Tensor, q_start: Tensor, context_len: Tensor
+) -> Tensor: ...
+def filter_rows(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+) -> Tensor: ...
+def sample_rows(
+    logits: Tensor,
+    stats: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    stream: int,
+    round_base: Tensor,
+) -> tuple[Tensor, Tensor]: ...
+def match_verify(
+    logits: Tensor,
+    stats: Tensor,
+    row_start: Tensor,
+    num_draft: Tensor,
+    draft_tokens: Tensor,
+    temperature: Tensor,
+    seeds: Tensor,
+    seq_len: Tensor,
+    is_selected: Tensor,
+    tokens: Tensor,
+    num_accepted: Tensor,
+    error: Tensor,
+) -> None: ...
+def rejection_verify(
+    logits: Tensor,
+    stats: Tensor,
+    row_start: Tensor,
+    num_draft: Tensor,
+    draft_tokens: Tensor,
+    draft_log_probs: Tensor,
+    draft_logits: Tensor | None,
+    draft_stats: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    seq_len: Tensor,
+    is_selected: Tensor,
+    tokens: Tensor,
+    num_accepted: Tensor,
+    error: Tensor,
+) -> None: ...
+def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]: ...
+def philox4x32(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> list[int]: ...
+def vocabulary_bits(seed: int, position: int, stream: int, round_base: int, vocab: int) -> list[int]: ...
+def accept_bits(seed: int, position: int, round_base: int, candidate: int) -> int: ...
+def num_threads() -> int: ...
+def set_num_threads(count: int) -> None: ...
+def instruction_sets() -> list[str]: ...
+def set_instruction_set(name: str) -> None: ...
+def build_info() -> dict[str, str | int | bool]: ...

@@ -1,0 +1,62 @@
+"""linear_residual: linear, bias and the residual stream."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DTYPES, NATIVE, assert_earned, assert_row_invariant, random_layer, random_rows
+
+from specengine.kernels import reference
+
+SHAPES = [(1, 1, 1), (5, 33, 50), (6, 3072, 96), (2, 128, 1024), (65, 100, 70)]
+
+
+def check_linear_residual(op, shape: tuple[int, int, int], dtype: torch.dtype, has_bias: bool) -> None:
+    num_rows, width, num_columns = shape
+    layer = random_layer(width, num_columns, dtype, has_bias)
+    x, residual = random_rows(num_rows, width), random_rows(num_rows, num_columns, seed=9)
+    copies = x.clone(), residual.clone()
+    exact = reference.linear_residual(x.double(), layer.plain, residual.double())
+    honest = reference.linear_residual(x, layer.plain, residual)
+    assert_earned(op(x, layer.packed, residual), honest, exact)
+    assert torch.equal(x, copies[0])
+    assert torch.equal(residual, copies[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_error_is_at_most_twice_the_honest_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for has_bias in (True, False):
+        check_linear_residual(NATIVE.linear_residual, shape, dtype, has_bias)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
+    layer = random_layer(301, 130, dtype)
+
+    def op(rows: torch.Tensor) -> torch.Tensor:
+        return NATIVE.linear_residual(rows, layer.packed, rows[:, :130].contiguous())
+
+    assert_row_invariant(op, random_rows(64, 301))
+
+
+def test_wrong_arguments_are_named() -> None:
+    layer = random_layer(32, 48, torch.float32)
+    with pytest.raises(ValueError, match="residual: expected"):
+        NATIVE.linear_residual(random_rows(2, 32), layer.packed, random_rows(3, 48))
+    with pytest.raises(ValueError, match="x: expected"):
+        NATIVE.linear_residual(random_rows(2, 33), layer.packed, random_rows(2, 48))
+
+
+def test_a_dropped_residual_or_a_shifted_row_is_noticed() -> None:
+    def dropped(x, weight, residual):
+        return NATIVE.linear_residual(x, weight, torch.zeros_like(residual))
+
+    def shifted(x, weight, residual):
+        return NATIVE.linear_residual(x, weight, residual.roll(1, dims=0).contiguous())
+
+    for fault in (dropped, shifted):
+        with pytest.raises(AssertionError):
+            check_linear_residual(fault, (5, 33, 50), torch.float32, has_bias=True)

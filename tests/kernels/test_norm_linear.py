@@ -1,0 +1,131 @@
+"""norm_linear: LayerNorm, linear, bias, activation; the shape of every linear op of the engine."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_cases import DTYPES, NATIVE, assert_earned, assert_row_invariant, random_layer, random_rows
+
+from specengine.kernels import reference
+from specengine.kernels.packed import PackedLinear
+from specengine.kernels.reference.norm_linear import apply_activation
+
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+# Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
+SHAPES = [(1, 1, 1), (3, 33, 50), (7, 129, 200), (6, 768, 256), (100, 300, 130), (2, 4096, 64)]
+
+
+def check_norm_linear(op, shape: tuple[int, int, int], dtype: torch.dtype, activation: str) -> None:
+    num_rows, width, num_columns = shape
+    layer = random_layer(width, num_columns, dtype)
+    hidden = random_rows(num_rows, width)
+    before = hidden.clone()
+    exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, activation)
+    honest = reference.norm_linear(hidden, layer.norm, layer.plain, activation)
+    assert_earned(op(hidden, layer.norm, layer.packed, activation), honest, exact)
+    assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_error_is_at_most_twice_the_honest_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    for activation in ACTIVATIONS:
+        check_norm_linear(NATIVE.norm_linear, shape, dtype, activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.usefixtures("instruction_set")
+def test_activation_is_accurate_over_its_whole_range(activation: str) -> None:
+    """A zero weight leaves the bias: every float of interest goes through the activation alone."""
+    points = torch.cat(
+        [torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0])]
+    )
+    layer = random_layer(4, points.numel(), torch.float32)
+    packed = PackedLinear(torch.zeros_like(layer.packed.weight), points, 4, points.numel())
+    actual = NATIVE.norm_linear(torch.ones(1, 4), layer.norm, packed, activation)[0]
+    exact = apply_activation(points.double(), activation)
+    honest = apply_activation(points, activation)
+    assert_earned(actual, honest, exact)
+    error = (actual.double() - exact).abs()
+    # Within a few units in the last place of the input or, where the value is smaller, absolutely.
+    assert float((error / (points.abs().double() + 1e-30)).max()) < 4 * 2.0**-23
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
+    for width, num_columns in [(96, 200), (1024, 512)]:
+        layer = random_layer(width, num_columns, dtype)
+        assert_row_invariant(
+            lambda rows, layer=layer: NATIVE.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh"),
+            random_rows(64, width),
+        )
+
+
+def test_more_rows_than_one_pass_holds() -> None:
+    layer = random_layer(160, 70, torch.bfloat16)
+    hidden = random_rows(211, 160)
+    together = NATIVE.norm_linear(hidden, layer.norm, layer.packed, "relu")
+    apart = [NATIVE.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(7)]
+    assert torch.equal(together, torch.cat(apart))
+    assert NATIVE.norm_linear(hidden[:0], layer.norm, layer.packed, "relu").shape == (0, 70)
+
+
+def test_fused_instruction_sets_agree_on_every_bit() -> None:
+    from specengine import _C
+
+    if not {"avx512", "avx2"} <= set(_C.instruction_sets()):
+        pytest.skip("needs AVX-512 and AVX2")
+    hidden = random_rows(9, 300)
+    results = []
+    for name in ("avx512", "avx2"):
+        _C.set_instruction_set(name)
+        layers = [random_layer(300, 130, dtype) for dtype in DTYPES]
+        results.append([NATIVE.norm_linear(hidden, x.norm, x.packed, a) for x in layers for a in ACTIVATIONS])
+    _C.set_instruction_set("auto")
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_large_offsets_do_not_cancel_in_the_norm() -> None:
+    layer = random_layer(256, 64, torch.float32)
+    hidden = random_rows(4, 256) + 1000.0
+    exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, "none")
+    honest = reference.norm_linear(hidden, layer.norm, layer.plain, "none")
+    assert_earned(NATIVE.norm_linear(hidden, layer.norm, layer.packed, "none"), honest, exact)
+
+
+def test_wrong_arguments_are_named() -> None:
+    layer = random_layer(32, 48, torch.float32)
+    hidden = random_rows(2, 32)
+    with pytest.raises(ValueError, match="activation: 'swish'"):
+        NATIVE.norm_linear(hidden, layer.norm, layer.packed, "swish")
+    with pytest.raises(ValueError, match="hidden: expected"):
+        NATIVE.norm_linear(hidden[:, :31].contiguous(), layer.norm, layer.packed, "none")
+    with pytest.raises(ValueError, match="hidden: expected a contiguous"):
+        NATIVE.norm_linear(random_rows(2, 64)[:, ::2], layer.norm, layer.packed, "none")
+    with pytest.raises(ValueError, match="hidden: expected"):
+        NATIVE.norm_linear(hidden.double(), layer.norm, layer.packed, "none")
+    with pytest.raises(ValueError, match=r"weight: .* is not a packed 48 x 32"):
+        NATIVE.norm_linear(hidden, layer.norm, PackedLinear(torch.zeros(7), None, 32, 48), "none")
+    with pytest.raises(ValueError, match="weight: expected"):
+        NATIVE.pack_linear(torch.zeros(3, 3, dtype=torch.int32), None)
+
+
+@pytest.mark.parametrize("fault", ["bias", "norm_bias", "activation", "last_column_of_k"])
+def test_a_planted_fault_is_noticed(fault: str) -> None:
+    def faulty(hidden, norm, weight, activation):
+        if fault == "bias":
+            weight = PackedLinear(weight.weight, None, weight.in_features, weight.out_features)
+        if fault == "norm_bias":
+            norm = type(norm)(norm.weight, torch.zeros_like(norm.bias), norm.eps)
+        if fault == "activation":
+            activation = "gelu"
+        if fault == "last_column_of_k":
+            scale, shift = norm.weight.clone(), norm.bias.clone()
+            scale[-1] = shift[-1] = 0.0
+            norm = type(norm)(scale, shift, norm.eps)
+        return NATIVE.norm_linear(hidden, norm, weight, activation)
+
+    with pytest.raises(AssertionError):
+        check_norm_linear(faulty, (7, 129, 200), torch.float32, "gelu_tanh")

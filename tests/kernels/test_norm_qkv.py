@@ -1,0 +1,142 @@
+"""norm_qkv: queries out, keys and values into the right slots of the cache and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from kernel_cases import DTYPES, NATIVE, Layer, assert_earned, assert_row_invariant, random_layer, random_rows
+from torch import Tensor
+
+from specengine.kernels import reference
+from specengine.kernels.packed import PackedLinear
+
+NUM_BLOCKS, BLOCK_SIZE, WIDTH = 7, 4, 40
+
+
+@dataclass(frozen=True)
+class Heads:
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int = 0
+
+
+HEADS = [
+    Heads(4, 4, 16),
+    Heads(4, 2, 8, rotary_dim=8),
+    Heads(3, 1, 20, rotary_dim=6),
+    Heads(2, 2, 64, rotary_dim=64),
+]
+
+
+def layer_of(heads: Heads, dtype: torch.dtype) -> Layer:
+    return random_layer(WIDTH, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, dtype)
+
+
+def rotary_of(heads: Heads) -> Tensor | None:
+    if heads.rotary_dim == 0:
+        return None
+    angles = torch.randn(50, heads.rotary_dim // 2, generator=torch.Generator().manual_seed(4))
+    return torch.stack((angles.cos(), angles.sin()), dim=1)
+
+
+def empty_cache(heads: Heads, dtype: torch.dtype) -> Tensor:
+    return torch.full((2, NUM_BLOCKS, heads.num_kv_heads, BLOCK_SIZE, heads.head_dim), 7.0).to(dtype)
+
+
+def check_norm_qkv(op, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
+    layer, rotary = layer_of(heads, weight_dtype), rotary_of(heads)
+    hidden = random_rows(9, WIDTH)
+    positions = torch.tensor([0, 1, 2, 3, 49, 7, 8, 30, 31], dtype=torch.int32)
+    kv_slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))[:9]
+    kv_slots[4] = -1
+    caches = [empty_cache(heads, dtype) for dtype in (kv_dtype, kv_dtype, torch.float64)]
+    query = op(hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary)
+    honest = reference.norm_qkv(hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary)
+    exact = reference.norm_qkv(
+        hidden.double(), layer.norm, layer.plain, positions, kv_slots, caches[2], rotary
+    )
+    assert_earned(query, honest, exact)
+    assert_earned(caches[0], caches[1], caches[2])
+    untouched = caches[2] == 7.0
+    assert (caches[0][untouched] == 7.0).all()
+    assert int((~untouched).sum()) == 8 * 2 * heads.num_kv_heads * heads.head_dim
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("kv_dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_queries_and_cache(heads: Heads, kv_dtype: torch.dtype) -> None:
+    for weight_dtype in (torch.float32, torch.bfloat16):
+        check_norm_qkv(NATIVE.norm_qkv, heads, weight_dtype, kv_dtype)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.usefixtures("instruction_set")
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(heads: Heads) -> None:
+    layer, rotary = layer_of(heads, torch.float32), rotary_of(heads)
+
+    def op(rows: Tensor) -> Tensor:
+        """Query, key and value of each row; its position is a function of the row."""
+        count = rows.shape[0]
+        positions = (rows[:, 0].abs() * 10).int()
+        cache = torch.zeros(2, count, heads.num_kv_heads, 1, heads.head_dim)
+        query = NATIVE.norm_qkv(rows, layer.norm, layer.packed, positions, torch.arange(count), cache, rotary)
+        return torch.cat((query.flatten(1), cache[0].flatten(1), cache[1].flatten(1)), dim=1)
+
+    assert_row_invariant(op, random_rows(64, WIDTH))
+
+
+def test_rounding_to_the_cache_is_to_nearest_even() -> None:
+    """A zero weight leaves the bias: chosen values, ties and denormals included, reach the cache."""
+    values = torch.tensor([1.00390625, 1.01171875, 1.00048828125, 3.3e38, 65519.9, 65520.0, 6e-8, 2.9e-8])
+    values = torch.cat((values, -values))
+    for kv_dtype in DTYPES:
+        weight = torch.zeros(48, 16)
+        packed = NATIVE.pack_linear(weight, values.repeat(3))
+        norm = random_layer(16, 48, torch.float32).norm
+        cache = torch.zeros(2, 1, 1, 1, 16, dtype=kv_dtype)
+        zero = torch.zeros(1, dtype=torch.int32)
+        NATIVE.norm_qkv(torch.ones(1, 16), norm, packed, zero, zero.long(), cache, None)
+        assert torch.equal(cache.flatten(1), values.to(kv_dtype).expand(2, -1))
+
+
+def test_wrong_arguments_are_named() -> None:
+    heads = HEADS[1]
+    layer, rotary = layer_of(heads, torch.float32), rotary_of(heads)
+    hidden, positions = random_rows(1, WIDTH), torch.zeros(1, dtype=torch.int32)
+    cache = empty_cache(heads, torch.float32)
+    before = cache.clone()
+    for slot in (-2, NUM_BLOCKS * BLOCK_SIZE, 2**40):
+        with pytest.raises(ValueError, match=f"kv_slots: {slot}"):
+            NATIVE.norm_qkv(hidden, layer.norm, layer.packed, positions, torch.tensor([slot]), cache, rotary)
+    with pytest.raises(ValueError, match="positions: 50"):
+        NATIVE.norm_qkv(hidden, layer.norm, layer.packed, positions + 50, torch.tensor([0]), cache, rotary)
+    with pytest.raises(ValueError, match="weight: 64 output features"):
+        NATIVE.norm_qkv(
+            hidden,
+            layer.norm,
+            layer.packed,
+            positions,
+            torch.tensor([0]),
+            empty_cache(HEADS[2], torch.float32),
+            None,
+        )
+    assert torch.equal(cache, before)
+
+
+@pytest.mark.parametrize("fault", ["bias", "slot", "rotary"])
+def test_a_planted_fault_is_noticed(fault: str) -> None:
+    def faulty(hidden, norm, weight, positions, kv_slots, kv_cache, rotary):
+        if fault == "bias":
+            weight = PackedLinear(weight.weight, None, weight.in_features, weight.out_features)
+        if fault == "slot":
+            kv_slots = torch.where(kv_slots > 0, kv_slots - 1, kv_slots)
+        if fault == "rotary":
+            positions = (positions - 1).clamp_min(0)
+        return NATIVE.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
+
+    with pytest.raises(AssertionError):
+        check_norm_qkv(faulty, HEADS[1], torch.float32, torch.float32)

@@ -1,0 +1,430 @@
+"""rejection_verify: the acceptance rule and the residual race of float64, and the law of what is emitted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from kernel_cases import (
+    NATIVE,
+    NEGATIVE_INFINITY,
+    VOCABULARIES,
+    random_logits,
+    random_seeds,
+    unfiltered_stats,
+)
+from torch import Tensor
+
+from specengine import _C, rng
+from specengine.kernels import reference
+
+UNTOUCHED = -77
+OFF = (0, 1.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    logits: Tensor
+    stats: Tensor
+    row_start: Tensor
+    num_draft: Tensor
+    draft_tokens: Tensor
+    draft_log_probs: Tensor
+    draft_logits: Tensor | None
+    draft_stats: Tensor | None
+    temperature: Tensor
+    seeds: Tensor
+    seq_len: Tensor
+    is_selected: Tensor
+
+    def run(self, op) -> tuple[Tensor, Tensor, Tensor]:
+        count, k = self.draft_tokens.shape
+        outputs = (
+            torch.full((count, k + 1), UNTOUCHED, dtype=torch.int32),
+            torch.full((count,), UNTOUCHED, dtype=torch.int32),
+            torch.full((count,), UNTOUCHED, dtype=torch.int32),
+        )
+        fields = [getattr(self, name) for name in self.__dataclass_fields__]
+        before = [None if field is None else field.clone() for field in fields]
+        op(*fields, *outputs)
+        for field, copy in zip(fields, before, strict=True):
+            assert field is None or torch.equal(field.nan_to_num(), copy.nan_to_num())
+        return outputs
+
+    def take(self, chosen: Tensor) -> Case:
+        whole = {"logits": self.logits, "stats": self.stats}
+        rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in whole}
+        return replace(self, **{name: None if x is None else x[chosen] for name, x in rest.items()})
+
+
+def filtered(logits: Tensor, temperature: Tensor, setting: tuple[int, float, float]) -> Tensor:
+    one = torch.ones(logits.shape[0])
+    return NATIVE.filter_rows(
+        logits, temperature, (one * setting[0]).int(), one * setting[1], one * setting[2]
+    )
+
+
+def build_case(
+    count: int,
+    k: int,
+    vocab_size: int,
+    draft_vocab_size: int | None = None,
+    seed: int = 0,
+    settings: tuple = (OFF, OFF),
+    has_law: bool = True,
+    temperatures: tuple[float, ...] = (1.0, 0.7, 1.5),
+) -> Case:
+    """Row b (k + 2) + i holds logits near the draft's; draft tokens are drawn from the draft's filtered law."""
+    generator = torch.Generator().manual_seed(seed)
+    draft_vocab_size = draft_vocab_size or vocab_size
+    logits = random_logits(count * (k + 2), vocab_size, seed, 1.5)
+    temperature = torch.tensor(temperatures)[
+        torch.randint(0, len(temperatures), (count,), generator=generator)
+    ]
+    stats = filtered(logits, temperature.repeat_interleave(k + 2), settings[0])
+    near = logits.view(count, k + 2, vocab_size)[:, :k, : min(vocab_size, draft_vocab_size)]
+    draft_logits = torch.full((count, k, draft_vocab_size), -60.0)
+    draft_logits[:, :, : near.shape[2]] = near
+    draft_logits += torch.randn(draft_logits.shape, generator=generator)
+    flat, flat_temperature = draft_logits.view(count * k, -1), temperature.repeat_interleave(k)
+    draft_stats = filtered(flat, flat_temperature, settings[1])
+    seq_len = torch.randint(1, 10000, (count,), generator=generator, dtype=torch.int32)
+    seeds = random_seeds(count, seed)
+    positions = (seq_len[:, None] + torch.arange(k)).flatten().int()
+    tokens, log_probs = NATIVE.sample_rows(
+        flat,
+        draft_stats,
+        flat_temperature,
+        seeds.repeat_interleave(k),
+        positions,
+        rng.STREAM_DRAFT,
+        seq_len.repeat_interleave(k),
+    )
+    if not has_law:
+        log_probs = torch.zeros_like(log_probs)
+    return Case(
+        logits,
+        stats,
+        (torch.arange(count) * (k + 2)).int(),
+        torch.randint(0, k + 1, (count,), generator=generator, dtype=torch.int32),
+        tokens.view(count, k),
+        log_probs.view(count, k),
+        draft_logits if has_law else None,
+        draft_stats.view(count, k, 4) if has_law else None,
+        temperature,
+        seeds,
+        seq_len,
+        torch.rand(count, generator=generator) < 0.875,
+    )
+
+
+def exact_log_probs(logits: Tensor, stats: Tensor, temperature: Tensor) -> Tensor:
+    scaled = logits / temperature[:, None]
+    kept = scaled.masked_fill(scaled < stats[:, 1, None], NEGATIVE_INFINITY).double()
+    return kept - kept.logsumexp(-1, keepdim=True)
+
+
+def check_against_float64(op, case: Case) -> None:
+    """Every decision is float64's wherever float64's margin exceeds what fp32 logits near -60 can resolve."""
+    count, k = case.draft_tokens.shape
+    vocab_size = case.logits.shape[1]
+    margin = 2e-4
+    rows = case.row_start[:, None].long() + torch.arange(k + 1)
+    flat_temperature = case.temperature.repeat_interleave(k + 1)
+    log_p = exact_log_probs(case.logits[rows.flatten()], case.stats[rows.flatten()], flat_temperature)
+    log_p = log_p.view(count, k + 1, vocab_size)
+    positions = case.seq_len[:, None] + torch.arange(k + 1)
+    base = case.seq_len[:, None].expand(-1, k)
+    u = rng.uniform(rng.accept_bits(case.seeds[:, None].expand(-1, k), positions[:, :k], base), torch.float64)
+    chosen = case.draft_tokens.long()[:, :, None]
+    in_vocabulary = chosen < vocab_size
+    log_p_chosen = (
+        log_p[:, :k].gather(2, chosen.clamp_max(vocab_size - 1)).masked_fill(~in_vocabulary, -math.inf)
+    )
+    slack = log_p_chosen[:, :, 0] - case.draft_log_probs.double() - u.log()
+    is_drafted = torch.arange(k)[None] < case.num_draft[:, None]
+    is_accepted = (slack >= 0) & is_drafted
+    prefix = is_accepted.int().cumprod(dim=1)
+    expected = prefix.sum(dim=1)
+    # A sequence is judged when every test up to its stop is clear.
+    is_looked_at = is_drafted & (torch.arange(k)[None] <= expected[:, None])
+    is_clear = ~((slack.abs() < margin) & is_looked_at).any(dim=1) & case.is_selected
+
+    tokens, num_accepted, error = case.run(op)
+    assert torch.equal(num_accepted[is_clear].long(), expected[is_clear])
+    assert (num_accepted[~case.is_selected] == UNTOUCHED).all()
+    assert (tokens[~case.is_selected] == UNTOUCHED).all()
+    assert (error[case.is_selected] == 0).all()
+    column = torch.arange(k + 1)[None]
+    is_prefix = (column[:, :k] < expected[:, None]) & is_clear[:, None]
+    assert torch.equal(tokens[:, :k][is_prefix], case.draft_tokens[is_prefix])
+    assert (tokens[(column > expected[:, None]) & is_clear[:, None]] == UNTOUCHED).all()
+
+    each = torch.arange(count)
+    weight = log_p[each, expected]
+    is_rejected = expected < case.num_draft
+    stop = expected.clamp_max(k - 1)
+    if case.draft_logits is None:
+        log_q = torch.full((count, vocab_size), NEGATIVE_INFINITY, dtype=torch.float64)
+        log_q.scatter_(1, case.draft_tokens.long().gather(1, stop[:, None]).clamp_max(vocab_size - 1), 0.0)
+    else:
+        log_q = exact_log_probs(case.draft_logits[each, stop], case.draft_stats[each, stop], case.temperature)
+        missing = max(0, vocab_size - log_q.shape[1])
+        log_q = torch.nn.functional.pad(log_q, (0, missing), value=NEGATIVE_INFINITY)[:, :vocab_size]
+    residual = (weight.exp() - log_q.exp()).clamp_min(0.0)
+    is_rejected &= residual.sum(dim=1) > 1e-6
+    weight = torch.where(is_rejected[:, None], residual.log(), weight)
+    bits = rng.vocabulary_bits(case.seeds, positions[each, expected], 0, torch.zeros(count), vocab_size)
+    scores = weight + rng.gumbel(bits, torch.float64)
+    best = scores.max(dim=1)
+    drawn = tokens.gather(1, expected[:, None])[:, 0].long()
+    won = scores.gather(1, drawn.clamp(0, vocab_size - 1)[:, None])[:, 0]
+    # A residual next to zero carries the cancellation of p - q.
+    is_won = won >= best.values - 1e-3
+    assert (is_won | ~is_clear).all()
+    assert (((drawn >= 0) & (drawn < vocab_size)) | ~case.is_selected).all()
+    exactly = float((drawn == best.indices)[is_clear].double().mean())
+    assert exactly > 0.99, exactly
+    assert float(is_clear[case.is_selected].double().mean()) > 0.98
+    assert (expected[is_clear] > 0).any(), "nothing was accepted"
+    assert is_rejected[is_clear].any(), "nothing was rejected"
+
+
+FILTERS = [(OFF, OFF), ((5, 0.9, 0.0), (0, 0.8, 0.0)), ((0, 0.9, 0.01), (3, 1.0, 0.0))]
+
+
+@pytest.mark.parametrize("settings", FILTERS)
+@pytest.mark.parametrize("has_law", [True, False])
+def test_ten_thousand_random_cases(settings: tuple, has_law: bool) -> None:
+    check_against_float64(
+        NATIVE.rejection_verify, build_case(1200, 4, 40, settings=settings, has_law=has_law, seed=1)
+    )
+    check_against_float64(
+        NATIVE.rejection_verify, build_case(600, 3, 131, settings=settings, has_law=has_law, seed=2)
+    )
+
+
+@pytest.mark.parametrize("draft_vocab_size", [30, 47, 64, 200])
+@pytest.mark.usefixtures("instruction_set")
+def test_draft_vocabularies_of_another_width(draft_vocab_size: int) -> None:
+    check_against_float64(NATIVE.rejection_verify, build_case(400, 3, 47, draft_vocab_size, seed=3))
+
+
+@pytest.mark.parametrize("has_law", [True, False])
+@pytest.mark.usefixtures("instruction_set")
+def test_equals_the_reference(has_law: bool) -> None:
+    case = build_case(60, 4, 200, has_law=has_law, seed=5)
+    for actual, expected in zip(
+        case.run(NATIVE.rejection_verify), case.run(reference.rejection_verify), strict=True
+    ):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+def test_all_vocabularies_stay_inside(vocab_size: int) -> None:
+    for has_law in (True, False):
+        case = build_case(8, 2, vocab_size, seed=6, has_law=has_law)
+        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        written = torch.arange(3)[None] <= num_accepted[:, None]
+        assert ((tokens[written] >= 0) & (tokens[written] < vocab_size)).all()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_equal_laws_always_accept() -> None:
+    case = build_case(500, 6, 50, seed=7)
+    rows = case.row_start[:, None].long() + torch.arange(6)
+    draft_logits, draft_stats = case.logits[rows], case.stats[rows]
+    positions = (case.seq_len[:, None] + torch.arange(6)).flatten().int()
+    tokens, log_probs = NATIVE.sample_rows(
+        draft_logits.flatten(0, 1),
+        draft_stats.flatten(0, 1),
+        case.temperature.repeat_interleave(6),
+        case.seeds.repeat_interleave(6),
+        positions,
+        1,
+        case.seq_len.repeat_interleave(6),
+    )
+    case = replace(
+        case,
+        draft_logits=draft_logits,
+        draft_stats=draft_stats,
+        draft_tokens=tokens.view(-1, 6),
+        draft_log_probs=log_probs.view(-1, 6),
+    )
+    _, num_accepted, _ = case.run(NATIVE.rejection_verify)
+    assert torch.equal(num_accepted[case.is_selected], case.num_draft[case.is_selected])
+
+
+@pytest.mark.parametrize("token", [47, 127, 128, -1, 2**31 - 1, -(2**31)])
+def test_tokens_outside_the_support_are_never_accepted(token: int) -> None:
+    """Beyond the row, in its padding, or filtered out; whatever log q claims."""
+    for has_law in (True, False):
+        case = build_case(50, 3, 47, seed=8, has_law=has_law)
+        padded = torch.nn.functional.pad(case.logits, (0, 81), value=NEGATIVE_INFINITY)
+        case = replace(
+            case,
+            logits=padded,
+            draft_tokens=torch.full_like(case.draft_tokens, token),
+            draft_log_probs=torch.full_like(case.draft_log_probs, -100.0),
+        )
+        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        assert (num_accepted[case.is_selected] == 0).all()
+        assert ((tokens[:, 0] >= 0) & (tokens[:, 0] < 47))[case.is_selected].all()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_zero_residual_falls_back_to_the_target() -> None:
+    """A one-token target whose draft claims more than it gave: nothing is left, the target's token comes."""
+    logits = torch.full((3, 130), NEGATIVE_INFINITY)
+    logits[:, 129] = -2.0
+    one = torch.ones(1)
+    stats = unfiltered_stats(logits, one.expand(3))
+    for draft_logits in (None, logits[:1].clone()):
+        case = Case(
+            logits,
+            stats,
+            torch.tensor([1], dtype=torch.int32),
+            torch.tensor([1], dtype=torch.int32),
+            torch.tensor([[129]], dtype=torch.int32),
+            torch.tensor([[50.0]]),
+            None if draft_logits is None else draft_logits[None],
+            None if draft_logits is None else stats[:1][None],
+            one,
+            random_seeds(1),
+            torch.tensor([4], dtype=torch.int32),
+            torch.tensor([True]),
+        )
+        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        assert num_accepted.tolist() == [0]
+        assert tokens[0].tolist() == [129, UNTOUCHED]
+
+
+def test_a_sequence_keeps_its_result_in_every_batch() -> None:
+    for has_law in (True, False):
+        case = build_case(64, 5, 200, seed=9, has_law=has_law)
+        together = case.run(NATIVE.rejection_verify)
+        generator = torch.Generator().manual_seed(0)
+        for size in (1, 2, 7, 64):
+            chosen = torch.randperm(64, generator=generator)[:size]
+            for part, whole in zip(case.take(chosen).run(NATIVE.rejection_verify), together, strict=True):
+                assert torch.equal(part, whole[chosen])
+        _C.set_num_threads(1)
+        for part, whole in zip(case.run(NATIVE.rejection_verify), together, strict=True):
+            assert torch.equal(part, whole)
+        _C.set_num_threads(2)
+
+
+def test_bad_rows_set_the_error_only_where_they_were_used() -> None:
+    case = build_case(40, 2, 60, seed=10)
+    logits = case.logits.clone()
+    logits[case.row_start.long()[:20]] = float("nan")
+    logits[case.row_start.long()[20:] + 3] = float("nan")
+    stats = filtered(logits, case.temperature.repeat_interleave(4), OFF)
+    tokens, num_accepted, error = replace(case, logits=logits, stats=stats).run(NATIVE.rejection_verify)
+    assert (error[:20][case.is_selected[:20]] == 1).all()
+    assert (error[20:][case.is_selected[20:]] == 0).all()
+    written = torch.arange(3)[None] <= num_accepted[:, None]
+    assert ((tokens[written] >= 0) & (tokens[written] < 60)).all()
+
+
+def check_emitted_law(op) -> None:
+    """First token emitted over 60,000 rounds against the target's filtered law: chi-square, six sigmas."""
+    count, vocab_size = 60000, 16
+    target, draft = random_logits(1, vocab_size, 11, 1.5), random_logits(1, vocab_size, 12, 1.5)
+    temperature = torch.full((count,), 0.9)
+    target_stats = filtered(target, temperature[:1], (12, 0.95, 0.0))
+    draft_stats = filtered(draft, temperature[:1], (10, 1.0, 0.0))
+    seq_len = torch.arange(count).int()
+    seeds = random_seeds(1).expand(count)
+    tokens, log_probs = NATIVE.sample_rows(
+        draft.expand(count, -1), draft_stats.expand(count, -1), temperature, seeds, seq_len, 1, seq_len
+    )
+    case = Case(
+        target.expand(2, -1),
+        target_stats.expand(2, -1),
+        torch.zeros(count, dtype=torch.int32),
+        torch.ones(count, dtype=torch.int32),
+        tokens[:, None],
+        log_probs[:, None],
+        draft.expand(count, 1, -1),
+        draft_stats.expand(count, 1, -1),
+        temperature,
+        seeds,
+        seq_len,
+        torch.ones(count, dtype=torch.bool),
+    )
+    emitted, num_accepted, _ = case.run(op)
+    law = exact_log_probs(target, target_stats, temperature[:1])[0].exp()
+    counts = torch.bincount(emitted[:, 0].long(), minlength=vocab_size).double()
+    assert float(counts[law == 0].sum()) == 0
+    expected = law[law > 0] * count
+    statistic = float(((counts[law > 0] - expected) ** 2 / expected).sum())
+    freedom = expected.numel() - 1
+    assert statistic < freedom + 6 * math.sqrt(2 * freedom), statistic
+    assert 0.1 < float(num_accepted.double().mean()) < 0.95
+
+
+def test_what_is_emitted_follows_the_target() -> None:
+    check_emitted_law(NATIVE.rejection_verify)
+
+
+@pytest.mark.parametrize("fault", ["residual from p", "raw q", "one stream for draft and acceptance"])
+def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
+    def faulty(*arguments):
+        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
+        values = dict(zip(names, arguments, strict=True))
+        if fault == "residual from p":
+            # A draft law that is zero everywhere leaves p as the residual.
+            nothing = torch.full_like(values["draft_logits"], NEGATIVE_INFINITY)
+            values["draft_logits"] = nothing
+        if fault == "raw q":
+            raw = unfiltered_stats(values["draft_logits"][0], values["temperature"][:1])
+            values["draft_log_probs"] = (
+                values["draft_log_probs"] + values["draft_stats"][:, 0, 2:3] - raw[:, 2:3]
+            )
+        if fault == "one stream for draft and acceptance":
+            values["seeds"] = values["seeds"]
+            tokens, _ = NATIVE.sample_rows(
+                values["draft_logits"][:, 0],
+                values["draft_stats"][:, 0].contiguous(),
+                values["temperature"],
+                values["seeds"],
+                values["seq_len"],
+                rng.STREAM_TARGET,
+                torch.zeros_like(values["seq_len"]),
+            )
+            scaled = (
+                values["draft_logits"][:, 0].gather(1, tokens.long()[:, None])
+                / values["temperature"][:, None]
+            )
+            values["draft_tokens"] = tokens[:, None]
+            values["draft_log_probs"] = scaled - values["draft_stats"][:, 0, 2:3]
+        NATIVE.rejection_verify(*values.values())
+
+    with pytest.raises(AssertionError):
+        check_emitted_law(faulty)
+
+
+def test_strided_arguments_and_wrong_ones() -> None:
+    case = build_case(12, 3, 64, seed=13)
+    wide = torch.zeros(12, 5, 80)
+    wide[:, :3, :64] = case.draft_logits
+    strided = replace(case, draft_logits=wide[:, :3, :64], draft_tokens=case.draft_tokens.T.contiguous().T)
+    for actual, expected in zip(
+        strided.run(NATIVE.rejection_verify), case.run(NATIVE.rejection_verify), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    wrong = {
+        "draft_stats: give": {"draft_stats": None},
+        "draft_log_probs: expected": {"draft_log_probs": case.draft_log_probs.double()},
+        "draft_logits: expected": {"draft_logits": case.draft_logits[:, :2]},
+        "row_start: rows -1": {
+            "row_start": case.row_start - 1,
+            "is_selected": torch.ones(12, dtype=torch.bool),
+        },
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            replace(case, **change).run(NATIVE.rejection_verify)

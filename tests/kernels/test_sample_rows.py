@@ -1,0 +1,186 @@
+"""sample_rows: the Gumbel race of float64 up to near-ties, and never an id that must not win."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from kernel_cases import (
+    NATIVE,
+    NEGATIVE_INFINITY,
+    VOCABULARIES,
+    assert_row_invariant,
+    random_logits,
+    random_seeds,
+    unfiltered_stats,
+)
+from torch import Tensor
+
+from specengine import rng
+from specengine.kernels.reference.filter_rows import scale_rows
+
+
+def race_scores(logits: Tensor, stats: Tensor, temperature: Tensor, noise: tuple) -> Tensor:
+    """z / T + g in float64 over the kept tokens; z of greedy rows."""
+    scaled = scale_rows(logits, temperature)
+    kept = scaled.masked_fill(scaled < stats[:, 1, None], NEGATIVE_INFINITY).double()
+    seeds, positions, stream, round_base = noise
+    bits = rng.vocabulary_bits(seeds, positions, stream, round_base, logits.shape[1])
+    return torch.where(temperature[:, None] > 0, kept + rng.gumbel(bits, torch.float64), scaled.double())
+
+
+def assert_wins(tokens: Tensor, scores: Tensor) -> None:
+    """Every token's score is the row's best up to fp32 rounding of scores near 60."""
+    chosen = scores.gather(1, tokens.long()[:, None])[:, 0]
+    best = scores.max(dim=1).values
+    is_won = (chosen >= best - 4e-5 * best.abs().clamp(1, 1e3)) | (best == NEGATIVE_INFINITY)
+    assert is_won.all(), (tokens[~is_won], chosen[~is_won], best[~is_won])
+
+
+def mixed_case(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, tuple]:
+    logits = random_logits(num_rows, vocab_size, seed=vocab_size)
+    temperature = torch.tensor([0.0, 1.0, 0.6, 1.4]).repeat(num_rows)[:num_rows]
+    top_k = torch.tensor([0, 0, 20, 3, 0], dtype=torch.int32).repeat(num_rows)[:num_rows]
+    top_p = torch.tensor([1.0, 0.9, 1.0]).repeat(num_rows)[:num_rows]
+    stats = NATIVE.filter_rows(logits, temperature, top_k, top_p, torch.zeros(num_rows))
+    positions = torch.randint(0, 2**31 - 1, (num_rows,), dtype=torch.int32)
+    noise = (random_seeds(num_rows), positions, 1, positions.flip(0))
+    return logits, stats, temperature, noise
+
+
+def check_race(op, num_rows: int, vocab_size: int) -> None:
+    logits, stats, temperature, noise = mixed_case(num_rows, vocab_size)
+    before = logits.clone()
+    tokens, log_probs = op(logits, stats, temperature, *noise)
+    assert_wins(tokens, race_scores(logits, stats, temperature, noise))
+    scaled = scale_rows(logits, temperature)
+    assert (scaled.gather(1, tokens.long()[:, None])[:, 0] >= stats[:, 1]).all()
+    expected = scaled.gather(1, tokens.long()[:, None])[:, 0] - stats[:, 2]
+    assert torch.equal(log_probs, torch.where(temperature > 0, expected, 0.0))
+    assert torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("vocab_size", VOCABULARIES)
+@pytest.mark.usefixtures("instruction_set")
+def test_the_race_is_float64_s(vocab_size: int) -> None:
+    check_race(NATIVE.sample_rows, 64 if vocab_size < 1000 else 15, vocab_size)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_peaked_rows_skip_no_winner() -> None:
+    """Most tokens are skipped without a logarithm: none of them may have been the winner."""
+    for spread in (0.0, 0.1, 1.0, 10.0, 100.0):
+        logits = random_logits(200, 1000, seed=int(spread * 10), spread=spread)
+        temperature = torch.ones(200)
+        stats = unfiltered_stats(logits, temperature)
+        noise = (random_seeds(200), torch.arange(200).int(), 0, torch.zeros(200, dtype=torch.int32))
+        tokens, _ = NATIVE.sample_rows(logits, stats, temperature, *noise)
+        assert_wins(tokens, race_scores(logits, stats, temperature, noise))
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_edges() -> None:
+    vocab_size = 8193
+    logits = random_logits(8, vocab_size)
+    logits[0] = NEGATIVE_INFINITY
+    logits[1] = float("nan")
+    logits[2, 17] = float("inf")
+    logits[3, :-1] = NEGATIVE_INFINITY
+    logits[4] = 1e-42
+    logits[5] = float("nan")
+    logits[5, 4000] = -5.0
+    logits[6] = -3e38
+    logits[7, 8192:] = NEGATIVE_INFINITY
+    for value in (0.0, 1e-3, 1.0, 50.0):
+        temperature = torch.full((8,), value)
+        stats = unfiltered_stats(logits, temperature)
+        seeds, zeros = random_seeds(8), torch.zeros(8, dtype=torch.int32)
+        tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, zeros, 0, zeros)
+        assert tokens[[0, 1]].tolist() == [0, 0]
+        assert tokens[2] == 17
+        assert tokens[3] == 8192
+        assert tokens[5] == 4000
+        assert ((tokens >= 0) & (tokens < vocab_size)).all()
+        assert tokens[7] != 8192
+        assert torch.equal(stats[:, 3] > 0, torch.tensor([1, 1, 0, 0, 0, 1, int(value == 1e-3), 0]) > 0)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_ties_go_to_the_lowest_id() -> None:
+    """Greedy ties; and two tokens whose equal noise cannot separate them do not exist in a race."""
+    logits = torch.full((5, 1000), -2.0)
+    for row, token in enumerate((0, 5, 130, 511, 990)):
+        logits[row, token:] = 7.0
+    zeros = torch.zeros(5, dtype=torch.int32)
+    tokens, _ = NATIVE.sample_rows(
+        logits, unfiltered_stats(logits, torch.zeros(5)), torch.zeros(5), zeros.long(), zeros, 0, zeros
+    )
+    assert tokens.tolist() == [0, 5, 130, 511, 990]
+
+
+def test_a_row_keeps_its_draw_whatever_is_drawn_with_it() -> None:
+    logits, _, _, _ = mixed_case(64, 500)
+
+    def op(rows: Tensor) -> Tensor:
+        temperature = (rows[:, 0].abs() % 1.5).clamp_min(0.1)
+        stats = unfiltered_stats(rows, temperature)
+        places = (rows[:, 1].abs() * 1000).int()
+        tokens, log_probs = NATIVE.sample_rows(
+            rows, stats, temperature, places.long() << 33, places, 0, places
+        )
+        return torch.stack((tokens.double(), log_probs.double()), dim=1)
+
+    assert_row_invariant(op, logits)
+
+
+def chi_square(tokens: Tensor, law: Tensor) -> float:
+    expected = law * tokens.numel()
+    counts = torch.bincount(tokens.long(), minlength=law.numel()).double()
+    assert float(counts[law == 0].sum()) == 0
+    return float(((counts - expected) ** 2 / expected)[law > 0].sum())
+
+
+def check_distribution(op) -> None:
+    """40,000 draws of a filtered 200-token law; 40 more degrees of freedom than six sigmas allow fail."""
+    num_rows, vocab_size = 40000, 200
+    row = random_logits(1, vocab_size, spread=1.5)
+    logits = row.expand(num_rows, -1)
+    temperature = torch.full((num_rows,), 0.8)
+    one = NATIVE.filter_rows(
+        row, temperature[:1], torch.tensor([50], dtype=torch.int32), torch.tensor([0.97]), torch.zeros(1)
+    )
+    scaled = (row[0] / 0.8).double()
+    law = torch.where(scaled >= one[0, 1].double(), (scaled - one[0, 2].double()).exp(), 0.0)
+    positions = torch.arange(num_rows).int()
+    seeds, bases = random_seeds(1).expand(num_rows), torch.zeros_like(positions)
+    tokens, _ = op(logits, one.expand(num_rows, -1), temperature, seeds, positions, 0, bases)
+    freedom = int((law > 0).sum()) - 1
+    assert chi_square(tokens, law) < freedom + 6 * math.sqrt(2 * freedom)
+
+
+def test_draws_follow_the_law() -> None:
+    check_distribution(NATIVE.sample_rows)
+
+
+@pytest.mark.parametrize("fault", ["filter ignored", "temperature ignored", "noise shared by positions"])
+def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
+    def faulty(logits, stats, temperature, seeds, positions, stream, round_base):
+        if fault == "filter ignored":
+            stats = stats * torch.tensor([1.0, 1e30, 1.0, 1.0])
+        if fault == "temperature ignored":
+            temperature = torch.ones_like(temperature)
+        if fault == "noise shared by positions":
+            positions = positions // 100
+        return NATIVE.sample_rows(logits, stats, temperature, seeds, positions, stream, round_base)
+
+    with pytest.raises(AssertionError):
+        check_distribution(faulty)
+
+
+def test_the_wrong_stream_is_noticed() -> None:
+    def wrong(logits, stats, temperature, seeds, positions, stream, round_base):
+        return NATIVE.sample_rows(logits, stats, temperature, seeds, positions, 0, round_base)
+
+    with pytest.raises(AssertionError):
+        check_race(wrong, 16, 128)
