@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -89,7 +89,9 @@ def check_acceptance(value: object) -> str:
 def _check_stop_strings(value: object) -> tuple[str, ...]:
     if value is None:
         return ()
-    strings = (value,) if isinstance(value, str) else tuple(value)  # type: ignore[arg-type]
+    if not isinstance(value, Iterable):
+        raise TypeError(f"stop must be a string or a list of strings, got {value!r}")
+    strings = (value,) if isinstance(value, str) else tuple(value)
     if len(strings) > MAX_NUM_STOP_STRINGS:
         raise ValueError(f"stop must hold at most {MAX_NUM_STOP_STRINGS} strings, got {len(strings)}")
     for string in strings:

@@ -1,0 +1,1 @@
+"""Drafters: whatever can propose tokens. Each owns its state, keyed by sequence."""

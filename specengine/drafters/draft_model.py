@@ -1,0 +1,143 @@
+"""A small model as the drafter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from specengine import rng
+from specengine.drafters.base import DraftProposal
+from specengine.kernels.reference.filter_rows import STAT_ERROR
+from specengine.runtime.batch import row_starts
+from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.state import RunningBatch, apply_bias
+
+
+class DraftModelDrafter:
+    """Drafts k tokens one by one with a model that shares the target's block table.
+
+    Its first forward of a round feeds whatever was committed beyond its watermark: one token, two after a fully
+    accepted round (its KV lacks the last accepted token), more after rounds without drafting or a prefix hit that
+    only the target had.
+    """
+
+    def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int) -> None:
+        self.name = name
+        self.runner = runner
+        self._chunk_size = chunk_size
+
+    def propose(self, batch: RunningBatch) -> DraftProposal:
+        limits = [
+            self._context_limit(length, limit)
+            for length, limit in zip(batch.lengths, batch.draft_limits, strict=True)
+        ]
+        num_tokens = torch.tensor(limits, dtype=torch.int32, device=batch.seq_len.device)
+        k = max(limits, default=0)
+        draft = _Draft(batch, k, self.runner.vocab_size)
+        if k == 0:
+            return draft.proposal(num_tokens)
+        start = self._catch_up(batch, limits)
+        for step in range(k):
+            rows = [row for row, limit in enumerate(limits) if limit > step]
+            part = batch.take(rows)
+            end = part.seq_len + step
+            first = start[rows] if step == 0 else end - 1
+            one = torch.ones_like(end)
+            logits = self.runner.forward(part, first, end - first, one)
+            draft.draw(self.runner, part, rows, step, logits)
+        self._advance(batch, limits)
+        return draft.proposal(num_tokens)
+
+    def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
+        """Nothing to do: rollback is a minimum, and the block manager takes it."""
+
+    def release(self, sequence_id: int) -> None:
+        """Nothing to do: the state is KV, which the block manager frees."""
+
+    def _context_limit(self, length: int, limit: int) -> int:
+        """The last draft forward feeds position length + k - 2, which the draft's context must hold."""
+        return max(0, min(limit, self.runner.max_positions - length + 1))
+
+    def _catch_up(self, batch: RunningBatch, limits: list[int]) -> Tensor:
+        """Computes all but the last chunk of what the draft's KV lacks; returns where the rest starts, `[B]`."""
+        cache, index = self.runner.kv_cache, self.runner.model_index
+        slots = batch.slots.tolist()
+        start = [cache.num_computed(slot, index) for slot in slots]
+        while True:
+            rows = [
+                row
+                for row, limit in enumerate(limits)
+                if limit > 0 and batch.lengths[row] - start[row] > self._chunk_size
+            ]
+            if not rows:
+                return torch.tensor(start, dtype=torch.int32, device=batch.seq_len.device)
+            part = batch.take(rows)
+            first = torch.tensor([start[row] for row in rows], dtype=torch.int32, device=batch.seq_len.device)
+            chunk = torch.full_like(first, self._chunk_size)
+            self.runner.forward(part, first, chunk, torch.zeros_like(first))
+            for row in rows:
+                start[row] += self._chunk_size
+                cache.manager.set_computed(slots[row], index, start[row])
+
+    def _advance(self, batch: RunningBatch, limits: list[int]) -> None:
+        manager, index = self.runner.kv_cache.manager, self.runner.model_index
+        for slot, length, limit in zip(batch.slots.tolist(), batch.lengths, limits, strict=True):
+            if limit > 0:
+                manager.set_computed(slot, index, length + limit - 1)
+
+
+class _Draft:
+    """The proposal under construction: tokens, and in rejection mode the rows they were drawn from."""
+
+    def __init__(self, batch: RunningBatch, k: int, vocab_size: int) -> None:
+        device, size = batch.seq_len.device, batch.size
+        self._batch = batch
+        self.tokens = torch.zeros(size, k, dtype=torch.int32, device=device)
+        self.stats = torch.zeros(size, k, 4, device=device)
+        self.log_probs = torch.zeros(size, k, device=device)
+        self.logits: Tensor | None = None
+
+    def draw(
+        self, runner: ModelRunner, part: RunningBatch, rows: list[int], step: int, logits: Tensor
+    ) -> None:
+        """Draws token `step` of the given rows and stages it behind the committed tokens."""
+        ones = torch.ones_like(part.seq_len)
+        position = part.seq_len + step
+        logits = apply_bias(logits, part, row_starts(ones), ones, position)
+        stats = runner.backend.filter_rows(logits, part.temperature, part.top_k, part.top_p, part.min_p)
+        tokens, log_probs = _draw(runner, part, logits, stats, position)
+        self.tokens[rows, step] = tokens
+        self.stats[rows, step] = stats
+        self.log_probs[rows, step] = log_probs
+        if part.has_rejection:
+            if self.logits is None:
+                shape = (*self.tokens.shape, logits.shape[1])
+                self.logits = torch.full(shape, float("-inf"), device=logits.device)
+            self.logits[rows, step] = logits
+        part.tokens[part.slots.long(), position.long()] = tokens
+
+    def proposal(self, limits: Tensor) -> DraftProposal:
+        """Rows stop before the first draft distribution that is not one (a NaN, say)."""
+        is_good = self.stats[..., STAT_ERROR] == 0
+        num_tokens = torch.minimum(limits, is_good.int().cumprod(dim=1).sum(dim=1).int())
+        if self.logits is None:
+            return DraftProposal(self.tokens, num_tokens)
+        return DraftProposal(self.tokens, num_tokens, self.log_probs, self.logits, self.stats)
+
+
+def _draw(
+    runner: ModelRunner, part: RunningBatch, logits: Tensor, stats: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Match mode draws with the target's own noise, rejection mode with the draft stream's."""
+
+    def draw(stream: int, base: Tensor) -> tuple[Tensor, Tensor]:
+        return runner.backend.sample_rows(logits, stats, part.temperature, part.seeds, position, stream, base)
+
+    if part.is_all_rejection:
+        return draw(rng.STREAM_DRAFT, part.seq_len)
+    matched = draw(rng.STREAM_TARGET, torch.zeros_like(position))
+    if not part.has_rejection:
+        return matched
+    own = draw(rng.STREAM_DRAFT, part.seq_len)
+    tokens, log_probs = (torch.where(part.uses_rejection, *pair) for pair in zip(own, matched, strict=True))
+    return tokens, log_probs

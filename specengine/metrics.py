@@ -1,0 +1,63 @@
+"""Counts what speculation does. A stop inside an accepted run hides what came after it, here too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import zip_longest
+
+from specengine.outputs import SpeculativeDecodingMetrics
+
+
+def record_round(
+    metrics: SpeculativeDecodingMetrics, *, num_draft: int, num_accepted: int, num_kept: int
+) -> None:
+    """Adds a round that judged `num_draft` tokens, accepted a prefix, and of whose tokens `num_kept` were kept.
+
+    Without a stop num_kept = num_accepted + 1. With one, drafts beyond it were never needed and do not count,
+    and if it falls inside the accepted run the target's own token is trimmed:
+    emitted = 1 + accepted + rounds - trimmed.
+    """
+    is_trimmed = num_kept <= num_accepted
+    accepted = min(num_accepted, num_kept)
+    drafted = num_kept if is_trimmed else num_draft
+    metrics.num_rounds += 1
+    metrics.num_trimmed_tokens += is_trimmed
+    if drafted == 0:
+        return
+    metrics.num_spec_steps += 1
+    metrics.num_draft_tokens += drafted
+    metrics.num_accepted_draft_tokens += accepted
+    _increment(metrics.acceptance_histogram, accepted, range(accepted, accepted + 1))
+    _increment(metrics.num_drafted_by_position, drafted - 1, range(drafted))
+    _increment(metrics.num_accepted_by_position, drafted - 1, range(accepted))
+    _increment(metrics.rejection_positions, drafted - 1, range(accepted, min(accepted + 1, drafted)))
+
+
+def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMetrics:
+    """The sum over several sequences."""
+    total = SpeculativeDecodingMetrics()
+    for part in parts:
+        total.num_spec_tokens = max(total.num_spec_tokens, part.num_spec_tokens)
+        for name in (
+            "num_spec_steps",
+            "num_rounds",
+            "num_draft_tokens",
+            "num_accepted_draft_tokens",
+            "num_trimmed_tokens",
+        ):
+            setattr(total, name, getattr(total, name) + getattr(part, name))
+        for name in (
+            "acceptance_histogram",
+            "num_drafted_by_position",
+            "num_accepted_by_position",
+            "rejection_positions",
+        ):
+            pairs = zip_longest(getattr(total, name), getattr(part, name), fillvalue=0)
+            setattr(total, name, [left + right for left, right in pairs])
+    return total
+
+
+def _increment(counts: list[int], last: int, indices: range) -> None:
+    counts.extend([0] * (last + 1 - len(counts)))
+    for index in indices:
+        counts[index] += 1

@@ -1,0 +1,47 @@
+"""What a model is, read from its config and the headers of its files: no weight is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from specengine.models.checkpoint import open_checkpoint
+from specengine.models.loader import ARCHITECTURES, read_spec
+
+
+def supported_architectures() -> list[str]:
+    """The `model_type`s that can be loaded."""
+    return sorted(ARCHITECTURES)
+
+
+def describe_model(source: str | os.PathLike[str]) -> dict[str, Any]:
+    """The spec's fields by name; for a directory also its path, parameters, dtype and size.
+
+    Raises `ModelLoadError` for what cannot be loaded either.
+    """
+    spec, _ = read_spec(source)
+    description: dict[str, Any] = dataclasses.asdict(spec)
+    directory = Path(source).expanduser()
+    if not directory.is_dir():
+        return description
+    return {"directory": str(directory), **_weights(directory), **description}
+
+
+def _weights(directory: Path) -> dict[str, Any]:
+    tensors = [
+        info
+        for info in open_checkpoint(directory, allow_pickle=False).tensors.values()
+        if info.dtype is not None
+    ]
+    num_bytes = Counter[str]()
+    for info in tensors:
+        num_bytes[str(info.dtype).removeprefix("torch.")] += info.num_bytes
+    return {
+        "parameters": sum(math.prod(info.shape) for info in tensors),
+        "dtype": num_bytes.most_common(1)[0][0] if num_bytes else "none",
+        "megabytes": round(num_bytes.total() / 1e6, 1),
+    }

@@ -1,0 +1,56 @@
+"""Turns finished requests into what the caller gets."""
+
+from __future__ import annotations
+
+from specengine import metrics
+from specengine.outputs import CompletionOutput, GenerationMetrics, GenerationResult
+from specengine.runtime.sequence import Request, Sequence
+
+
+def build_result(request: Request) -> GenerationResult:
+    """Everything about a finished request."""
+    params = request.params
+    return GenerationResult(
+        prompt_token_ids=list(request.prompt_ids),
+        outputs=[_build_output(sequence) for sequence in request.sequences],
+        metrics=_build_metrics(request),
+        prompt=request.prompt,
+        prompt_logprobs=None if params.prompt_logprobs is None else list(request.prompt_logprobs),
+        seed=request.seed,
+    )
+
+
+def _build_output(sequence: Sequence) -> CompletionOutput:
+    logprobs = None if sequence.params.logprobs is None else list(sequence.logprobs)
+    return CompletionOutput(
+        index=sequence.sample_index,
+        token_ids=list(sequence.output_ids),
+        text=sequence.text.text,
+        finish_reason=sequence.finish_reason or "abort",
+        stop_reason=sequence.stop_reason,
+        logprobs=logprobs,
+        cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
+        token_source=list(sequence.token_source),
+        seed=sequence.seed,
+        error=sequence.error,
+    )
+
+
+def _build_metrics(request: Request) -> GenerationMetrics:
+    """Times and counts over all samples of a request."""
+    sequences = request.sequences
+    last = request.last_token_time or request.arrival_time
+    started = request.first_forward_time or last
+    first = request.first_token_time or last
+    return GenerationMetrics(
+        num_prompt_tokens=len(request.prompt_ids),
+        num_generated_tokens=sum(len(sequence.output_ids) for sequence in sequences),
+        num_cached_tokens=request.num_cached_tokens,
+        num_target_forwards=sum(sequence.num_target_forwards for sequence in sequences),
+        num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
+        queue_time=started - request.arrival_time,
+        prompt_time=first - started,
+        decode_time=last - first,
+        total_time=last - request.arrival_time,
+        speculative_decoding=metrics.merge(sequence.metrics for sequence in sequences),
+    )

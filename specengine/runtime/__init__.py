@@ -1,0 +1,1 @@
+"""Device state: sequences, KV tensors, batches, the model runner."""

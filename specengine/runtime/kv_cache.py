@@ -1,0 +1,151 @@
+"""The KV cache of an engine: one block table for target and draft, one tensor a model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from specengine import _C
+from specengine.config import EngineConfig
+from specengine.errors import InsufficientMemoryError
+from specengine.models.decoder import DecoderSpec
+
+TARGET, DRAFT = 0, 1
+_DEFAULT_CPU_BYTES = 4 << 30
+_DEFAULT_GPU_SHARE = 0.5
+
+
+def bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
+    """KV bytes that one token takes in one model."""
+    return 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * dtype.itemsize
+
+
+class KVCache:
+    """Preallocated keys and values of every model, and the C++ manager that hands out their blocks.
+
+    manager:     who owns which block; watermarks, reference counts, prefix index
+    tensors:     per model `[layers, 2, num_blocks, kv_heads, block_size, head_dim]`
+    block_table: `[max_batch_size, max_blocks]` int32 in host memory (pinned with CUDA), written by the manager
+    """
+
+    def __init__(
+        self,
+        specs: Sequence[DecoderSpec],
+        dtypes: Sequence[torch.dtype],
+        config: EngineConfig,
+        *,
+        max_seq_len: int,
+        device: torch.device,
+    ) -> None:
+        self.block_size = config.block_size
+        self.max_seq_len = max_seq_len
+        self.device = device
+        block_bytes = self.block_size * sum(map(bytes_per_token, specs, dtypes))
+        self.num_blocks = plan_num_blocks(config, block_bytes, max_seq_len, device)
+        max_blocks = math.ceil(max_seq_len / self.block_size)
+        is_cuda = device.type == "cuda"
+        self.block_table = torch.zeros(
+            config.max_batch_size, max_blocks, dtype=torch.int32, pin_memory=is_cuda
+        )
+        self.manager = _C.PagedKVCache(
+            self.num_blocks,
+            self.block_size,
+            config.max_batch_size,
+            max_blocks,
+            len(specs),
+            self.block_table.data_ptr(),
+            config.enable_prefix_cache,
+        )
+        self.tensors = [
+            self._allocate(spec, dtype, block_bytes) for spec, dtype in zip(specs, dtypes, strict=True)
+        ]
+
+    def _allocate(self, spec: DecoderSpec, dtype: torch.dtype, block_bytes: int) -> Tensor:
+        shape = (spec.num_layers, 2, self.num_blocks, spec.num_kv_heads, self.block_size, spec.head_dim)
+        try:
+            # Pages that no sequence ever reaches are never touched, so they cost nothing.
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        except (RuntimeError, MemoryError) as error:
+            raise InsufficientMemoryError(
+                f"the KV cache of {self.num_blocks} blocks needs {self.num_blocks * block_bytes:,} bytes, which "
+                f"device {self.device} refused; lower max_batch_size, max_seq_len, num_blocks or kv_cache_bytes"
+            ) from error
+
+    def device_block_table(self) -> Tensor:
+        """The block table as kernels on `device` read it."""
+        return self.block_table if self.device.type == "cpu" else self.block_table.to(self.device)
+
+    def num_computed(self, slot: int, model: int) -> int:
+        """The watermark: leading tokens of `slot` whose KV `model` holds."""
+        return int(self.manager.num_computed_tokens(slot, model))
+
+    def reserve(self, slot: int, first_position: int, num_tokens: int) -> None:
+        """Makes positions [first_position, num_tokens) writable, copying shared blocks first.
+
+        Raises `OutOfBlocksError`, nothing changed, if there are too few free blocks.
+        """
+        copies = self.manager.extend(slot, first_position, num_tokens)
+        if copies:
+            source, destination = (torch.tensor(ids, device=self.device) for ids in zip(*copies, strict=True))
+            for tensor in self.tensors:
+                tensor[:, :, destination] = tensor[:, :, source]
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return math.ceil(num_tokens / self.block_size)
+
+    @property
+    def num_usable_blocks(self) -> int:
+        """Blocks that sequences can own: all but the scratch block."""
+        return self.num_blocks - 1
+
+
+def plan_num_blocks(config: EngineConfig, block_bytes: int, max_seq_len: int, device: torch.device) -> int:
+    """Blocks to allocate, the scratch block included; refuses a budget in which no sequence could ever finish."""
+    blocks_a_sequence = math.ceil(max_seq_len / config.block_size)
+    if config.num_blocks is not None:
+        num_blocks = config.num_blocks
+        asked = f"num_blocks={num_blocks}"
+    else:
+        budget = config.kv_cache_bytes
+        asked = f"kv_cache_bytes={budget:,}" if budget is not None else "the default KV cache budget"
+        if budget is None:
+            budget = _default_budget(device)
+        wanted = config.max_batch_size * blocks_a_sequence + 1
+        num_blocks = budget // block_bytes if config.kv_cache_bytes else min(wanted, budget // block_bytes)
+    if num_blocks < 2:
+        raise InsufficientMemoryError(
+            f"{asked} holds {num_blocks} KV blocks of {block_bytes:,} bytes each, but at least 2 are needed "
+            f"(one is scratch): {2 * block_bytes:,} bytes"
+        )
+    if num_blocks - 1 < blocks_a_sequence and config.num_blocks is None:
+        fits = (num_blocks - 1) * config.block_size
+        raise InsufficientMemoryError(
+            f"max_seq_len={max_seq_len} needs {blocks_a_sequence} KV blocks of {block_bytes:,} bytes each "
+            f"({(blocks_a_sequence + 1) * block_bytes:,} bytes with the scratch block), but {asked} holds "
+            f"{num_blocks - 1}; max_seq_len={fits} would fit"
+        )
+    if config.num_blocks is not None or config.kv_cache_bytes is not None:
+        memory = _device_memory(device)
+        if num_blocks * block_bytes > memory:
+            raise InsufficientMemoryError(
+                f"{asked} means {num_blocks * block_bytes:,} bytes of KV cache, but device {device} has {memory:,} "
+                f"in all; num_blocks={memory // block_bytes} would fit"
+            )
+    return int(num_blocks)
+
+
+def _device_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _default_budget(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * _DEFAULT_GPU_SHARE)
+    return _DEFAULT_CPU_BYTES

@@ -1,0 +1,50 @@
+"""Runs one model's forward over the shared block table and its own KV tensor."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from specengine.models.decoder import Decoder
+from specengine.ops import Backend
+from specengine.runtime.batch import build_forward_batch
+from specengine.runtime.kv_cache import KVCache
+from specengine.runtime.state import RunningBatch
+
+
+class ModelRunner:
+    """A decoder, the KV tensor it writes, and the vocabulary it may emit.
+
+    model_index: this model's place among the cache's tensors and watermarks
+    vocab_size:  ids from here on get -inf
+    """
+
+    def __init__(self, decoder: Decoder, kv_cache: KVCache, *, model_index: int, vocab_size: int) -> None:
+        self.decoder = decoder
+        self.kv_cache = kv_cache
+        self.model_index = model_index
+        self.vocab_size = vocab_size
+
+    @property
+    def backend(self) -> Backend:
+        return self.decoder.backend
+
+    @property
+    def max_positions(self) -> int:
+        return self.decoder.spec.max_positions
+
+    def forward(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> Tensor:
+        """Feeds q_len[b] tokens of each sequence from position start[b] on (`[B]` int32 each).
+
+        Returns the fp32 logits of each sequence's last num_logits[b] tokens, `[sum(num_logits), V]`.
+        """
+        forward_batch = build_forward_batch(
+            batch.tokens,
+            batch.block_table,
+            batch.slots,
+            start,
+            q_len,
+            num_logits,
+            block_size=self.kv_cache.block_size,
+        )
+        kv_tensor = self.kv_cache.tensors[self.model_index]
+        return self.decoder.forward(forward_batch, kv_tensor, self.vocab_size)

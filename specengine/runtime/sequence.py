@@ -1,0 +1,125 @@
+"""The host's record of what is being generated."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from specengine import rng
+from specengine.config import AUTO, AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
+from specengine.outputs import (
+    FinishReason,
+    SpeculativeDecodingMetrics,
+    StreamEvent,
+    TokenLogprob,
+    TokenSource,
+)
+from specengine.runtime.text import TextStream
+
+_sequence_ids = itertools.count()
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One sample of one request. Its committed tokens are the truth; `slot` is set while it owns KV blocks."""
+
+    request: Request
+    sample_index: int
+    text: TextStream
+    max_new_tokens: int
+    num_speculative_tokens: int
+    eos_token_ids: tuple[int, ...]
+    banned_until: int
+    sequence_id: int = field(default_factory=lambda: next(_sequence_ids))
+    slot: int | None = None
+    output_ids: list[int] = field(default_factory=list)
+    token_source: list[TokenSource] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+    metrics: SpeculativeDecodingMetrics = field(default_factory=SpeculativeDecodingMetrics)
+    num_target_forwards: int = 0
+    num_preemptions: int = 0
+    num_reported: int = 0
+    is_end_reported: bool = False
+
+    @property
+    def seed(self) -> int:
+        return rng.derive_seed(self.request.seed, self.sample_index)
+
+    @property
+    def params(self) -> SamplingParams:
+        return self.request.params
+
+    @property
+    def num_tokens(self) -> int:
+        """Committed tokens, the prompt's included."""
+        return len(self.request.prompt_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.request.prompt_ids + self.output_ids
+
+    @property
+    def num_tokens_to_compute(self) -> int:
+        """Tokens whose KV must exist before the sequence decodes: all of a fresh prompt (its last row decides
+        the first token), all but the last of one that has generated already (the next round feeds it)."""
+        return self.num_tokens - (1 if self.output_ids else 0)
+
+    @property
+    def remaining(self) -> int:
+        """New tokens that may still be generated."""
+        return self.max_new_tokens - len(self.output_ids)
+
+    @property
+    def max_draft_tokens(self) -> int:
+        """k of the next round: what is asked for, but never past the budget (a round emits up to k + 1)."""
+        return min(self.num_speculative_tokens, self.remaining - 1)
+
+    @property
+    def ending_ids(self) -> tuple[int, ...]:
+        """Tokens that end the output, and that `min_new_tokens` bans until position `banned_until`."""
+        return tuple(sorted({*self.eos_token_ids, *self.params.stop_token_ids}))
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Sample 0 collects them, on its first pass over the prompt."""
+        return self.params.prompt_logprobs is not None and self.sample_index == 0 and not self.output_ids
+
+    @property
+    def is_finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclass(eq=False)
+class Request:
+    """One prompt and what was asked for it."""
+
+    request_id: int
+    index: int
+    prompt: str | None
+    prompt_ids: list[int]
+    params: SamplingParams
+    seed: int
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    events: deque[StreamEvent] = field(default_factory=deque)
+    num_cached_tokens: int = 0
+    arrival_time: float = field(default_factory=time.perf_counter)
+    first_forward_time: float | None = None
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+
+    @property
+    def is_finished(self) -> bool:
+        return all(sequence.is_finished for sequence in self.sequences)
+
+
+def resolve_num_speculative_tokens(params: SamplingParams, *, has_drafter: bool) -> int:
+    """k for a request: 0 without a drafter."""
+    if params.num_speculative_tokens == AUTO:
+        return AUTO_NUM_SPECULATIVE_TOKENS if has_drafter else 0
+    return int(params.num_speculative_tokens)

@@ -1,0 +1,208 @@
+"""Who runs in the next step: continuous batching, chunked prefill, preemption by recomputation."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+
+from specengine.errors import OutOfBlocksError, UnknownSequenceError
+from specengine.runtime.kv_cache import DRAFT, TARGET, KVCache
+from specengine.runtime.sequence import Request, Sequence
+from specengine.runtime.state import BatchState
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens start … start + length - 1 of a sequence that has not computed all of its prompt."""
+
+    sequence: Sequence
+    start: int
+    length: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.length == self.sequence.num_tokens_to_compute
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One step: prompt chunks for one forward, and the sequences of one round."""
+
+    chunks: list[Chunk]
+    decoding: list[Sequence]
+
+
+class Scheduler:
+    """Owns the queues and decides who holds KV blocks. First come, first served; the latest is preempted first."""
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        state: BatchState,
+        *,
+        chunk_size: int,
+        on_release: Callable[[Sequence], None],
+    ) -> None:
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self._kv_cache = kv_cache
+        self._manager = kv_cache.manager
+        self._state = state
+        self._chunk_size = chunk_size
+        self._on_release = on_release
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    @property
+    def requests(self) -> list[Request]:
+        """Every request that is queued or running."""
+        return list(dict.fromkeys(sequence.request for sequence in [*self.running, *self.waiting]))
+
+    def add(self, request: Request) -> None:
+        """Queues every sample of a request."""
+        self.waiting.extend(request.sequences)
+
+    def schedule(self) -> Plan:
+        """Reserves blocks for a round of everyone who decodes, admits whom there is room for, cuts prompt chunks."""
+        decoding = self._reserve_decoding()
+        self._admit()
+        return Plan(self._cut_chunks(), decoding)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes a finished or aborted sequence out, wherever it is; its full blocks stay findable by prefix."""
+        if sequence in self.waiting:
+            self.waiting.remove(sequence)
+        if sequence in self.running:
+            self._release(sequence)
+
+    def reclaim(self) -> None:
+        """Frees the slots that an interruption left without a running sequence."""
+        owned = {sequence.slot for sequence in self.running}
+        for slot in range(self._state.seq_len.numel()):
+            if slot not in owned:
+                with suppress(UnknownSequenceError):
+                    self._manager.free(slot)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Makes the sequence's full computed blocks findable by prefix."""
+        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        self._manager.publish(sequence.slot, np.asarray(sequence.token_ids, dtype=np.int32))
+
+    def num_computed(self, sequence: Sequence) -> int:
+        """The target's watermark."""
+        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        return self._kv_cache.num_computed(sequence.slot, TARGET)
+
+    def _is_prefilled(self, sequence: Sequence) -> bool:
+        return bool(sequence.output_ids) and self.num_computed(sequence) >= sequence.num_tokens_to_compute
+
+    def _reserve_decoding(self) -> list[Sequence]:
+        reserved: list[Sequence] = []
+        for sequence in [sequence for sequence in self.running if self._is_prefilled(sequence)]:
+            if sequence.slot is None:
+                continue  # preempted for one that came before it
+            while not self._try_reserve(sequence):
+                victim = self.running[-1]
+                self._preempt(victim)
+                if victim is sequence:
+                    break
+            else:
+                reserved.append(sequence)
+        return reserved
+
+    def _try_reserve(self, sequence: Sequence) -> bool:
+        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        first = self.num_computed(sequence)
+        if sequence.max_draft_tokens > 0 and len(self._kv_cache.tensors) > 1:
+            first = min(first, self._kv_cache.num_computed(sequence.slot, DRAFT))
+        try:
+            self._kv_cache.reserve(sequence.slot, first, sequence.num_tokens + sequence.max_draft_tokens)
+        except OutOfBlocksError:
+            return False
+        return True
+
+    def _admit(self) -> None:
+        for sequence in list(self.waiting):
+            if self._manager.num_sequences == self._state.seq_len.numel():
+                return
+            if self._awaits_sibling(sequence):
+                continue
+            if not self._try_admit(sequence):
+                return
+
+    def _awaits_sibling(self, sequence: Sequence) -> bool:
+        """Whether another sample of the same prompt is still computing the KV that this one will share: the
+        target's in its prefill, the draft's in its first round."""
+
+        def is_computing(other: Sequence) -> bool:
+            is_drafted = other.metrics.num_rounds > 0 or other.max_draft_tokens <= 0
+            return other.slot is not None and not (self._is_prefilled(other) and is_drafted)
+
+        siblings = sequence.request.sequences
+        return not sequence.output_ids and any(
+            is_computing(other) for other in siblings if other is not sequence
+        )
+
+    def _try_admit(self, sequence: Sequence) -> bool:
+        slot = self._share_prefix(sequence)
+        try:
+            num_tokens = sequence.num_tokens_to_compute
+            computed = self._kv_cache.num_computed(slot, TARGET)
+            needed = self._manager.num_blocks_needed(slot, computed, num_tokens)
+            # Each running sequence may want one more block soon: admitting into the last ones would only preempt.
+            is_room = needed + len(self.running) <= self._manager.num_free_blocks
+            if is_room:
+                self._kv_cache.reserve(slot, computed, num_tokens)
+                sequence.slot = slot
+                self._state.admit(sequence)
+                self.waiting.remove(sequence)
+                self.running.append(sequence)
+                if not sequence.output_ids:
+                    sequence.request.num_cached_tokens += computed
+        finally:
+            if sequence not in self.running:
+                self._manager.free(slot)
+                sequence.slot = None
+        return is_room
+
+    def _share_prefix(self, sequence: Sequence) -> int:
+        """A slot that starts with what others have computed: a sibling's prompt, or blocks of an equal prefix."""
+        request = sequence.request
+        limit = sequence.num_tokens - 1
+        if not sequence.output_ids and sequence.sample_index > 0:
+            for other in request.sequences:
+                if other is not sequence and other.slot is not None:
+                    return int(self._manager.fork(other.slot, limit))
+        if request.params.prompt_logprobs is not None and sequence.sample_index == 0:
+            limit = 0  # every prompt row's logits are wanted
+        return int(self._manager.allocate(np.asarray(sequence.token_ids, dtype=np.int32), limit))
+
+    def _cut_chunks(self) -> list[Chunk]:
+        chunks = []
+        budget = self._chunk_size
+        for sequence in self.running:
+            start = self.num_computed(sequence)
+            length = min(sequence.num_tokens_to_compute - start, budget)
+            if length > 0:
+                chunks.append(Chunk(sequence, start, length))
+                budget -= length
+        return chunks
+
+    def _preempt(self, sequence: Sequence) -> None:
+        sequence.num_preemptions += 1
+        self.waiting.appendleft(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        """Takes a running sequence's blocks. The drafter hears of it last: its errors find nothing half done."""
+        self.publish(sequence)
+        self.running.remove(sequence)
+        slot, sequence.slot = sequence.slot, None
+        self._manager.free(slot)
+        self._on_release(sequence)

@@ -1,0 +1,80 @@
+"""The round: propose, forward, verify, commit, observe. With nothing proposed it is plain decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from specengine.drafters.base import Drafter, DraftProposal
+from specengine.ops import Backend
+from specengine.runtime.batch import row_starts
+from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.state import BatchState, RunningBatch, apply_bias
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a round decided.
+
+    tokens:       `[B, k + 1]` int32: the accepted drafts, then the target's own token
+    num_accepted: `[B]` int32, 0 … k; num_accepted + 1 tokens were emitted
+    num_draft:    `[B]` int32, drafts that were judged
+    error:        `[B]` int32, 1 where the target's logits were not a distribution (nothing of that row counts)
+    logits:       `[R, V]` fp32, the target's raw logits
+    row_start:    `[B]` int32, sequence b's first row of `logits`
+    """
+
+    tokens: Tensor
+    num_accepted: Tensor
+    num_draft: Tensor
+    error: Tensor
+    logits: Tensor
+    row_start: Tensor
+
+
+def run_round(batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: Drafter) -> RoundOutcome:
+    """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023)."""
+    proposal = drafter.propose(batch)
+    state.stage(batch, proposal.tokens)
+    num_rows = proposal.num_tokens + 1
+    logits = target.forward(batch, batch.seq_len - 1, num_rows, num_rows)
+    outcome = verify(target.backend, logits, row_starts(num_rows), proposal, batch)
+    state.commit(batch, outcome.tokens, outcome.num_accepted + 1)
+    drafter.observe(batch, outcome.num_accepted)
+    return outcome
+
+
+def verify(
+    backend: Backend, logits: Tensor, row_start: Tensor, proposal: DraftProposal, batch: RunningBatch
+) -> RoundOutcome:
+    """Judges a proposal by the target's logits: row row_start[b] + i decides position seq_len[b] + i.
+
+    Greedy and coupled sequences, and those without a draft, match the target's own draw; the others use
+    rejection sampling.
+    """
+    num_draft = proposal.num_tokens
+    biased = apply_bias(logits, batch, row_start, num_draft + 1, batch.seq_len)
+    owner = torch.repeat_interleave(num_draft + 1)
+    filters = (batch.temperature[owner], batch.top_k[owner], batch.top_p[owner], batch.min_p[owner])
+    stats = backend.filter_rows(biased, *filters)
+    outcome = RoundOutcome(
+        tokens=batch.seq_len.new_zeros(batch.size, proposal.tokens.shape[1] + 1),
+        num_accepted=torch.zeros_like(num_draft),
+        num_draft=num_draft,
+        error=torch.zeros_like(num_draft),
+        logits=logits,
+        row_start=row_start,
+    )
+    by_rejection = batch.uses_rejection & (num_draft > 0)
+    drafts = (row_start, num_draft, proposal.tokens)
+    keys = (batch.temperature, batch.seeds, batch.seq_len)
+    results = (outcome.tokens, outcome.num_accepted, outcome.error)
+    backend.match_verify(biased, stats, *drafts, *keys, ~by_rejection, *results)
+    if batch.has_rejection:
+        law = (proposal.log_probs, proposal.logits, proposal.stats)
+        if proposal.log_probs is None:
+            law = (torch.zeros_like(proposal.tokens, dtype=torch.float32), None, None)
+        backend.rejection_verify(biased, stats, *drafts, *law, *keys, by_rejection, *results)
+    return outcome

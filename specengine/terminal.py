@@ -1,0 +1,102 @@
+"""What a person looks at: text coloured by who wrote each token, and a table of what speculation did."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+
+from specengine.outputs import GenerationMetrics, StreamEvent, TokenSource
+from specengine.tokenizer import IncrementalDetokenizer, Tokenizer
+
+RESET = "\x1b[0m"
+STYLES: dict[TokenSource, Style] = {
+    "draft": Style(color="green", bold=True),
+    "target": Style(color="yellow", bold=True),
+}
+LEGEND: dict[TokenSource, str] = {
+    "draft": "drafted, and accepted by the target",
+    "target": "the target's own",
+}
+
+
+def wants_color(choice: str, stream: TextIO) -> bool:
+    """Whether to colour `stream`, for `choice` "auto", "always" or "never"; see https://no-color.org."""
+    if choice != "auto":
+        return choice == "always"
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+class TokenPainter:
+    """Splits streamed text by the tokens it came from. The pieces add up to exactly the events' text.
+
+    An event's text may lag behind its ids (a character needs all its bytes, a stop string may be held back),
+    so the tokens are decoded here once more, and the text is dealt out to them in order.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int]) -> None:
+        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids)
+        self._lengths: deque[tuple[int, TokenSource]] = deque()
+
+    def split(self, event: StreamEvent) -> Iterator[tuple[str, TokenSource]]:
+        """The event's new text in pieces, each with the source of the token that completed it."""
+        self._note_tokens(event)
+        rest = event.text_delta
+        while rest:
+            length, source = self._lengths.popleft() if self._lengths else (len(rest), "target")
+            piece, rest = rest[:length], rest[length:]
+            if length > len(piece):
+                self._lengths.appendleft((length - len(piece), source))
+            yield piece, source
+
+    def _note_tokens(self, event: StreamEvent) -> None:
+        if self._detokenizer is None:
+            return
+        for token_id, source in zip(event.token_ids, event.token_source, strict=True):
+            text = self._detokenizer.push(token_id)
+            if text:
+                self._lengths.append((len(text), source))
+
+
+def paint(text: str, source: TokenSource) -> str:
+    """`text` with the terminal codes of its source around it."""
+    return f"{STYLES[source].render(text)}"
+
+
+def legend() -> str:
+    """One line that says which colour is whose."""
+    return "  ".join(f"{paint('■', source)} {words}" for source, words in LEGEND.items())
+
+
+def metrics_table(metrics: GenerationMetrics) -> Table:
+    """The figures of one result."""
+    speculation = metrics.speculative_decoding
+    rows = [
+        ("prompt tokens", f"{metrics.num_prompt_tokens} ({metrics.num_cached_tokens} from the prefix cache)"),
+        ("new tokens", f"{metrics.num_generated_tokens}"),
+        ("prompt", f"{metrics.prompt_time * 1e3:.1f} ms"),
+        ("decode", f"{metrics.decode_time * 1e3:.1f} ms"),
+        ("speed", f"{metrics.tokens_per_second:.1f} tokens/s"),
+        ("target forwards", f"{metrics.num_target_forwards}"),
+        (
+            "draft tokens",
+            f"{speculation.num_draft_tokens} ({speculation.num_accepted_draft_tokens} accepted)",
+        ),
+        ("acceptance rate", f"{speculation.draft_acceptance_rate:.1%}"),
+        ("by position", " ".join(f"{share:.0%}" for share in speculation.acceptance_by_position) or "-"),
+        ("mean acceptance length", f"{speculation.mean_acceptance_length:.2f} tokens a round"),
+    ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def stderr_console() -> Console:
+    """Diagnostics go here; built per call because tests and shells replace the stream."""
+    return Console(stderr=True, highlight=False)
