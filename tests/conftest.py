@@ -1,0 +1,109 @@
+"""Fixtures for every test: tiny checkpoints made once a session, engines that are closed, a tally of acceptance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from law_helpers import BACKEND, CheckpointFactory, EngineFactory, GreedyOracle, Tally
+
+from specengine import engine as engine_module
+from specengine import metrics
+from specengine.drafters.base import Drafter
+from specengine.engine import Engine
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
+    """checkpoint("gpt2", seed=1, vocab_size=320, with_tokenizer=True, noise=0.1, …): a tiny model's directory.
+
+    Built once a session for each set of arguments (those of `tiny_models.build_model`).
+    noise:          a copy that agrees with the model of the same arguments now and then: its draft
+    with_tokenizer: a byte-level tokenizer of `tokenizer_size` (default: vocab_size) ids beside it
+    """
+    made: dict[str, Path] = {}
+
+    def make(
+        model_type: str = "gpt2",
+        *,
+        noise: float = 0.0,
+        with_tokenizer: bool = False,
+        tokenizer_size: int | None = None,
+        **build: Any,
+    ) -> Path:
+        key = repr((model_type, noise, with_tokenizer, tokenizer_size, sorted(build.items())))
+        if key not in made:
+            tokenizer = None
+            if with_tokenizer:
+                build.setdefault("vocab_size", 320)
+                tokenizer = tiny_models.build_tokenizer(tokenizer_size or build["vocab_size"])
+            model = tiny_models.build_model(model_type, **build)
+            if noise:
+                model = tiny_models.perturbed(model, noise=noise)
+            directory = tmp_path_factory.mktemp(f"{model_type}-{len(made)}") / "model"
+            made[key] = tiny_models.save_checkpoint(directory, model, tokenizer=tokenizer)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def oracle() -> Callable[..., GreedyOracle]:
+    """oracle("gpt2", seed=1, …): `transformers` on the model that `checkpoint` makes of the same arguments."""
+    made: dict[str, GreedyOracle] = {}
+
+    def make(model_type: str = "gpt2", **build: Any) -> GreedyOracle:
+        key = repr((model_type, sorted(build.items())))
+        if key not in made:
+            made[key] = GreedyOracle(tiny_models.build_model(model_type, **build))
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def build_engine() -> Iterator[EngineFactory]:
+    """build_engine(model, drafter_or_draft_path=None, **config): an engine of the laws' backend, closed at the end.
+
+    Small by default: fp32, blocks of 4 tokens, 8 sequences, one thread.
+    """
+    engines: list[Engine] = []
+
+    def build(model: Any, drafter: Drafter | Path | None = None, **config: Any) -> Engine:
+        defaults: dict[str, Any] = {
+            "backend": BACKEND,
+            "device": "cpu",
+            "dtype": "float32",
+            "block_size": 4,
+            "max_batch_size": 8,
+            "num_threads": 1,
+        }
+        engine = Engine(model, drafter, **{**defaults, **config})
+        engines.append(engine)
+        return engine
+
+    yield build
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def tally(monkeypatch: pytest.MonkeyPatch) -> Tally:
+    """Counts every round of every engine of this test; end the test with `tally.check()`."""
+    counted = Tally()
+    record_round = metrics.record_round
+
+    def record(own: Any, *, num_draft: int, num_accepted: int, num_kept: int) -> None:
+        record_round(own, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept)
+        counted.num_rounds += 1
+        counted.num_accepted += num_accepted
+        counted.num_rejected += num_accepted < num_draft
+
+    monkeypatch.setattr(engine_module.metrics, "record_round", record)
+    return counted

@@ -1,0 +1,133 @@
+"""What the laws of tests/test_law_*.py have in common. Stateless: import it, or use the fixtures of conftest.py.
+
+`plain(engine, prompt, **sampling)` and `spec(engine, prompt, k, **sampling)` generate without and with speculation;
+`assert_same(result, expected)` demands equal bits of everything a caller can see but the times.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specengine.engine import Engine
+from specengine.outputs import GenerationResult
+
+# The backend of every law. Only `native` promises bits; with another, log-probabilities are compared to 1e-4.
+BACKEND = os.environ.get("SPECENGINE_TEST_BACKEND", "native")
+HAS_BITS = BACKEND == "native"
+TOLERANCE = 1e-4
+
+CheckpointFactory = Callable[..., Path]
+EngineFactory = Callable[..., Engine]
+
+
+def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:
+    """This engine without speculation: the truth. One prompt gives a result, a list gives a list."""
+    return engine.generate(prompts, num_speculative_tokens=0, **sampling)
+
+
+def spec(engine: Engine, prompts: Any, k: int, **sampling: Any) -> Any:
+    """This engine with k draft tokens a round."""
+    return engine.generate(prompts, num_speculative_tokens=k, **sampling)
+
+
+def make_prompt(length: int, seed: int = 0, vocab_size: int = 64) -> list[int]:
+    """Random token ids, never 0 (the tiny models' end of text)."""
+    return random.Random(f"{length},{seed}").choices(range(1, vocab_size), k=length)
+
+
+def visible(result: GenerationResult) -> tuple[Any, ...]:
+    """Everything a caller sees that speculation must not change, log-probabilities apart."""
+    outputs = [
+        (o.index, o.token_ids, o.text, o.finish_reason, o.stop_reason, o.error) for o in result.outputs
+    ]
+    usage = (result.metrics.num_prompt_tokens, result.metrics.num_generated_tokens)
+    return result.prompt, result.prompt_token_ids, outputs, usage
+
+
+def logprob_numbers(result: GenerationResult) -> list[Any]:
+    """Log-probabilities as a flat list: per token (id, logprob, top), prompt's first."""
+    entries = list(result.prompt_logprobs or [])
+    for output in result.outputs:
+        entries += [*(output.logprobs or []), output.cumulative_logprob]
+    return entries
+
+
+def assert_same(result: GenerationResult, expected: GenerationResult) -> None:
+    """Tokens, text, reasons, lengths, usage, and the log-probabilities' bits are equal."""
+    assert visible(result) == visible(expected), f"{visible(result)} is not {visible(expected)}"
+    ours, theirs = logprob_numbers(result), logprob_numbers(expected)
+    if HAS_BITS:
+        assert ours == theirs, "the log-probabilities differ"
+        return
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        if isinstance(one, float):
+            assert math.isclose(one, other, abs_tol=TOLERANCE * 100)
+        elif one is not None:
+            assert one.token_id == other.token_id
+            assert math.isclose(one.logprob, other.logprob, abs_tol=TOLERANCE)
+
+
+def assert_idle(engine: Engine, num_free_blocks: int) -> None:
+    """Nothing is queued, running or referenced any more, and every block came back."""
+    manager = engine._kv_cache.manager
+    manager.check_invariants()
+    assert not engine.has_work
+    assert engine._polled == {}
+    assert manager.num_sequences == 0
+    assert engine.num_free_blocks == num_free_blocks
+    counts = [manager.reference_count(block) for block in range(1, manager.num_blocks)]
+    assert set(counts) <= {0}, f"blocks are still referenced: {counts}"
+
+
+@dataclass
+class Tally:
+    """What was accepted and rejected. The `tally` fixture counts every round of a test here."""
+
+    num_rounds: int = 0
+    num_accepted: int = 0
+    num_rejected: int = 0
+
+    def check(self, *, accepted: bool = True, rejected: bool = True) -> None:
+        """Fails unless, in this test's run, something was accepted and something was rejected."""
+        if accepted:
+            assert self.num_accepted > 0, "nothing was accepted: this test proves nothing"
+        if rejected:
+            assert self.num_rejected > 0, "nothing was rejected: this test proves nothing"
+
+
+class GreedyOracle:
+    """A `transformers` model as the judge of token ids: greedy continuation and teacher-forced log-probabilities."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model.float().eval()
+
+    @torch.no_grad()
+    def generate(self, prompt: Sequence[int], max_new_tokens: int) -> list[int]:
+        """`model.generate`, greedy, to the end of the budget."""
+        ids = torch.tensor([list(prompt)])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            min_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return output[0, len(prompt) :].tolist()
+
+    @torch.no_grad()
+    def logprobs(self, prompt: Sequence[int], continuation: Sequence[int]) -> list[float]:
+        """Log-probability of each token of the continuation, given all before it."""
+        whole = torch.tensor([[*prompt, *continuation]])
+        rows = self.model(whole).logits[0, len(prompt) - 1 : -1].double().log_softmax(dim=-1)
+        return rows.gather(1, whole[0, len(prompt) :, None])[:, 0].tolist()

@@ -1,0 +1,119 @@
+"""Law B: a draft that is the target is always right, so its cache may have no hole after full acceptance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from law_helpers import CheckpointFactory, EngineFactory, assert_idle, assert_same, make_prompt, plain
+
+from specengine.config import SamplingParams
+from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.engine import Engine
+from specengine.outputs import GenerationResult
+
+GREEDY: dict[str, Any] = {}
+COUPLED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "acceptance": "coupled"}
+REJECTION: dict[str, Any] = {"temperature": 1.0, "seed": 6, "acceptance": "rejection"}
+FILTERED: dict[str, Any] = {**REJECTION, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7}
+NUM_TOKENS = 500
+
+
+def whole_rounds(k: int, num_tokens: int) -> int:
+    """The first budget from `num_tokens` on that a token of the prompt and rounds of k + 1 fill exactly."""
+    return 1 + -(-(num_tokens - 1) // (k + 1)) * (k + 1)
+
+
+def check_everything_is_accepted(
+    engine: Engine, ks: list[int], modes: list[dict[str, Any]], num_tokens: int = NUM_TOKENS
+) -> list[GenerationResult]:
+    """Acceptance is exactly 1.0 and the mean length k + 1, for every row of a batch."""
+    num_free = engine.num_free_blocks
+    prompts = [make_prompt(3 + 2 * row, row) for row in range(len(ks))]
+    params = [
+        SamplingParams(
+            num_speculative_tokens=k, max_new_tokens=whole_rounds(k, num_tokens), ignore_eos=True, **mode
+        )
+        for k, mode in zip(ks, modes, strict=True)
+    ]
+    results = engine.generate(prompts, params)
+    for k, result in zip(ks, results, strict=True):
+        counts = result.metrics.speculative_decoding
+        assert len(result.token_ids) >= num_tokens
+        assert counts.draft_acceptance_rate == 1.0
+        assert counts.mean_acceptance_length == k + 1
+        assert counts.acceptance_histogram == [0] * k + [counts.num_rounds]
+        assert set(counts.rejection_positions) <= {0}
+    assert_idle(engine, num_free)
+    return results
+
+
+@pytest.fixture
+def twins(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
+    path = checkpoint("gpt2", seed=4, max_positions=560)
+    return build_engine(path, path)
+
+
+@pytest.mark.parametrize("mode", [GREEDY, COUPLED, REJECTION], ids=["greedy", "coupled", "rejection"])
+@pytest.mark.parametrize("k", [1, 4])
+def test_a_draft_that_is_the_target_is_always_accepted(k: int, mode: dict[str, Any], twins: Engine) -> None:
+    (result,) = check_everything_is_accepted(twins, [k], [mode])
+    if mode is not REJECTION:
+        expected = plain(
+            twins, result.prompt_token_ids, max_new_tokens=len(result.token_ids), ignore_eos=True, **mode
+        )
+        assert_same(result, expected)
+
+
+def test_every_row_of_a_mixed_batch_is_always_accepted(twins: Engine) -> None:
+    modes = [GREEDY, COUPLED, REJECTION, FILTERED, REJECTION, GREEDY, COUPLED]
+    check_everything_is_accepted(twins, [7, 3, 5, 2, 16, 1, 9], modes)
+
+
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_architecture_and_dtype_is_always_accepted(
+    model_type: str, dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    path = checkpoint(model_type, seed=4)
+    engine = build_engine(path, path, dtype=dtype)
+    check_everything_is_accepted(engine, [3, 4, 8], [GREEDY, COUPLED, REJECTION], num_tokens=70)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("k", [2, 3, 5, 8, 15, 16, 17, 64])
+@pytest.mark.parametrize("block_size", [1, 4, 16])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+def test_the_whole_grid(
+    model_type: str, block_size: int, k: int, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    path = checkpoint(model_type, seed=4, max_positions=580)
+    engine = build_engine(path, path, block_size=block_size)
+    check_everything_is_accepted(engine, [k] * 4, [GREEDY, COUPLED, REJECTION, FILTERED])
+
+
+# -- planted faults -----------------------------------------------------------------------------------------------
+
+
+def test_the_law_notices_a_hole_that_is_not_refilled(twins: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    catch_up = DraftModelDrafter._catch_up
+
+    def last_token_only(self: DraftModelDrafter, batch: Any, limits: list[int]) -> Any:
+        return catch_up(self, batch, limits).maximum(batch.seq_len - 1)
+
+    check_everything_is_accepted(twins, [4], [GREEDY], num_tokens=40)
+    twins._kv_cache.manager.reset_prefix_cache()
+    twins._kv_cache.tensors[1].fill_(0.5)  # not what the run before left in the same slots
+    monkeypatch.setattr(DraftModelDrafter, "_catch_up", last_token_only)
+    with pytest.raises(AssertionError):
+        check_everything_is_accepted(twins, [4], [GREEDY], num_tokens=40)
+
+
+def test_the_law_notices_a_draft_law_that_is_not_the_targets(
+    twins: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejection compares p with q: a last bit of difference is enough to reject now and then."""
+    forward = twins._drafter.runner.forward  # type: ignore[union-attr]
+    monkeypatch.setattr(twins._drafter.runner, "forward", lambda *args: forward(*args) * 1.01)  # type: ignore[union-attr]
+    with pytest.raises(AssertionError):
+        check_everything_is_accepted(twins, [4], [REJECTION], num_tokens=200)

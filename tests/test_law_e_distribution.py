@@ -1,0 +1,590 @@
+"""Law E: sampling with speculation has exactly the target's distribution, whatever drafts.
+
+The law is enumerated in float64 with filters of its own; the samples come from the engine, or, faster and
+without its queues, from `run_round` on a full batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from scipy.stats import chi2
+from torch import Tensor
+
+from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
+from specengine.kernels.reference.filter_rows import filtered_log_probs
+from specengine.kernels.reference.sample_rows import race
+from specengine.runtime import model_runner
+from specengine.runtime.batch import row_starts
+from specengine.runtime.kv_cache import TARGET
+from specengine.runtime.state import RunningBatch
+
+VOCAB = 8
+PROMPT = (3, 1)
+NUM_TOKENS = 4  # the prompt's forward decides the first; one fully accepted round the other three
+K = 3
+ALPHA = 1e-9
+NUM_SAMPLES = 200_000
+BATCH = 4096
+
+
+@dataclass(frozen=True)
+class Filters:
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __str__(self) -> str:
+        return f"T{self.temperature:g}-k{self.top_k}-p{self.top_p:g}-m{self.min_p:g}"
+
+
+# -- the law -----------------------------------------------------------------------------------------------------
+
+
+def filtered_probs(logits: Tensor, filters: Filters) -> Tensor:
+    """Rows of float64 logits as distributions: temperature, top-k, top-p on the kept mass, min-p."""
+    rows = (logits.double() / filters.temperature).softmax(dim=-1)
+    for row in rows:
+        order = row.argsort(descending=True)
+        if filters.top_k:
+            row[order[filters.top_k :]] = 0.0
+        row /= row.sum()
+        before = row[order].cumsum(0) - row[order]
+        row[order[before >= filters.top_p]] = 0.0
+        row[row < filters.min_p * row.max()] = 0.0
+        row /= row.sum()
+    return rows
+
+
+def exact_law(model: torch.nn.Module, filters: Filters) -> np.ndarray:
+    """P(t_0, …, t_3) after the prompt, `[8, 8, 8, 8]`."""
+    model = copy.deepcopy(model).double()
+    tokens, law = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64)
+    for _ in range(NUM_TOKENS):
+        with torch.no_grad():
+            probs = filtered_probs(model(tokens).logits[:, -1], filters)
+        law = (law[:, None] * probs).flatten()
+        following = torch.arange(VOCAB).repeat(len(tokens))[:, None]
+        tokens = torch.cat((tokens.repeat_interleave(VOCAB, dim=0), following), dim=1)
+    return law.reshape((VOCAB,) * NUM_TOKENS).numpy()
+
+
+def p_value(counts: np.ndarray, probs: np.ndarray) -> float:
+    """Chi-square goodness of fit; cells that expect fewer than 5 are pooled."""
+    expected = probs.flatten() * counts.sum()
+    observed = counts.flatten().astype(float)
+    is_small = expected < 5
+    expected = np.append(expected[~is_small], expected[is_small].sum())
+    observed = np.append(observed[~is_small], observed[is_small].sum())
+    if expected[-1] < 5 and len(expected) > 1:  # the pool itself is too small: join it to the smallest cell
+        smallest = expected[:-1].argmin()
+        for cells in (expected, observed):
+            cells[smallest] += cells[-1]
+        expected, observed = expected[:-1], observed[:-1]
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    return float(chi2.sf(statistic, max(1, len(expected) - 1)))
+
+
+@dataclass
+class Samples:
+    """Counts of (t_0, …, t_3) `[8, 8, 8, 8]`, and what speculation did to get them."""
+
+    counts: np.ndarray
+    num_accepted: int
+    num_rejected: int
+
+
+def check_tally(*samples: Samples) -> None:
+    assert sum(each.num_accepted for each in samples) > 0, "nothing was accepted"
+    assert sum(each.num_rejected for each in samples) > 0, "nothing was rejected"
+
+
+def check_distribution(samples: Samples, law: np.ndarray) -> None:
+    """The law itself: support, and all 512 three-token sequences, the first three and the last three."""
+    assert samples.counts.sum() > 0
+    outside = int(samples.counts[law == 0].sum())
+    assert outside == 0, f"{outside} samples outside the target's support"
+    for name, axis in (("first", 3), ("last", 0)):
+        value = p_value(samples.counts.sum(axis), law.sum(axis))
+        assert value > ALPHA, f"the {name} three tokens: chi-square p = {value:.3g}"
+
+
+# -- drafters with a law of their own ----------------------------------------------------------------------------
+
+
+class MarkovDrafter:
+    """Draws from its own table: filtered otherwise than the target, with tokens that it never proposes."""
+
+    name = "markov"
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(5)
+        table = torch.rand(VOCAB, VOCAB, generator=generator) ** 2
+        table[torch.rand(VOCAB, VOCAB, generator=generator) < 0.3] = 0.0
+        self._table = table / table.sum(dim=1, keepdim=True)
+        self._generator = generator
+
+    def propose(self, batch: RunningBatch) -> DraftProposal:
+        last = batch.tokens[batch.slots.long(), batch.seq_len.long() - 1].long()
+        tokens, probs = [], []
+        for _ in range(max(batch.draft_limits)):
+            probs.append(self._table[last])
+            last = torch.multinomial(probs[-1], 1, generator=self._generator)[:, 0]
+            tokens.append(last)
+        drawn = torch.stack(tokens, dim=1).int()
+        return DraftProposal.from_probs(drawn, batch.max_draft, torch.stack(probs, dim=1), batch.temperature)
+
+    def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
+        pass
+
+    def release(self, sequence_id: int) -> None:
+        pass
+
+
+class PointMassDrafter(MarkovDrafter):
+    """Always proposes the same successors of a token: a likely one, then whichever."""
+
+    name = "point mass"
+
+    def __init__(self, target: torch.nn.Module) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self._likely = target(torch.arange(VOCAB)[:, None]).logits[:, 0].argmax(dim=1).int()
+
+    def propose(self, batch: RunningBatch) -> DraftProposal:
+        last = batch.tokens[batch.slots.long(), batch.seq_len.long() - 1]
+        steps = torch.arange(max(batch.draft_limits), dtype=torch.int32)
+        return DraftProposal((self._likely[last.long()][:, None] + steps) % VOCAB, batch.max_draft)
+
+
+# -- sampling ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def target() -> torch.nn.Module:
+    return build_tiny(seed=1)
+
+
+def build_tiny(seed: int) -> torch.nn.Module:
+    return tiny_models.build_model(
+        "gpt2", vocab_size=VOCAB, seed=seed, num_layers=1, hidden_size=16, num_heads=2, max_positions=16
+    )
+
+
+def build_engine(target: torch.nn.Module, draft: str) -> Engine:
+    drafters: dict[str, Any] = {
+        "model": build_tiny(2),
+        "markov": MarkovDrafter(),
+        "point": PointMassDrafter(target),
+    }
+    return Engine(
+        target,
+        drafters[draft],
+        backend="native",
+        max_batch_size=BATCH,
+        block_size=8,
+        prefill_chunk_size=BATCH * len(PROMPT),
+    )
+
+
+def sample_params(filters: Filters, acceptance: str, *, seed: int, n: int) -> SamplingParams:
+    return SamplingParams(
+        **vars(filters),
+        acceptance=acceptance,
+        seed=seed,
+        n=n,
+        max_new_tokens=NUM_TOKENS,
+        num_speculative_tokens=K,
+        ignore_eos=True,
+    )
+
+
+def sample_engine(engine: Engine, filters: Filters, acceptance: str, num_samples: int) -> Samples:
+    """Through `Engine.generate`, every queue included; one request in 16 asks for two samples."""
+    samples = Samples(np.zeros((VOCAB,) * NUM_TOKENS, dtype=np.int64), 0, 0)
+    for first in range(0, num_samples, 272):
+        params = [
+            sample_params(filters, acceptance, seed=first + index, n=2 if index < 16 else 1)
+            for index in range(256)
+        ]
+        for result in engine.generate([PROMPT] * len(params), params):
+            for output in result.outputs:
+                samples.counts[tuple(output.token_ids)] += 1
+            statistics = result.metrics.speculative_decoding
+            samples.num_accepted += statistics.num_accepted_draft_tokens
+            samples.num_rejected += sum(statistics.rejection_positions)
+    return samples
+
+
+@torch.inference_mode()
+def sample_rounds(engine: Engine, filters: Filters, acceptance: str, num_samples: int) -> Samples:
+    """The engine's own runners, cache and drafter, without its queues: the prompt, then `run_round`."""
+    manager, length = engine._kv_cache.manager, len(PROMPT)
+    prompt = np.asarray(PROMPT, dtype=np.int32)
+    slots = [manager.allocate(prompt, 0) for _ in range(BATCH)]
+    for slot in slots:
+        engine._kv_cache.reserve(slot, 0, length + NUM_TOKENS)
+    samples = Samples(np.zeros((VOCAB,) * NUM_TOKENS, dtype=np.int64), 0, 0)
+    try:
+        for first in range(0, num_samples, BATCH):
+            tokens = _sample_batch(engine, slots, filters, acceptance, first, samples)
+            np.add.at(samples.counts, tuple(tokens[: num_samples - first].T.numpy()), 1)
+    finally:
+        for slot in slots:
+            manager.free(slot)
+    return samples
+
+
+def _sample_batch(
+    engine: Engine, slots: list[int], filters: Filters, acceptance: str, first: int, samples: Samples
+) -> Tensor:
+    state, manager, start = engine._state, engine._kv_cache.manager, len(PROMPT)
+    for slot in slots:
+        manager.rollback(slot, 0)
+    seeds = torch.arange(first, first + len(slots)) * 7919 + 1
+    state.tokens[slots, :start] = torch.tensor(PROMPT, dtype=torch.int32)
+    state.seq_len[slots] = start
+    batch = _build_batch(engine, slots, seeds, filters, acceptance, limits=[0] * len(slots))
+    q_len, no_draft = torch.full_like(batch.seq_len, start), engine._no_drafter.propose(batch)
+    one = torch.ones_like(q_len)
+    logits = engine._target.forward(batch, torch.zeros_like(q_len), q_len, one)
+    outcome = speculative.verify(engine._target.backend, logits, row_starts(one), no_draft, batch)
+    state.commit(batch, outcome.tokens, one)
+    for slot in slots:
+        manager.set_computed(slot, TARGET, start)
+    end = start + NUM_TOKENS
+    rows = torch.arange(len(slots))
+    while rows.numel():
+        running = [slots[row] for row in rows.tolist()]
+        lengths = state.seq_len[running]
+        limits = (end - 1 - lengths).clamp(max=K).tolist()
+        batch = _build_batch(engine, running, seeds[rows], filters, acceptance, limits=limits)
+        drafter = engine._drafter if any(limits) else engine._no_drafter
+        outcome = speculative.run_round(batch, state, engine._target, drafter)
+        drafted, accepted = outcome.num_draft, outcome.num_accepted
+        computed, kept = (lengths + drafted).tolist(), (lengths + accepted).tolist()
+        for slot, reached, committed in zip(running, computed, kept, strict=True):
+            manager.set_computed(slot, TARGET, reached)
+            manager.rollback(slot, committed)
+        samples.num_accepted += int(accepted.sum())
+        samples.num_rejected += int((accepted < drafted).sum())
+        rows = rows[state.seq_len[running] < end]
+    return state.tokens[slots, start:end].long()
+
+
+def _build_batch(
+    engine: Engine, slots: list[int], seeds: Tensor, filters: Filters, acceptance: str, *, limits: list[int]
+) -> RunningBatch:
+    seq_len = engine._state.seq_len[slots]
+    is_rejection = acceptance == "rejection"
+    return RunningBatch(
+        sequence_ids=tuple(slots),
+        slots=torch.tensor(slots, dtype=torch.int32),
+        seq_len=seq_len,
+        max_draft=torch.tensor(limits, dtype=torch.int32),
+        temperature=torch.full((len(slots),), filters.temperature),
+        top_k=torch.full((len(slots),), filters.top_k, dtype=torch.int32),
+        top_p=torch.full((len(slots),), filters.top_p),
+        min_p=torch.full((len(slots),), filters.min_p),
+        seeds=seeds,
+        uses_rejection=torch.full((len(slots),), is_rejection),
+        tokens=engine._state.tokens,
+        block_table=engine._kv_cache.device_block_table(),
+        bias=None,
+        lengths=tuple(seq_len.tolist()),
+        draft_limits=tuple(limits),
+        has_rejection=is_rejection,
+        is_all_rejection=is_rejection,
+    )
+
+
+# -- the law holds -----------------------------------------------------------------------------------------------
+
+GRID = [Filters(*values) for values in itertools.product((0.7, 1.4), (0, 4), (1.0, 0.85), (0.0, 0.1))]
+SOURCES = [
+    ("model", "rejection"),
+    ("model", "coupled"),
+    ("markov", "rejection"),
+    ("markov", "coupled"),
+    ("point", "rejection"),
+    ("point", "coupled"),
+]
+
+
+@pytest.mark.parametrize(
+    ("draft", "acceptance", "filters"),
+    [
+        ("model", "rejection", Filters(1.3, 6, 0.9, 0.05)),
+        ("point", "coupled", Filters(0.8, 5, 0.95, 0.0)),
+        ("markov", "rejection", Filters(1.0, 7, 0.97, 0.02)),
+    ],
+    ids=str,
+)
+def test_rounds_sample_the_targets_law(
+    target: torch.nn.Module, draft: str, acceptance: str, filters: Filters
+) -> None:
+    with build_engine(target, draft) as engine:
+        samples = sample_rounds(engine, filters, acceptance, NUM_SAMPLES)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+def test_the_engine_samples_the_targets_law(target: torch.nn.Module, acceptance: str) -> None:
+    filters = Filters(0.9, 6, 0.95, 0.03)
+    with build_engine(target, "model") as engine:
+        samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 10)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("draft", "acceptance"), SOURCES)
+def test_the_whole_grid_samples_the_targets_law(target: torch.nn.Module, draft: str, acceptance: str) -> None:
+    with build_engine(target, draft) as engine:
+        every = []
+        for filters in GRID:
+            every.append(sample_rounds(engine, filters, acceptance, NUM_SAMPLES))
+            check_distribution(every[-1], exact_law(target, filters))
+    check_tally(*every)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("draft", "acceptance"), SOURCES)
+def test_the_engine_samples_the_targets_law_at_full_length(
+    target: torch.nn.Module, draft: str, acceptance: str
+) -> None:
+    filters = Filters(0.9, 6, 0.95, 0.03)
+    with build_engine(target, draft) as engine:
+        samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+def test_the_law_is_the_one_of_transformers_sampling(target: torch.nn.Module) -> None:
+    """The enumeration's own filters, against those that `transformers` generates with."""
+    from transformers import (
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(64, VOCAB, generator=torch.Generator().manual_seed(0)).double() * 2
+    for filters in GRID:
+        warped = TemperatureLogitsWarper(filters.temperature)(None, logits)
+        if filters.top_k:
+            warped = TopKLogitsWarper(filters.top_k)(None, warped)
+        if filters.top_p < 1:
+            warped = TopPLogitsWarper(filters.top_p)(None, warped)
+        if filters.min_p:
+            warped = MinPLogitsWarper(filters.min_p)(None, warped)
+        assert torch.allclose(filtered_probs(logits, filters), warped.softmax(dim=-1), atol=1e-12)
+
+
+# -- and is noticed when it does not -----------------------------------------------------------------------------
+
+Mutation = Callable[[Engine, pytest.MonkeyPatch], None]
+
+
+class MutantBackend:
+    """The real backend with one op replaced."""
+
+    def __init__(self, backend: Any, **ops: Callable[..., Any]) -> None:
+        self._backend = backend
+        self.__dict__.update(ops)
+
+    def __getattr__(self, op: str) -> Any:
+        return getattr(self._backend, op)
+
+
+def mutate_rejection(
+    engine: Engine, patch: pytest.MonkeyPatch, rejection_verify: Callable[..., None]
+) -> None:
+    """Replaces the op that judges; `rejection_verify(backend, *arguments)` may call the real one."""
+    verify, backend = speculative.verify, engine._target.backend
+    mutant = MutantBackend(backend, rejection_verify=lambda *given: rejection_verify(backend, *given))
+    patch.setattr(speculative, "verify", lambda _, *rest: verify(mutant, *rest))
+
+
+def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """q as it was before the filters."""
+    verify, backend = speculative.verify, engine._target.backend
+
+    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, batch: RunningBatch) -> Any:
+        if proposal.logits is not None:
+            rows = proposal.logits.flatten(0, 1)
+            temperature = batch.temperature.repeat_interleave(proposal.tokens.shape[1])
+            zeros = torch.zeros_like(temperature)
+            stats = backend.filter_rows(rows, temperature, zeros.int(), torch.ones_like(zeros), zeros)
+            tokens = proposal.tokens.flatten().long()[:, None]
+            log_probs = rows.gather(1, tokens)[:, 0] / temperature - stats[:, 2]
+            proposal = replace(
+                proposal, log_probs=log_probs.view_as(proposal.tokens), stats=stats.view_as(proposal.stats)
+            )
+        return verify(ops, logits, starts, proposal, batch)
+
+    patch.setattr(speculative, "verify", mutant)
+
+
+def _redraw_rejected(
+    engine: Engine, patch: pytest.MonkeyPatch, scores: Callable[[Tensor, Tensor], Tensor]
+) -> None:
+    """Draws the recovered token from softmax(scores(log p, log q)) instead of the residual."""
+
+    def mutant(backend: Any, logits: Tensor, stats: Tensor, row_start: Tensor, *rest: Tensor) -> None:
+        backend.rejection_verify(logits, stats, row_start, *rest)
+        num_draft, draft_logits, draft_stats = rest[0], *rest[3:5]
+        temperature, seeds, seq_len, _, tokens, num_accepted, _ = rest[5:]
+        rows = (num_accepted < num_draft).nonzero()[:, 0]
+        if not len(rows):
+            return
+        at = num_accepted[rows].long()
+        target_row = row_start[rows].long() + at
+        log_p = filtered_log_probs(logits[target_row], temperature[rows], stats[target_row])
+        log_q = filtered_log_probs(draft_logits[rows, at], temperature[rows], draft_stats[rows, at])
+        weights = scores(log_p, log_q)
+        weights[:, VOCAB:] = float("-inf")
+        zero = torch.zeros_like(at)
+        tokens[rows, at] = race(weights, seeds[rows], seq_len[rows] + at, rng.STREAM_TARGET, zero)
+
+    mutate_rejection(engine, patch, mutant)
+
+
+def residual_drawn_from_target(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    _redraw_rejected(engine, patch, lambda log_p, log_q: log_p.clone())
+
+
+def softmaxed_residual(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    _redraw_rejected(
+        engine, patch, lambda log_p, log_q: (log_p.exp() - log_q.exp()).clamp_min(0) + 0 * log_p.clamp_min(-1)
+    )
+
+
+def softmaxed_residual_in_support(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """As above, but nothing outside the target's support: only the weights are wrong."""
+
+    def scores(log_p: Tensor, log_q: Tensor) -> Tensor:
+        residual = (log_p.exp() - log_q.exp()).clamp_min(0)
+        return residual.masked_fill(residual == 0, float("-inf"))
+
+    _redraw_rejected(engine, patch, scores)
+
+
+def judged_by_the_next_row(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    def mutant(backend: Any, logits: Tensor, stats: Tensor, *rest: Tensor) -> None:
+        backend.rejection_verify(logits.roll(-1, 0), stats.roll(-1, 0), *rest)
+
+    mutate_rejection(engine, patch, mutant)
+
+
+def draft_law_of_the_row_before(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    verify = speculative.verify
+
+    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, batch: RunningBatch) -> Any:
+        if proposal.logits is not None:
+            moved = (proposal.log_probs.roll(1, 1), proposal.logits.roll(1, 1), proposal.stats.roll(1, 1))
+            proposal = DraftProposal(proposal.tokens, proposal.num_tokens, *moved)
+        return verify(ops, logits, starts, proposal, batch)
+
+    patch.setattr(speculative, "verify", mutant)
+
+
+def one_stream_for_draft_and_acceptance(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(rng, "STREAM_DRAFT", rng.STREAM_ACCEPT)
+
+
+def one_stream_for_draft_and_residual(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    decoder = engine._drafter.runner.decoder
+    backend = decoder.backend
+
+    def mutant(
+        logits: Tensor, stats: Tensor, temperature: Tensor, seeds: Tensor, position: Tensor, *_: Any
+    ) -> Any:
+        base = torch.zeros_like(position)
+        return backend.sample_rows(logits, stats, temperature, seeds, position, rng.STREAM_TARGET, base)
+
+    patch.setattr(decoder, "backend", MutantBackend(backend, sample_rows=mutant))
+
+
+def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """Positions that a forward has computed once are not written again: rejected drafts stay in the target's KV."""
+    build, forward, reached = model_runner.build_forward_batch, engine._target.forward, {}
+
+    def stale(
+        tokens: Tensor,
+        table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        q_len: Tensor,
+        *rest: Tensor,
+        **sizes: int,
+    ) -> Any:
+        batch = build(tokens, table, slots, start, q_len, *rest, **sizes)
+        known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
+        reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))
+        is_known = batch.positions < known.repeat_interleave(q_len)
+        return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_known, -1))
+
+    def mutant(*given: Any) -> Tensor:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(model_runner, "build_forward_batch", stale)
+            return forward(*given)
+
+    patch.setattr(engine._target, "forward", mutant)
+
+
+def no_mutation(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    """The control."""
+
+
+MUTATIONS: list[Mutation] = [
+    raw_draft_law,
+    residual_drawn_from_target,
+    softmaxed_residual,
+    softmaxed_residual_in_support,
+    judged_by_the_next_row,
+    draft_law_of_the_row_before,
+    one_stream_for_draft_and_acceptance,
+    one_stream_for_draft_and_residual,
+    kv_not_rolled_back,
+]
+
+
+def check_mutation(target: torch.nn.Module, mutation: Mutation, patch: pytest.MonkeyPatch) -> None:
+    filters = Filters(1.0, 4, 0.9, 0.02)
+    with build_engine(target, "model") as engine:
+        mutation(engine, patch)
+        samples = sample_rounds(engine, filters, "rejection", 6 * BATCH)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.__name__)
+def test_a_biased_sampler_is_noticed(
+    target: torch.nn.Module, mutation: Mutation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AssertionError, match=r"chi-square|outside"):
+        check_mutation(target, mutation, monkeypatch)
+
+
+def test_an_unbiased_sampler_is_not(target: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_mutation(target, no_mutation, monkeypatch)
+
+
+def test_a_token_outside_the_support_is_noticed(target: torch.nn.Module) -> None:
+    law = exact_law(target, Filters(top_k=2))
+    counts = np.round(law * 100_000).astype(np.int64)
+    check_distribution(Samples(counts, 1, 1), law)
+    counts[tuple(np.argwhere(law == 0)[0])] += 1
+    with pytest.raises(AssertionError, match="outside"):
+        check_distribution(Samples(counts, 1, 1), law)

@@ -1,0 +1,200 @@
+"""The repository keeps its promises: documented names, consistent versions, a README whose code runs."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import specengine
+from specengine.models.loader import ARCHITECTURES
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PUBLIC_NAMES = [name for name in specengine.__all__ if name != "__version__"]
+SELF_EXPLANATORY = {
+    *("prompt", "prompt_token_ids", "prompt_logprobs", "outputs", "metrics", "speculative_decoding"),
+    *("index", "error", "seed", "num_prompt_tokens", "num_generated_tokens"),
+}
+PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
+
+
+def python_blocks() -> list[Any]:
+    """Every Python block of the pages, with a name that says where it is."""
+    blocks = []
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+            line = text.count("\n", 0, match.start()) + 1
+            blocks.append(pytest.param(match.group(1), id=f"{page}:{line}"))
+    return blocks
+
+
+# Names
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_every_public_name_is_documented(name: str) -> None:
+    value = getattr(specengine, name)
+    assert value.__doc__, f"{name} has no docstring"
+    assert not value.__doc__.startswith(f"{name}("), f"{name} has only the docstring that dataclasses make"
+    functions = {name: member for name, member in vars(value).items() if inspect.isfunction(member)}
+    undocumented = [
+        name for name, member in functions.items() if not name.startswith("_") and not member.__doc__
+    ]
+    assert set(undocumented) <= {"to_dict"}
+
+
+@pytest.mark.parametrize("name", PUBLIC_NAMES)
+def test_every_field_is_described(name: str) -> None:
+    value = getattr(specengine, name)
+    if not is_dataclass(value):
+        return
+    undescribed = [
+        field.name for field in fields(value) if not re.search(rf"\b{field.name}\b", value.__doc__ or "")
+    ]
+    assert set(undescribed) <= SELF_EXPLANATORY
+
+
+def test_dir_and_all_agree() -> None:
+    assert set(specengine.__all__) <= set(dir(specengine))
+    assert sorted(specengine.__all__) == sorted(set(specengine.__all__))
+    with pytest.raises(AttributeError, match="no attribute 'generat'"):
+        _ = specengine.generat  # type: ignore[attr-defined]
+
+
+def test_importing_the_package_loads_nothing_heavy(tmp_path: Path) -> None:
+    code = (
+        "import specengine, sys; print(sorted({'torch', 'transformers', 'rich', 'typer'} & set(sys.modules)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout == "[]\n", output.stderr
+
+
+def test_the_command_line_is_quick_to_say_no(tmp_path: Path) -> None:
+    """Usage errors do not wait for PyTorch to load."""
+    code = (
+        "import sys\n"
+        "from specengine.cli import main\n"
+        "try: main(['generate', 'x', '--top-p', '2'])\n"
+        "except SystemExit as error: print(error.code, 'torch' in sys.modules)\n"
+    )
+    output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert output.stdout == "2 False\n", output.stderr
+
+
+# Versions
+
+
+def constraints() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(item.name): str(item.specifier).removeprefix("==") for item in pinned}
+
+
+def requirements() -> list[Requirement]:
+    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    found = [Requirement(text) for group in groups for text in group]
+    return [requirement for requirement in found if requirement.name != "specengine"]
+
+
+def test_every_dependency_is_pinned_to_an_allowed_version() -> None:
+    pinned = constraints()
+    for requirement in requirements():
+        version = pinned.get(canonicalize_name(requirement.name))
+        assert version, f"{requirement.name} is not in constraints.txt"
+        assert requirement.specifier.contains(version), f"{requirement} does not allow {version}"
+
+
+def test_every_package_is_shipped() -> None:
+    """setuptools is given a list: a new folder must be on it."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "specengine").rglob("__init__.py")
+    }
+    found |= {
+        ".".join(["specengine", *path.parent.relative_to(ROOT).parts])
+        for path in (ROOT / "kernels").rglob("__init__.py")
+    }
+    assert found == set(settings["packages"])
+    for package in found:
+        importlib.import_module(package)
+
+
+def test_every_concrete_module_is_kept_apart() -> None:
+    """A new drafter or architecture must be on the list of those that may not import each other."""
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    listed = {
+        module
+        for contract in contracts["contracts"]
+        if contract["type"] == "independence"
+        for module in contract["modules"]
+    }
+    drafters = {path.stem for path in (ROOT / "specengine" / "drafters").glob("*.py")} - {"__init__", "base"}
+    concrete = {f"specengine.drafters.{name}" for name in drafters} | set(ARCHITECTURES.values())
+    assert concrete == listed
+
+
+def test_the_version_is_the_projects() -> None:
+    assert specengine.__version__ == PROJECT["version"]
+
+
+# Files
+
+
+def test_ci_is_executable() -> None:
+    path = ROOT / ".ci" / "run"
+    assert os.access(path, os.X_OK)
+    assert path.read_text(encoding="utf-8").startswith("#!")
+
+
+def test_every_target_of_the_makefile_is_explained() -> None:
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    phony = re.search(r"^\.PHONY: (.*)$", text, re.MULTILINE)
+    assert phony is not None
+    for target in phony.group(1).split():
+        assert re.search(rf"^{target}:.*## ", text, re.MULTILINE), f"{target} has no explanation"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page: str) -> None:
+    """Relative links, and paths in backticks that begin with a folder of the repository."""
+    path = ROOT / page
+    text = path.read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
+    targets = [path.parent / link for link in links if link and "://" not in link]
+    folders = "specengine|kernels|csrc|benchmarks|tests|tools|docs|\\.ci"
+    targets += [ROOT / name for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text)]
+    missing = [str(target.relative_to(ROOT)) for target in targets if not target.exists()]
+    assert missing == []
+
+
+def test_no_print_in_the_package() -> None:
+    for path in [*(ROOT / "specengine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]:
+        code = re.sub(r'""".*?"""', "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.search(r"^\s*print\(", code, re.MULTILINE), path
+
+
+# Pages
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_python_on_the_pages_runs(code: str, capsys: pytest.CaptureFixture[str]) -> None:
+    exec(compile(code, "<page>", "exec"), {"__name__": "__main__"})
+    expected = re.findall(r"#: (.*)$", code, re.MULTILINE)
+    assert [line for line in expected if line not in capsys.readouterr().out] == []
