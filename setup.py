@@ -26,7 +26,16 @@ def _extension() -> dict[str, object]:
         )
     if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
         _fail("no C++ compiler was found. Install one (Debian: apt-get install g++) or set CXX, then retry.")
-    flags = ["-std=c++20", "-O3", "-g0", "-Wall", "-Wextra", "-ffp-contract=off", "-fno-math-errno", "-pthread"]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-g0",
+        "-Wall",
+        "-Wextra",
+        "-ffp-contract=off",
+        "-fno-math-errno",
+        "-pthread",
+    ]
     link: list[str] = ["-pthread"]
     if IS_SANITIZED:
         sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -34,7 +43,9 @@ def _extension() -> dict[str, object]:
         flags += ["-O1", "-g", "-fno-omit-frame-pointer", *sanitizers]
         link += sanitizers
     return {
-        "ext_modules": [CppExtension("specengine._C", SOURCES, extra_compile_args=flags, extra_link_args=link)],
+        "ext_modules": [
+            CppExtension("specengine._C", SOURCES, extra_compile_args=flags, extra_link_args=link)
+        ],
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
     }
 

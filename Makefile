@@ -1,0 +1,107 @@
+# Every target sets up what it needs in .venv, once; `make help` lists them.
+# PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+INSTALL = $(PIP) install $(PIP_FLAGS) -c constraints.txt
+
+# What was done is remembered under the hash of what it was done with. Of pyproject.toml, the part before the
+# settings of test and lint tools counts.
+CSRC_FILES := $(sort $(wildcard csrc/*.cpp csrc/*.h))
+SETUP_HASH := $(shell sed '/^\[tool\.pytest/,$$d' constraints.txt setup.py pyproject.toml | sha256sum | cut -c1-16)
+NATIVE_HASH := $(shell cat setup.py $(CSRC_FILES) | sha256sum | cut -c1-16)
+INSTALLED := $(VENV)/.installed-$(SETUP_HASH)
+TOOLS_INSTALLED := $(VENV)/.tools-$(SETUP_HASH)
+NATIVE_BUILT := $(VENV)/.native-$(NATIVE_HASH)
+SANITIZED := build/sanitized
+SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
+
+.PHONY: help demo test test-slow lint format bench sanitize install clean
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+help:  ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(NATIVE_BUILT)  ## Complete some Python with the bundled pair, with and without speculation
+	@$(BIN)/python tools/demo.py
+
+test: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The default tests
+	@$(BIN)/pytest
+
+test-slow: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The long versions of the tests
+	@$(BIN)/pytest -m "slow and not gpu"
+
+bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
+	@$(BIN)/pytest --benchmark-only
+
+lint: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## ruff, mypy, import-linter, clang-format; changes nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(call link_package,build/typing)
+	@touch build/typing/specengine/_C.py
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir /dev/null
+	cd build/typing && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
+	$(BIN)/clang-format --dry-run -Werror $(CSRC_FILES)
+
+format: $(TOOLS_INSTALLED)  ## Format Python and C++ in place
+	$(BIN)/ruff check --fix-only --quiet
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CSRC_FILES)
+
+sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
+	$(call link_package,$(SANITIZED)/tree)
+	@ln -s $(CURDIR)/$(SANITIZED)/lib/specengine/_C*.so $(SANITIZED)/tree/specengine/
+	@libraries="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"; \
+	export PYTHONPATH=$(CURDIR)/$(SANITIZED)/tree LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0; \
+	(cd build && ../$(BIN)/python -c "import torch; from specengine import _C; assert 'sanitized' in _C.__file__, _C.__file__") && \
+	$(BIN)/pytest -p no:cacheprovider tests/test_paged_kv_cache.py tests/kernels
+
+install: $(NATIVE_BUILT)  ## Only set up .venv: dependencies, the package in place, its extension
+
+clean:  ## Remove what was built, .venv included
+	rm -rf $(VENV) build specengine/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+$(INSTALLED):
+	@command -v $(PYTHON) > /dev/null || { echo "specengine: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
+	@$(PYTHON) tools/check_machine.py
+	@echo "Setting up $(VENV) (once; some minutes) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(INSTALL) torch numpy setuptools wheel ninja
+	@$(INSTALL) --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-* $(VENV)/.native-*
+	@touch $@ $(NATIVE_BUILT)
+
+# The install above has built the extension; after that, only what changed is compiled again.
+$(NATIVE_BUILT): | $(INSTALLED)
+	@test -f $@ || { echo "Building the C++ extension ..." && $(call quietly,$(BIN)/python setup.py build_ext --inplace); }
+	@rm -f $(VENV)/.native-*
+	@touch $@
+
+$(TOOLS_INSTALLED): | $(INSTALLED)
+	@echo "Installing test and lint tools ..."
+	@$(BIN)/python tools/requirements.py dev > $(VENV)/tools.txt
+	@$(INSTALL) -r $(VENV)/tools.txt
+	@rm -f $(VENV)/.tools-*
+	@touch $@
+
+$(SANITIZED_BUILT): | $(TOOLS_INSTALLED)
+	@echo "Building the C++ extension with sanitizers ..."
+	@rm -rf $(SANITIZED)/lib
+	@$(call quietly,SPECENGINE_SANITIZE=1 $(BIN)/python setup.py build_ext \
+		--build-lib $(SANITIZED)/lib --build-temp $(SANITIZED)/temp)
+	@rm -f $(SANITIZED)/.built-*
+	@touch $@
+
+# A compiler's output matters when it fails.
+quietly = mkdir -p build && $(1) > build/compile.log 2>&1 || { cat build/compile.log >&2; exit 1; }
+
+# The package's modules and its kernels live in two folders: tools that don't ask setuptools see them here as one.
+define link_package
+@rm -rf $(1)/specengine && mkdir -p $(1)/specengine
+@ln -s $(CURDIR)/specengine/* $(CURDIR)/kernels $(1)/specengine/
+@rm -rf $(1)/specengine/__pycache__ $(1)/specengine/_C*.so
+endef
