@@ -141,8 +141,8 @@ def split_prompts(prompts: Prompt | Collection[Prompt]) -> tuple[list[Prompt], b
     if not items:
         raise ValueError("prompt must not be empty, got []")
     if all(not isinstance(item, str | list | tuple) and not hasattr(item, "__len__") for item in items):
-        return [items], True  # type: ignore[list-item]
-    return items, False  # type: ignore[return-value]
+        return [items], True
+    return items, False
 
 
 def split_params(

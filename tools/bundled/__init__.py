@@ -1,0 +1,1 @@
+"""Parts of `tools/train_bundled_pair.py`: corpus, tokenizer, models, training, evaluation, model card."""
