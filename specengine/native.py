@@ -34,7 +34,7 @@ class NativeBackend:
         return PackedLinear(_C.pack_linear(weight), packed_bias, in_features, out_features)
 
     def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
-        return _C.norm_linear(hidden, *_norm_arguments(norm), *_linear_arguments(weight), activation)
+        return _C.norm_linear(hidden, *_layer_arguments(norm, weight), activation)
 
     def norm_qkv(
         self,
@@ -48,8 +48,7 @@ class NativeBackend:
     ) -> Tensor:
         return _C.norm_qkv(
             hidden,
-            *_norm_arguments(norm),
-            *_linear_arguments(weight),
+            *_layer_arguments(norm, weight),
             positions,
             kv_slots,
             kv_cache,
@@ -60,12 +59,14 @@ class NativeBackend:
         return _C.linear_residual(x, *_linear_arguments(weight), residual)
 
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
-        return _C.head(hidden, *_norm_arguments(norm), *_linear_arguments(weight), vocab_size)
-
-
-def _norm_arguments(norm: Norm) -> tuple[Tensor, Tensor, float]:
-    return norm.weight, norm.bias, norm.eps
+        return _C.head(hidden, *_layer_arguments(norm, weight), vocab_size)
 
 
 def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, int, int]:
     return weight.weight, weight.bias, weight.in_features, weight.out_features
+
+
+def _layer_arguments(
+    norm: Norm, weight: PackedLinear
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None, int, int]:
+    return norm.weight, norm.bias, norm.eps, *_linear_arguments(weight)

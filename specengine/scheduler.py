@@ -204,5 +204,6 @@ class Scheduler:
         self.publish(sequence)
         self.running.remove(sequence)
         slot, sequence.slot = sequence.slot, None
+        assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
         self._manager.free(slot)
         self._on_release(sequence)

@@ -73,8 +73,9 @@ def verify(
     results = (outcome.tokens, outcome.num_accepted, outcome.error)
     backend.match_verify(biased, stats, *drafts, *keys, ~by_rejection, *results)
     if batch.has_rejection:
-        law = (proposal.log_probs, proposal.logits, proposal.stats)
-        if proposal.log_probs is None:
-            law = (torch.zeros_like(proposal.tokens, dtype=torch.float32), None, None)
+        log_probs = proposal.log_probs
+        if log_probs is None:  # a point mass
+            log_probs = torch.zeros_like(proposal.tokens, dtype=torch.float32)
+        law = (log_probs, proposal.logits, proposal.stats)
         backend.rejection_verify(biased, stats, *drafts, *law, *keys, by_rejection, *results)
     return outcome

@@ -51,4 +51,5 @@ def norm_qkv(
     block, offset = kv_slots[is_written] // block_size, kv_slots[is_written] % block_size
     kv_cache[0, block, :, offset] = key[is_written].to(kv_cache.dtype)
     kv_cache[1, block, :, offset] = value[is_written].to(kv_cache.dtype)
-    return query.contiguous()
+    rotated: Tensor = query.contiguous()
+    return rotated
