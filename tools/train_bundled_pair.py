@@ -22,8 +22,11 @@ import torch
 import transformers
 from bundled import card, corpus, evaluation, prompts, shapes, training, vocabulary
 from tokenizers import Tokenizer
+from transformers import GPT2LMHeadModel
 
 log = logging.getLogger("train_bundled_pair")
+
+NUM_LOSS_BLOCKS = 96
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -75,7 +78,7 @@ def build_schedule(name: str, options: argparse.Namespace) -> training.Schedule:
     return dataclasses.replace(schedule, warmup_steps=2) if options.smoke else schedule
 
 
-def save_model(model: shapes.GPT2LMHeadModel, name: str, tokenizer: Tokenizer, directory: Path) -> None:
+def save_model(model: GPT2LMHeadModel, name: str, tokenizer: Tokenizer, directory: Path) -> None:
     """Write one Hugging Face directory, weights and tokenizer."""
     shapes.export_model(model, name, directory)
     vocabulary.save_tokenizer(tokenizer, directory, shapes.CONTEXT)
@@ -87,7 +90,7 @@ def train_model(name: str, documents: list[corpus.Document], options: argparse.N
     schedule = build_schedule(name, options)
     device = torch.device(options.device)
     sampler = build_sampler(documents, tokenizer, schedule.seed)
-    teacher = shapes.load_exported(options.out / "target").to(device) if name == "draft" else None
+    teacher = shapes.load_exported(options.out / "target") if name == "draft" else None
     model = shapes.build_model(name, options.seed)
     log.info("%s: %s", name, shapes.count_parameters(model))
     seconds = training.train(
@@ -146,7 +149,13 @@ def evaluate(documents: list[corpus.Document], options: argparse.Namespace) -> N
     record = json.loads(path.read_text())["training"]
     if corpus.digest(documents) != record["data_sha256"]:
         log.warning("this standard library is not the one the pair was trained on: held-out files may differ")
-    metrics = {"training": record} | evaluation.evaluate_pair(options.out, documents, options.seed)
+    metrics = {"training": record} | evaluation.evaluate_pair(
+        options.out,
+        documents,
+        num_blocks=2 if options.smoke else NUM_LOSS_BLOCKS,
+        num_prompts=4 if options.smoke else prompts.NUM_PROMPTS,
+        seed=options.seed,
+    )
     shapes.write_json(path, metrics)
     (options.out / "MODEL_CARD.md").write_text(card.render(metrics, options.out), encoding="utf-8")
 

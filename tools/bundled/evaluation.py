@@ -20,23 +20,27 @@ log = logging.getLogger(__name__)
 
 NUM_SPECULATIVE_TOKENS = 4
 NUM_NEW_TOKENS = 64
+NUM_OPENING_TOKENS = 16  # before greedy text has begun to repeat itself
 BATCH_SIZE = 40
-NUM_LOSS_BLOCKS = 96  # of 1024 tokens
 TEMPERATURES = (0.8, 1.0)
-SAMPLE_PROMPTS = (
-    "def binary_search(items, x):\n",
-    'class Stack:\n    """A last-in, first-out container."""\n\n',
-    "import os\nimport sys\n\ndef main():\n",
+SAMPLE_PROMPTS = (  # none ends in white space: in this vocabulary a line break and its indentation are one token
+    "def binary_search(items, x):",
+    "    def test_close(self):\n        f = open(",
+    'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self, items=()):',
 )
 
 
-def evaluate_pair(directory: Path, documents: list[corpus.Document], seed: int) -> dict[str, Any]:
-    """Everything below, as it goes into `metrics.json`."""
+def evaluate_pair(
+    directory: Path, documents: list[corpus.Document], *, num_blocks: int, num_prompts: int, seed: int
+) -> dict[str, Any]:
+    """Everything below, as it goes into `metrics.json`, on `num_blocks` of 1024 tokens and the first prompts."""
     tokenizer = Tokenizer.from_file(str(directory / "target" / "tokenizer.json"))
     models = {name: shapes.load_exported(directory / name) for name in shapes.SHAPES}
-    prompts = [tokenizer.encode(entry["prompt"]).ids for entry in load_prompts(directory / "prompts.jsonl")]
+    prompts = [tokenizer.encode(entry["prompt"]).ids for entry in load_prompts(directory / "prompts.jsonl")][
+        :num_prompts
+    ]
     parameters = {name: shapes.count_parameters(model) for name, model in models.items()}
-    loss = evaluate_losses(models, tokenizer, documents, seed)
+    loss = evaluate_losses(models, tokenizer, documents, num_blocks, seed)
     log.info("loss %s", loss)
     acceptance = evaluate_acceptance(models["target"], models["draft"], prompts, seed)
     log.info("acceptance %s", acceptance)
@@ -45,7 +49,11 @@ def evaluate_pair(directory: Path, documents: list[corpus.Document], seed: int) 
 
 
 def evaluate_losses(
-    models: dict[str, GPT2LMHeadModel], tokenizer: Tokenizer, documents: list[corpus.Document], seed: int
+    models: dict[str, GPT2LMHeadModel],
+    tokenizer: Tokenizer,
+    documents: list[corpus.Document],
+    num_blocks: int,
+    seed: int,
 ) -> dict[str, Any]:
     """Nats per token, perplexity and bits per byte of each model on files it was trained on and files it was not."""
     figures: dict[str, Any] = {name: {} for name in models}
@@ -54,7 +62,7 @@ def evaluate_losses(
         arrays = vocabulary.encode_documents(tokenizer, chosen)
         num_bytes = sum(len(document.text.encode()) for document in chosen)
         num_tokens = sum(map(len, arrays))
-        blocks = sample_blocks(arrays, seed)
+        blocks = sample_blocks(arrays, num_blocks, seed)
         for name, model in models.items():
             nats = mean_loss(model, blocks)
             figures[name][part] = {
@@ -66,12 +74,12 @@ def evaluate_losses(
     return figures
 
 
-def sample_blocks(arrays: list[np.ndarray], seed: int) -> torch.Tensor:
-    """`[N, 1025]` int64: a fixed draw of consecutive blocks of the documents, joined in a shuffled order."""
+def sample_blocks(arrays: list[np.ndarray], num_blocks: int, seed: int) -> torch.Tensor:
+    """`[num_blocks, 1025]` int64: a fixed draw of consecutive blocks of the documents, joined in a shuffled order."""
     generator = np.random.default_rng(seed)
     stream = np.concatenate([arrays[i] for i in generator.permutation(len(arrays))])
     starts = np.arange(0, len(stream) - shapes.CONTEXT - 1, shapes.CONTEXT)
-    chosen = generator.permutation(starts)[:NUM_LOSS_BLOCKS]
+    chosen = generator.permutation(starts)[:num_blocks]
     return torch.from_numpy(np.stack([stream[s : s + shapes.CONTEXT + 1] for s in chosen]).astype(np.int64))
 
 
@@ -156,18 +164,21 @@ def evaluate_acceptance(
                 for model in (target, draft)
             ]
             overlaps[temperature].append(torch.minimum(*probs).sum(-1))
-    greedy = speculate(torch.cat(matches))
+    greedy = {
+        "greedy": speculate(torch.cat(matches), NUM_NEW_TOKENS),
+        "greedy_opening": speculate(torch.cat(matches), NUM_OPENING_TOKENS),
+    }
     sampled = {f"T={t}": round(torch.cat(rows).mean().item(), 4) for t, rows in overlaps.items()}
-    return {"greedy": greedy, "sampled_one_minus_total_variation": sampled}
+    return greedy | {"sampled_one_minus_total_variation": sampled}
 
 
-def speculate(matches: torch.Tensor) -> dict[str, Any]:
-    """Replay greedy rounds over `[B, 64 + k]` booleans: does the draft's token equal the target's there?"""
+def speculate(matches: torch.Tensor, count: int) -> dict[str, Any]:
+    """Replay greedy rounds over the first `count` of `[B, >= count + k]`: is the draft's token the target's there?"""
     drafted, accepted = [0] * NUM_SPECULATIVE_TOKENS, [0] * NUM_SPECULATIVE_TOKENS
     num_rounds = 0
     for row in matches.tolist():
         place = 0
-        while place < NUM_NEW_TOKENS:
+        while place < count:
             num_rounds += 1
             num_accepted = next(
                 (i for i in range(NUM_SPECULATIVE_TOKENS) if not row[place + i]), NUM_SPECULATIVE_TOKENS
@@ -180,20 +191,21 @@ def speculate(matches: torch.Tensor) -> dict[str, Any]:
     return {
         "num_speculative_tokens": NUM_SPECULATIVE_TOKENS,
         "num_prompts": len(matches),
+        "num_new_tokens": count,
         "num_rounds": num_rounds,
         "acceptance_rate": round(total / (NUM_SPECULATIVE_TOKENS * num_rounds), 4),
         "mean_acceptance_length": round(1 + total / num_rounds, 4),
         "accepted_by_position": [round(a / num_rounds, 4) for a in accepted],
         "conditional_by_position": [round(a / max(1, d), 4) for a, d in zip(accepted, drafted, strict=True)],
-        "token_agreement": round(matches[:, :NUM_NEW_TOKENS].float().mean().item(), 4),
+        "token_agreement": round(matches[:, :count].float().mean().item(), 4),
     }
 
 
 def complete(model: GPT2LMHeadModel, tokenizer: Tokenizer, seed: int) -> list[dict[str, str]]:
-    """Three completions of 80 tokens: one greedy, two at temperature 0.6."""
+    """Three completions of 80 tokens: one greedy, two at temperature 0.7."""
     samples = []
     for index, prompt in enumerate(SAMPLE_PROMPTS):
-        ids, temperature = tokenizer.encode(prompt).ids, 0.6 if index else 0.0
+        ids, temperature = tokenizer.encode(prompt).ids, 0.7 if index else 0.0
         row = continue_rows(model, [ids], 80, temperature=temperature, seed=seed)[0, len(ids) :].tolist()
         if vocabulary.END_OF_TEXT_ID in row:
             row = row[: row.index(vocabulary.END_OF_TEXT_ID)]

@@ -141,6 +141,8 @@ def train(
 ) -> float:
     """Train in place; returns the seconds spent. With `state_path` an interrupted run goes on exactly."""
     model.to(device).train()
+    if teacher is not None:
+        teacher.to(device)
     optimizers = build_optimizers(model, schedule)
     first, earlier = load_state(state_path, model, optimizers)
     started, losses = time.perf_counter() - earlier, []
