@@ -431,7 +431,6 @@ void PagedKVCache::remove_from_index(int32_t id) {
   while (*link != id) link = &blocks_[*link].next_in_bucket;
   *link = block.next_in_bucket;
   block.prefix = kNoPrefix;
-  block.computed_models = 0;
   --num_indexed_blocks_;
 }
 

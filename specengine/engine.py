@@ -31,7 +31,7 @@ from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request, Sequence
 from specengine.runtime.state import BatchState
-from specengine.scheduler import Chunk, Scheduler
+from specengine.scheduler import Chunk, Plan, Scheduler
 from specengine.speculative import RoundOutcome, run_round, verify
 from specengine.tokenizer import Tokenizer
 
@@ -277,13 +277,10 @@ class Engine:
                 self._abort(*requests)
 
     def _step(self) -> None:
-        self._is_stepping = True
         try:
-            plan = self._scheduler.schedule()
-            if plan.chunks:
-                self._prefill(plan.chunks)
-            if plan.decoding:
-                self._decode(plan.decoding)
+            self._is_stepping = True
+            self._run_plan(self._scheduler.schedule())
+            self._is_stepping = False  # here too: an interruption may strike the line below
         except BaseException:
             self._recover()
             raise
@@ -291,6 +288,16 @@ class Engine:
             self._is_stepping = False
             doomed, self._doomed = self._doomed, []
             self._abort(*doomed)
+
+    def _run_plan(self, plan: Plan) -> None:
+        is_stuck = not (plan.chunks or plan.decoding or self._scheduler.running) and self._scheduler.has_work
+        assert not is_stuck, (
+            f"{len(self._scheduler.waiting)} sequences wait for {self.num_free_blocks} free blocks"
+        )
+        if plan.chunks:
+            self._prefill(plan.chunks)
+        if plan.decoding:
+            self._decode(plan.decoding)
 
     def _recover(self) -> None:
         """After an interruption: what the host has committed is the truth, the rest is unreachable again."""

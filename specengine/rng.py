@@ -18,6 +18,7 @@ this file on every uint32.
 from __future__ import annotations
 
 import secrets
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from torch import Tensor
 STREAM_TARGET = 0
 STREAM_DRAFT = 1
 STREAM_ACCEPT = 2
+
+# A 32-bit word: an int64 tensor of them, or a Python int.
+Word = TypeVar("Word", Tensor, int)
 
 _MULTIPLIER_0 = 0xD2511F53
 _MULTIPLIER_1 = 0xCD9E8D57
@@ -39,15 +43,19 @@ _STREAM_SAMPLE_SEED = 0xFFFFFFFF
 
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32 on int64 tensors that hold uint32 values; arguments broadcast.
 
     Returns four int64 tensors of uint32 values. Known answers: Random123's `kat_vectors`.
     """
+    return _rounds(counter, key)
+
+
+def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):
-        # The product wraps modulo 2**64, which keeps both of its 32-bit halves exact.
+        # In int64 tensors the product wraps modulo 2**64, which keeps both of its 32-bit halves exact.
         product_0 = c0 * _MULTIPLIER_0
         product_1 = c2 * _MULTIPLIER_1
         high_0, low_0 = (product_0 >> 32) & _MASK, product_0 & _MASK
@@ -125,9 +133,7 @@ def derive_seed(seed: int, sample_index: int) -> int:
     """The seed of sample `sample_index` of a request: the request's own for sample 0."""
     if sample_index == 0:
         return seed
-    words = [torch.tensor(word) for word in (sample_index, 0, _STREAM_SAMPLE_SEED, 0)]
-    key = (torch.tensor(seed & _MASK), torch.tensor((seed >> 32) & _MASK))
-    low, high, _, _ = philox4x32((words[0], words[1], words[2], words[3]), key)
+    low, high, _, _ = _rounds((sample_index, 0, _STREAM_SAMPLE_SEED, 0), (seed & _MASK, (seed >> 32) & _MASK))
     return int(low) | (int(high) << 32)
 
 

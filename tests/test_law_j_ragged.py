@@ -46,7 +46,7 @@ def make_rows(num_rows: int = 8, seed: int = 0) -> list[Row]:
         k = (3, 0, 5, 1, 8, 4, 2, 7)[index % 8]
         params = SamplingParams(
             num_speculative_tokens=k,
-            max_new_tokens=rng.randint(5, 17),
+            max_new_tokens=rng.randint(6, 17),
             seed=100 + index,
             ignore_eos=True,
             logprobs=index % 3,

@@ -235,6 +235,15 @@ def test_a_block_is_a_hit_for_a_model_only_as_far_as_that_model_computed_it() ->
     assert pool.hits(range(3 * B)) == (3 * B, 3 * B)
 
 
+def test_a_model_stops_at_its_first_gap() -> None:
+    pool = Pool()
+    slot = pool.start(range(3 * B))
+    pool.cache.set_computed(slot, DRAFT, B)
+    pool.cache.extend(slot, B, 2 * B)
+    pool.cache.free(slot)
+    assert pool.hits(range(3 * B)) == (3 * B, B)
+
+
 def test_the_chain_goes_on_as_long_as_any_model_computed_the_block() -> None:
     pool = Pool()
     slot = pool.start(range(3 * B), computed=(B, 3 * B))
@@ -300,16 +309,14 @@ def test_a_reused_block_cannot_stand_in_for_a_parent() -> None:
     pool.cache.extend(second, 0, 2 * B)
     pool.cache.set_computed(second, TARGET, 2 * B)
     pool.cache.publish(second, [1] * B + [2] * B)  # the second block hangs on first's block
+    pool.cache.extend(pool.cache.allocate([], 0), 0, B)  # the last free block
     [parent] = pool.cache.sequence_blocks(first)
     pool.cache.free(first)
 
-    usurper = pool.cache.allocate([3] * B, 0)
-    pool.cache.extend(usurper, 0, 2 * B)
-    assert parent in pool.cache.sequence_blocks(usurper)
-    pool.cache.set_computed(usurper, TARGET, 2 * B)
-    pool.cache.publish(usurper, [3] * 2 * B)
+    usurper = pool.start([3] * B)
+    assert pool.cache.sequence_blocks(usurper) == [parent]
 
-    assert pool.hits([3] * B + [2] * B) == (B, 0)
+    assert pool.hits([3] * B + [2] * B) == (B, B)
     assert pool.hits([1] * B + [2] * B) == (0, 0)
 
 
@@ -330,6 +337,32 @@ def test_rewriting_after_a_rollback_withdraws_the_block() -> None:
     pool.cache.extend(slot, B + 1, B + 2)
     assert pool.hits(range(3 * B)) == (B, B)
     pool.cache.check_invariants()
+
+
+def test_what_replaces_rolled_back_tokens_is_published() -> None:
+    pool = Pool()
+    slot = pool.start(range(3 * B))
+    tokens = [*range(B), *range(100, 100 + B)]
+    pool.cache.rollback(slot, B)
+    pool.cache.extend(slot, B, 2 * B)
+    pool.cache.set_computed(slot, TARGET, 2 * B)
+    pool.cache.publish(slot, tokens)
+    assert pool.hits(tokens) == (2 * B, B)
+    assert pool.hits(range(3 * B)) == (B, B)
+
+
+def test_rewriting_an_equal_block_breaks_its_tie_to_the_indexed_one() -> None:
+    pool = Pool()
+    old, new = [1] * 2 * B, [2] * 2 * B + [3] * B
+    pool.start(old)
+    slot = pool.cache.allocate(old, 0)
+    for tokens in (old, new):
+        pool.cache.rollback(slot, 0)
+        pool.cache.extend(slot, 0, len(tokens))
+        pool.cache.set_computed(slot, TARGET, len(tokens))
+        pool.cache.publish(slot, tokens)
+    assert pool.hits(new) == (3 * B, 0)
+    assert pool.hits(old + [3] * B) == (2 * B, 2 * B)
 
 
 def test_a_model_that_recomputes_withdraws_its_own_hits_only() -> None:
@@ -553,6 +586,7 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(name: str, value:
 # --- Random operations against the model ---------------------------------------------------------------------------
 
 CHOICES = st.integers(0, 15)  # reduced to what is possible when the rule runs
+MODEL_MASKS = st.integers(0, 7)
 FEW_TOKENS = st.builds(lambda zeros, ones: [0] * zeros + [1] * ones, st.integers(0, 6), st.integers(0, 4))
 
 
@@ -585,14 +619,15 @@ def state_machine(build_manager: Callable[..., Any], events: Counter[str]) -> ty
             return len(self.checked.tokens) < self.checked.max_sequences
 
         @precondition(has_free_slot)
-        @rule(prompt=FEW_TOKENS, num_kept_back=st.integers(0, 2), writers=st.integers(1, 7))
+        @rule(prompt=FEW_TOKENS, num_kept_back=st.sampled_from([0, 1, 2, 16]), writers=MODEL_MASKS)
         def start(self, prompt: list[int], num_kept_back: int, writers: int) -> None:
             prompt = prompt[: self.checked.max_tokens]
             slot = self.checked.allocate(prompt, max(0, len(prompt) - num_kept_back))
             for model in sorted(self.models(writers)):
                 watermark = self.checked.model.sequences[slot].computed[model]
                 self.checked.write(slot, watermark, prompt[watermark:], writers={model})
-            self.checked.publish(slot, prompt)
+            if writers:
+                self.checked.publish(slot, prompt)
 
         @precondition(lambda self: self.has_sequence() and not self.has_free_slot())
         @rule(choice=CHOICES)
@@ -606,12 +641,21 @@ def state_machine(build_manager: Callable[..., Any], events: Counter[str]) -> ty
                     take()
 
         @precondition(has_sequence)
-        @rule(choice=CHOICES, gap=st.integers(-4, 1), new_tokens=FEW_TOKENS, writers=st.integers(0, 7))
+        @rule(choice=CHOICES, gap=st.integers(-4, 1), new_tokens=FEW_TOKENS, writers=MODEL_MASKS)
         def write(self, choice: int, gap: int, new_tokens: list[int], writers: int) -> None:
             slot = self.slot(choice)
             watermarks = self.checked.model.sequences[slot].computed
             first_position = min(max(0, watermarks[choice % len(watermarks)] + gap), self.checked.max_tokens)
             self.checked.write(slot, first_position, new_tokens, writers=self.models(writers))
+
+        @precondition(has_sequence)
+        @rule(choice=CHOICES, num_tokens=CHOICES, new_tokens=FEW_TOKENS, writers=MODEL_MASKS)
+        def regenerate(self, choice: int, num_tokens: int, new_tokens: list[int], writers: int) -> None:
+            slot = self.slot(choice)
+            num_tokens %= len(self.checked.tokens[slot]) + 1
+            self.checked.rollback(slot, num_tokens)
+            self.checked.write(slot, num_tokens, new_tokens[::-1], writers=self.models(writers))
+            self.checked.publish(slot, self.checked.tokens[slot])
 
         @precondition(has_sequence)
         @rule(choice=CHOICES, num_tokens=CHOICES)
@@ -741,23 +785,19 @@ class ForgetsOneModelInRollback(BrokenManager):
 
 
 class TrustsHashes(BrokenManager):
-    """Prefix hits by a hash (here each block's last token) that nobody verifies."""
+    """Prefix hits by a hash (here the number of tokens) that nobody verifies."""
 
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
-        self.first_with_hash: dict[tuple[int, ...], list[int]] = {}
+        self.first_with_hash: dict[int, list[int]] = {}
 
     def allocate(self, token_ids: Sequence[int], max_cached_tokens: int) -> int:
-        return self.manager.allocate(
-            self.first_with_hash.get(self._hash(token_ids), token_ids), max_cached_tokens
-        )
+        same_hash = self.first_with_hash.get(len(token_ids), token_ids)
+        return self.manager.allocate(same_hash, max_cached_tokens)
 
     def publish(self, slot: int, token_ids: Sequence[int]) -> None:
-        self.first_with_hash.setdefault(self._hash(token_ids), list(token_ids))
+        self.first_with_hash.setdefault(len(token_ids), list(token_ids))
         self.manager.publish(slot, token_ids)
-
-    def _hash(self, token_ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(token_ids[self.block_size - 1 :: self.block_size])
 
 
 class FindsTooMuch(BrokenManager):

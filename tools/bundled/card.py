@@ -37,7 +37,7 @@ held-out files under the same licence.
 
     python tools/train_bundled_pair.py --out specengine/bundled
 
-{processor}, {threads} threads, torch {torch}, seed {seed}; bf16 autocast; Muon for the layers' matrices,
+{processor}, threads: {threads}, torch {torch}, seed {seed}; bf16 autocast; Muon for the layers' matrices,
 AdamW for the rest; warm-up, constant rate, linear cool-down with blocks growing from 256 to 1024 tokens.
 
 | | steps | tokens | time | loss |
@@ -45,12 +45,14 @@ AdamW for the rest; warm-up, constant rate, linear cool-down with blocks growing
 | target | {target_steps} | {target_seen:,} | {target_minutes:.0f} min | next token |
 | draft | {draft_steps} | {draft_seen:,} | {draft_minutes:.0f} min | {draft_loss} |
 
-The times are of a machine shared with other work. Everything random is seeded; the same command gives the same
-weights on the same machine with the same library versions and threads. {note}
+One pass over the weighted data would be about eleven million tokens: most blocks of the training files were never
+seen, hence two close losses below. The times are of a machine shared with other work. Everything random is seeded; the
+same command gives the same weights on the same machine with the same library versions and threads.
+{note}
 
 ## Measured
 
-| | nats/token, trained on | held out | perplexity, trained on | held out | bits/byte, held out |
+| | nats/token, training files | held out | perplexity, training files | held out | bits/byte, held out |
 |---|---|---|---|---|---|
 {loss_rows}
 
