@@ -164,7 +164,7 @@ def _stream(call: Call) -> Generator[StreamEvent, None, None]:
 
 def stream_events(call: Call, engine: Engine) -> Generator[StreamEvent, None, None]:
     """The events of a call on its engine; closing the generator ends what is unfinished."""
-    return cast("Generator[StreamEvent, None, None]", engine.stream(call.prompt, call.params))
+    return engine.stream(call.prompt, call.params)
 
 
 def clear_cache() -> None:

@@ -237,7 +237,7 @@ class EngineConfig:
     dtype:              "auto", "float32", "bfloat16" or "float16": of the weights, unless the next two say otherwise
     weight_dtype, draft_weight_dtype: storage of the target's and the draft's weights
     kv_dtype:           storage of keys and values; "auto" = the weights' dtype
-    backend:            "auto" (native on a CPU), "native", "reference"
+    backend:            "auto" (native on a CPU, reference on CUDA), "native", "reference"
     block_size:         tokens a KV block holds
     num_blocks | kv_cache_bytes: size of the KV cache; by default as much as max_batch_size sequences of
                         max_seq_len can use, at most 4 GiB on a CPU, half of the free memory on a GPU

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as Collection
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import Any
 
@@ -165,8 +165,11 @@ class Engine:
         results: list[GenerationResult | None] = [None] * len(chosen)
         num_done = 0
         title = f"generating ({self.target_name})"
-        with progress_bar(title, "prompts", enabled=False if is_single else progress) as update:
-            for event in self.stream(chosen, params, **sampling):
+        with (
+            progress_bar(title, "prompts", enabled=False if is_single else progress) as update,
+            closing(self.stream(chosen, params, **sampling)) as events,
+        ):
+            for event in events:
                 if streamer is not None:
                     streamer(event)
                 if event.result is not None:
@@ -182,7 +185,7 @@ class Engine:
         prompts: Prompt | Collection[Prompt],
         params: SamplingParams | Collection[SamplingParams] | None = None,
         **sampling: Any,
-    ) -> Iterator[StreamEvent]:
+    ) -> Generator[StreamEvent, None, None]:
         """The generator twin of `generate`. Closing it early aborts what is unfinished.
 
         Arguments are checked at once; the requests are queued when the first event is asked for.
@@ -256,7 +259,7 @@ class Engine:
         if self._is_closed:
             raise SpecEngineError("the engine is closed")
 
-    def _events(self, requests: list[Request]) -> Iterator[StreamEvent]:
+    def _events(self, requests: list[Request]) -> Generator[StreamEvent, None, None]:
         try:
             with self._lock:
                 self._check_open()

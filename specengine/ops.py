@@ -143,12 +143,12 @@ class _ReferenceBackend(_OpsModule):
 
 
 def load_backend(name: str, device: torch.device) -> Backend:
-    """The backend `auto`, `native`, `triton` or `reference` for a device.
+    """The backend `auto`, `native`, `triton` or `reference` for a device; `auto` is native on a CPU, else reference.
 
     Raises `BackendUnavailableError` when it cannot run there, `ValueError` for an unknown name.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" else "native"
+        name = "native" if device.type == "cpu" else "reference"
     if name == "reference":
         from specengine.kernels import reference
 

@@ -181,11 +181,11 @@ def test_the_law_notices_another_kernel_for_one_row(
     """A one-row linear layer that sums in another order: the last bit of some values changes."""
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     engine = build_engine(checkpoint("gpt2", seed=8), drafter)
-    backend = type(engine._target.backend)
+    backend = engine._target.backend
     linear_residual = backend.linear_residual
 
-    def faulty(self: Any, x: Tensor, weight: Any, residual: Tensor) -> Tensor:
-        result = linear_residual(self, x, weight, residual)
+    def faulty(x: Tensor, weight: Any, residual: Tensor) -> Tensor:
+        result = linear_residual(x, weight, residual)
         return torch.nextafter(result, result.new_tensor(1e30)) if x.shape[0] == 1 else result
 
     monkeypatch.setattr(backend, "linear_residual", faulty)
@@ -198,11 +198,11 @@ def test_the_law_notices_attention_that_depends_on_the_number_of_queries(
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     engine = build_engine(checkpoint("gpt2", seed=8), drafter)
-    backend = type(engine._target.backend)
+    backend = engine._target.backend
     paged_attention = backend.paged_attention
 
-    def faulty(self: Any, query: Tensor, *rest: Tensor) -> Tensor:
-        return paged_attention(self, query, *rest) * (1 + 2.0**-20 * (query.shape[0] > 4))
+    def faulty(query: Tensor, *rest: Tensor) -> Tensor:
+        return paged_attention(query, *rest) * (1 + 2.0**-20 * (query.shape[0] > 4))
 
     monkeypatch.setattr(backend, "paged_attention", faulty)
     with pytest.raises(AssertionError):
