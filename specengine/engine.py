@@ -482,7 +482,9 @@ class Engine:
         tokens = torch.cat([outcome.tokens[row, : num_accepted[row] + 1] for row in wanted])
         owners = [row for row in wanted for _ in range(num_accepted[row] + 1)]
         limits = [sequences[row].params.logprobs or 0 for row in owners]
-        for owner, entry in zip(owners, self._logprobs(outcome.logits[rows], tokens, limits), strict=True):
+        # Gathering is a copy: not where every row is wanted, as in plain decoding.
+        logits = outcome.logits if len(rows) == outcome.logits.shape[0] else outcome.logits[rows]
+        for owner, entry in zip(owners, self._logprobs(logits, tokens, limits), strict=True):
             entries[owner].append(entry)
         return entries
 

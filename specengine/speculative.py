@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specengine.drafters.base import Drafter, DraftProposal
 from specengine.ops import Backend
-from specengine.runtime.batch import row_starts
+from specengine.runtime.batch import row_owners, row_starts
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.state import BatchState, RunningBatch, apply_bias
 
@@ -56,7 +56,7 @@ def verify(
     """
     num_draft = proposal.num_tokens
     biased = apply_bias(logits, batch, row_start, num_draft + 1, batch.seq_len)
-    owner = torch.repeat_interleave(num_draft + 1)
+    owner = row_owners(num_draft + 1)
     filters = (batch.temperature[owner], batch.top_k[owner], batch.top_p[owner], batch.min_p[owner])
     stats = backend.filter_rows(biased, *filters)
     outcome = RoundOutcome(

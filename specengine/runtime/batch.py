@@ -48,8 +48,17 @@ def row_starts(num_rows: Tensor) -> Tensor:
     return (num_rows.cumsum(0) - num_rows).int()
 
 
+def row_owners(lengths: Tensor) -> Tensor:
+    """For rows of the given lengths `[B]` laid end to end: whose each element is, `[sum(lengths)]` int64.
+
+    Not `repeat_interleave`, which forks PyTorch's threads for a handful of numbers: milliseconds on a busy machine.
+    """
+    ends = lengths.cumsum(0)
+    return torch.searchsorted(ends, torch.arange(int(lengths.sum()), device=lengths.device), right=True)
+
+
 def _ragged(lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """For rows of the given lengths laid end to end: each element's row and its offset in it, int64."""
-    row = torch.repeat_interleave(lengths)
+    """Each element's row and its offset in it, int64."""
+    row = row_owners(lengths)
     offset = torch.arange(row.numel(), device=lengths.device) - (lengths.cumsum(0) - lengths)[row]
     return row, offset
