@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -204,7 +205,9 @@ def endless(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         "1",
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-    process = subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, **pipes)
+    # A shell's background job, as a CI run may be, starts with SIGINT ignored, and children inherit that.
+    heeds_interrupts = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*COMMAND, *arguments], cwd=tmp_path, preexec_fn=heeds_interrupts, **pipes)
     yield process
     process.kill()
     process.wait()
