@@ -16,13 +16,6 @@ from torch import Tensor
 from specengine.errors import BackendUnavailableError
 from specengine.kernels.packed import Norm, PackedLinear
 
-PAD_MULTIPLE = 128
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """The logits' row length: `vocab_size` rounded up to a multiple of 128."""
-    return (vocab_size + PAD_MULTIPLE - 1) // PAD_MULTIPLE * PAD_MULTIPLE
-
 
 class Backend(Protocol):
     """Every op of the engine. See `specengine.kernels.reference.<op>` for what each argument means."""

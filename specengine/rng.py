@@ -42,16 +42,12 @@ _STREAM_SAMPLE_SEED = 0xFFFFFFFF
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 values; arguments broadcast.
+    counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]
+) -> tuple[Word, Word, Word, Word]:
+    """Ten rounds of Philox4x32 on int64 tensors that hold uint32 values (arguments broadcast), or on Python ints.
 
-    Returns four int64 tensors of uint32 values. Known answers: Random123's `kat_vectors`.
+    Returns four of the same, uint32 values. Known answers: Random123's `kat_vectors`.
     """
-    return _rounds(counter, key)
-
-
-def _rounds(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_NUM_ROUNDS):
@@ -133,8 +129,10 @@ def derive_seed(seed: int, sample_index: int) -> int:
     """The seed of sample `sample_index` of a request: the request's own for sample 0."""
     if sample_index == 0:
         return seed
-    low, high, _, _ = _rounds((sample_index, 0, _STREAM_SAMPLE_SEED, 0), (seed & _MASK, (seed >> 32) & _MASK))
-    return int(low) | (int(high) << 32)
+    low, high, _, _ = philox4x32(
+        (sample_index, 0, _STREAM_SAMPLE_SEED, 0), (seed & _MASK, (seed >> 32) & _MASK)
+    )
+    return low | (high << 32)
 
 
 def signed_seed(seed: int) -> int:
