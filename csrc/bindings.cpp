@@ -484,6 +484,15 @@ py::list vocabulary_bits_op(uint64_t seed, uint32_t position, uint32_t stream, u
   return py::cast(bits);
 }
 
+uint64_t read_all_op(const Tensor& tensor) {
+  check_contiguous(tensor, "tensor");
+  if (!tensor.device().is_cpu() || tensor.nbytes() % 256 != 0) {
+    fail("tensor: expected a CPU tensor of a multiple of 256 bytes, got ", shape_of(tensor));
+  }
+  py::gil_scoped_release release;
+  return read_all(tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes()));
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const char* name : {"avx512", "avx2", "portable"}) {
@@ -535,6 +544,7 @@ void bind_tools(py::module_& m) {
                          uint32_t k1) { return philox4x32({c0, c1, c2, c3}, k0, k1); });
   m.def("vocabulary_bits", &vocabulary_bits_op);
   m.def("accept_bits", &accept_bits);
+  m.def("read_all", &read_all_op);
   m.def("num_threads", &num_threads);
   m.def("set_num_threads", [](int64_t count) {
     if (count < 1) fail("num_threads: ", count, " is below 1");

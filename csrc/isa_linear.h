@@ -124,7 +124,7 @@ inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
     if (args.residual != nullptr) {
       y = load_first(args.residual + row * args.num_columns + column, n, 0.0f) + y;
     }
-    store_first(args.out + row * args.out_stride + column, y, n);
+    store_first(args.out + row * args.out_stride + column - args.first_column, y, n);
   }
 }
 

@@ -40,6 +40,7 @@ struct LinearArgs {
   float* out;  // [num_rows, stride out_stride]
   int64_t out_stride;
   int64_t num_columns;  // columns that are stored
+  int64_t first_column = 0;  // the column that out[row][0] holds
 };
 
 struct AttentionArgs {
@@ -97,6 +98,8 @@ struct Kernels {
   RaceResult (*race)(const RowView& target, const RowView* draft, int64_t excluded,
                      const NoiseKey& key);
   void (*vocabulary_bits)(const NoiseKey& key, int64_t vocab, uint32_t* bits);
+  // A checksum of `num_bytes`, a multiple of 256.
+  uint64_t (*read_block)(const void* data, int64_t num_bytes);
 };
 
 #if defined(__x86_64__)

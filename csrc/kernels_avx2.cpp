@@ -33,6 +33,7 @@ const Kernels kAvx2Kernels = {
     avx2::row_argmax,
     avx2::race,
     avx2::vocabulary_bits,
+    avx2::read_block,
 };
 }  // namespace specengine
 

@@ -37,6 +37,7 @@ const Kernels kAvx512Kernels = {
     avx512::row_argmax,
     avx512::race,
     avx512::vocabulary_bits,
+    avx512::read_block,
 };
 }  // namespace specengine
 

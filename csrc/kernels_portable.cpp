@@ -26,5 +26,6 @@ const Kernels kPortableKernels = {
     portable::row_argmax,
     portable::race,
     portable::vocabulary_bits,
+    portable::read_block,
 };
 }  // namespace specengine

@@ -128,4 +128,9 @@ void rejection_verify(const VerifyCall& call, const DraftLaw& draft);
 void token_logprobs(const LogitRows& logits, const int32_t* token_ids, int64_t num_top,
                     float* log_probs, int32_t* top_ids, float* top_log_probs);
 
+// --- read_loop.cpp
+
+// Reads `num_bytes` (a multiple of 256) once with every thread, and returns a checksum: what the memory can do, for benchmarks to compare with.
+uint64_t read_all(const void* data, int64_t num_bytes);
+
 }  // namespace specengine
