@@ -1,151 +1,19 @@
 // The Python face of the native ops: checks every tensor, names the argument that is wrong, then
-// passes raw pointers on with the interpreter's lock released. The only file that knows PyTorch's
-// ops.
-#if defined(__GNUC__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wunused-parameter"
-#endif
-#include <torch/extension.h>
-#if defined(__GNUC__)
-#pragma GCC diagnostic pop
-#endif
-
-#include <optional>
-#include <sstream>
-#include <string>
+// passes raw pointers on with the interpreter's lock released.
 #include <tuple>
-#include <vector>
 
 #include "ops.h"
+#include "tensor_checks.h"
 #include "thread_pool.h"
 
 void bind_paged_kv_cache(pybind11::module_& m);
+void bind_decoder(pybind11::module_& m);
 
 namespace specengine {
 namespace {
 
 namespace py = pybind11;
 using at::Tensor;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw py::value_error(message.str());
-}
-
-std::string shape_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << tensor.scalar_type() << " " << tensor.sizes();
-  return text.str();
-}
-
-// -1 stands for any size.
-void check_shape(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                 std::vector<int64_t> shape) {
-  bool is_right = tensor.defined() && tensor.device().is_cpu() && tensor.scalar_type() == dtype &&
-                  tensor.dim() == static_cast<int64_t>(shape.size());
-  for (size_t i = 0; is_right && i < shape.size(); ++i)
-    is_right = shape[i] < 0 || tensor.size(i) == shape[i];
-  if (is_right) return;
-  std::ostringstream expected;
-  expected << dtype << " [";
-  for (size_t i = 0; i < shape.size(); ++i) {
-    if (i > 0) expected << ", ";
-    if (shape[i] < 0) {
-      expected << "any";
-    } else {
-      expected << shape[i];
-    }
-  }
-  fail(name, ": expected a CPU tensor ", expected.str(), "], got ",
-       tensor.defined() ? shape_of(tensor) + " on " + tensor.device().str() : "nothing");
-}
-
-void check_contiguous(const Tensor& tensor, const char* name) {
-  if (!tensor.is_contiguous())
-    fail(name, ": expected a contiguous tensor, got strides ", tensor.strides());
-}
-
-// A checked input, made contiguous (small tensors only).
-Tensor small_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                   std::vector<int64_t> shape) {
-  check_shape(tensor, name, dtype, std::move(shape));
-  return tensor.contiguous();
-}
-
-Tensor dense_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                   std::vector<int64_t> shape) {
-  check_shape(tensor, name, dtype, std::move(shape));
-  check_contiguous(tensor, name);
-  return tensor;
-}
-
-DType dtype_of(const Tensor& tensor, const char* name) {
-  if (!tensor.device().is_cpu())
-    fail(name, ": expected a CPU tensor, got one on ", tensor.device());
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      fail(name, ": expected float32, bfloat16 or float16, got ", tensor.scalar_type());
-  }
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "none") return Activation::kNone;
-  if (name == "relu") return Activation::kRelu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  fail("activation: '", name, "' is unknown; expected none, relu, gelu or gelu_tanh");
-}
-
-template <class T>
-void check_range(const T* values, int64_t count, const char* name, int64_t low, int64_t end) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (values[i] < low || values[i] >= end) {
-      fail(name, ": ", values[i], " at index ", i, " is outside ", low, " … ", end - 1);
-    }
-  }
-}
-
-LogitRows logit_rows(const Tensor& logits, const char* name) {
-  check_shape(logits, name, at::kFloat, {-1, -1});
-  if (logits.size(1) < 1 || logits.size(1) > INT32_MAX)
-    fail(name, ": a row of ", logits.size(1), " logits");
-  if (logits.size(1) > 1 && logits.stride(1) != 1) {
-    fail(name, ": expected rows with stride 1, got strides ", logits.strides());
-  }
-  return {logits.data_ptr<float>(), logits.stride(0), logits.size(0), logits.size(1)};
-}
-
-// A weight from pack_linear, with what the call needs kept alive by the caller.
-LinearWeight linear_weight(const Tensor& panels, const std::optional<Tensor>& bias,
-                           int64_t in_features, int64_t out_features) {
-  const DType dtype = dtype_of(panels, "weight");
-  if (in_features < 1 || out_features < 1 ||
-      panels.numel() != packed_elements(out_features, in_features, dtype) ||
-      !panels.is_contiguous()) {
-    fail("weight: ", shape_of(panels), " is not a packed ", out_features, " x ", in_features,
-         " linear");
-  }
-  const float* bias_data = nullptr;
-  if (bias) {
-    dense_input(*bias, "bias", at::kFloat, {out_features});
-    bias_data = bias->data_ptr<float>();
-  }
-  return {panels.data_ptr(), dtype, bias_data, in_features, out_features};
-}
-
-NormWeight norm_weight(const Tensor& weight, const Tensor& bias, double eps, int64_t features) {
-  dense_input(weight, "norm.weight", at::kFloat, {features});
-  dense_input(bias, "norm.bias", at::kFloat, {features});
-  return {weight.data_ptr<float>(), bias.data_ptr<float>(), static_cast<float>(eps)};
-}
 
 Tensor pack_linear_op(const Tensor& weight) {
   const DType dtype = dtype_of(weight, "weight");
@@ -213,16 +81,37 @@ Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& nor
                int64_t out_features, int64_t vocab_size) {
   const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
-  if (vocab_size < 1 || vocab_size > out_features) {
-    fail("vocab_size: ", vocab_size, " is outside 1 … ", out_features, ", the head's rows");
-  }
+  check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
-  const int64_t padded = (vocab_size + 127) / 128 * 128;
+  const int64_t padded = padded_vocab_size(vocab_size);
   Tensor logits = at::empty({hidden.size(0), padded}, at::kFloat);
   py::gil_scoped_release release;
   head(hidden.data_ptr<float>(), hidden.size(0), norm, weight, vocab_size, logits.data_ptr<float>(),
        padded);
   return logits;
+}
+
+std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm_scale,
+                                        const Tensor& norm_bias, double eps, const Tensor& panels,
+                                        const std::optional<Tensor>& bias, int64_t in_features,
+                                        int64_t out_features, int64_t vocab_size,
+                                        const Tensor& temperature, const Tensor& seeds,
+                                        const Tensor& positions) {
+  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
+  check_vocab_size(vocab_size, out_features);
+  dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
+  const int64_t count = hidden.size(0);
+  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
+  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
+  const Tensor places = small_input(positions, "positions", at::kInt, {count});
+  Tensor tokens = at::empty({count}, at::kInt);
+  Tensor error = at::empty({count}, at::kInt);
+  py::gil_scoped_release release;
+  head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
+            {t.data_ptr<float>(), keys.data_ptr<int64_t>(), places.data_ptr<int32_t>(),
+             tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
+  return {tokens, error};
 }
 
 Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
@@ -295,25 +184,8 @@ Tensor paged_attention_op(const Tensor& query, const Tensor& kv_cache, const Ten
   const Tensor lengths = small_input(context_len, "context_len", at::kInt, {num_sequences});
   const int32_t* start = starts.data_ptr<int32_t>();
   const int32_t* length = lengths.data_ptr<int32_t>();
-  check_range(table_rows.data_ptr<int32_t>(), num_sequences, "slots", 0, block_table.size(0));
-  if (start[0] != 0 || start[num_sequences] != query.size(0)) {
-    fail("q_start: runs from ", start[0], " to ", start[num_sequences], ", query has ",
-         query.size(0), " rows");
-  }
-  for (int64_t b = 0; b < num_sequences; ++b) {
-    const int64_t rows = int64_t{start[b + 1]} - start[b];
-    if (rows < 0) fail("q_start: decreases at index ", b + 1);
-    if (length[b] < rows)
-      fail("context_len: ", length[b], " at index ", b, " is below the sequence's ", rows, " rows");
-    const int64_t blocks = (length[b] + block_size - 1) / block_size;
-    if (blocks > block_table.size(1)) {
-      fail("context_len: ", length[b], " at index ", b, " does not fit ", block_table.size(1),
-           " blocks of ", block_size);
-    }
-    const int32_t* row =
-        block_table.data_ptr<int32_t>() + table_rows.data_ptr<int32_t>()[b] * block_table.stride(0);
-    if (rows > 0) check_range(row, blocks, "block_table", 0, num_blocks);
-  }
+  check_ragged(num_sequences, start, length, table_rows.data_ptr<int32_t>(), block_table,
+               query.size(0), num_blocks, block_size);
   Tensor out = at::empty({query.size(0), query.size(1) * head_dim}, at::kFloat);
   const AttentionArgs args{query.data_ptr<float>(),
                            kv_cache.data_ptr(),
@@ -530,6 +402,7 @@ void bind_ops(py::module_& m) {
   m.def("norm_linear", &norm_linear_op);
   m.def("linear_residual", &linear_residual_op);
   m.def("head", &head_op);
+  m.def("head_draw", &head_draw_op);
   m.def("norm_qkv", &norm_qkv_op);
   m.def("paged_attention", &paged_attention_op);
   m.def("filter_rows", &filter_rows_op);
@@ -563,4 +436,5 @@ PYBIND11_MODULE(_C, m) {
   specengine::bind_ops(m);
   specengine::bind_tools(m);
   bind_paged_kv_cache(m);
+  bind_decoder(m);
 }

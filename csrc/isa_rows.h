@@ -126,6 +126,12 @@ struct Leader {
     values = select(is_better, candidates, values);
     ids = select(is_better, candidate_ids, ids);
   }
+  // For offers in order of id: a later lane value must be strictly larger.
+  void offer_in_order(F16 candidates, int64_t first_id) {
+    const Mask is_better = values < candidates;
+    values = select(is_better, candidates, values);
+    ids = select(is_better, iota() + set1_u(static_cast<uint32_t>(first_id)), ids);
+  }
   void refresh() { best = reduce_max(values); }
 
   static Mask lower(U16 a, U16 b) {
@@ -157,11 +163,7 @@ struct Leader {
 inline int32_t row_argmax(const RowView& row) {
   Leader leader;
   for (int64_t at = 0; at < row.vocab; at += 16) {
-    const F16 z = load_scaled(row, at);
-    // In order of id: a later lane value must be strictly larger.
-    const Mask is_better = leader.values < z;
-    leader.values = select(is_better, z, leader.values);
-    leader.ids = select(is_better, iota() + set1_u(static_cast<uint32_t>(at)), leader.ids);
+    leader.offer_in_order(load_scaled(row, at), at);
   }
   return leader.result().token;
 }
@@ -175,11 +177,11 @@ inline F16 residual(F16 log_p, const RowView* draft, int64_t at) {
   return select(log_p <= set1(kNegativeInfinity), set1(kNegativeInfinity), score);
 }
 
-inline RaceResult race(const RowView& target, const RowView* draft, int64_t excluded,
-                       const NoiseKey& key) {
+// Offers the tokens of `target`, whose first id is `first_id`, a multiple of 128, to the leader.
+inline void race_span(const RowView& target, int64_t first_id, const RowView* draft,
+                      int64_t excluded, const NoiseKey& key, Leader& leader) {
   // No Gumbel variate of 32 bits exceeds 33 ln 2.
   constexpr float kGumbelCeiling = 22.9f;
-  Leader leader;
   const float shift = draft == nullptr ? 0.0f : target.log_normaliser;
   F16 scores[8];
   for (int64_t tile = 0; tile < target.vocab; tile += 128) {
@@ -199,7 +201,7 @@ inline RaceResult race(const RowView& target, const RowView* draft, int64_t excl
     const float ceiling = reduce_max(largest);
     if (ceiling == kNegativeInfinity || ceiling + kGumbelCeiling < leader.best) continue;
     for (int half = 0; half < 2; ++half) {
-      const Philox16 noise = philox(static_cast<uint32_t>(tile / 4 + 16 * half), key);
+      const Philox16 noise = philox(static_cast<uint32_t>((first_id + tile) / 4 + 16 * half), key);
       for (int lane = 0; lane < 4; ++lane) {
         const F16 score = scores[2 * lane + half];
         // A lane that cannot reach the best so far needs no logarithm. The residual is at most p.
@@ -208,10 +210,30 @@ inline RaceResult race(const RowView& target, const RowView* draft, int64_t excl
         if (to_bits(can_win) == 0) continue;
         const int64_t at = tile + 32 * lane + 16 * half;
         leader.offer(residual(score, draft, at) + gumbel(noise.lane[lane]),
-                     static_cast<uint32_t>(at));
+                     static_cast<uint32_t>(first_id + at));
         leader.refresh();
       }
     }
+  }
+}
+
+inline RaceResult race(const RowView& target, const RowView* draft, int64_t excluded,
+                       const NoiseKey& key) {
+  Leader leader;
+  race_span(target, 0, draft, excluded, key, leader);
+  return leader.result();
+}
+
+inline RaceResult draw_tile(const RowView& tile, int64_t first_id, const NoiseKey* key,
+                            float best) {
+  Leader leader;
+  if (key != nullptr) {
+    leader.best = best;
+    race_span(tile, first_id, nullptr, -1, *key, leader);
+    return leader.result();
+  }
+  for (int64_t at = 0; at < tile.vocab; at += 16) {
+    leader.offer_in_order(load_scaled(tile, at), first_id + at);
   }
   return leader.result();
 }

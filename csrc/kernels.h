@@ -39,7 +39,7 @@ struct LinearArgs {
   Activation activation;
   float* out;  // [num_rows, stride out_stride]
   int64_t out_stride;
-  int64_t num_columns;  // columns that are stored
+  int64_t num_columns;       // columns that are stored
   int64_t first_column = 0;  // the column that out[row][0] holds
 };
 
@@ -97,6 +97,9 @@ struct Kernels {
   // (or -1) cannot win.
   RaceResult (*race)(const RowView& target, const RowView* draft, int64_t excluded,
                      const NoiseKey& key);
+  // One tile of a row, token ids `first_id` (a multiple of 128) and up: the largest z / T, or with
+  // a key the winner of the race. Nothing below `best` need be found.
+  RaceResult (*draw_tile)(const RowView& tile, int64_t first_id, const NoiseKey* key, float best);
   void (*vocabulary_bits)(const NoiseKey& key, int64_t vocab, uint32_t* bits);
   // A checksum of `num_bytes`, a multiple of 256.
   uint64_t (*read_block)(const void* data, int64_t num_bytes);

@@ -32,6 +32,7 @@ const Kernels kAvx2Kernels = {
     avx2::row_collect_bin,
     avx2::row_argmax,
     avx2::race,
+    avx2::draw_tile,
     avx2::vocabulary_bits,
     avx2::read_block,
 };

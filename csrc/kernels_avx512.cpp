@@ -36,6 +36,7 @@ const Kernels kAvx512Kernels = {
     avx512::row_collect_bin,
     avx512::row_argmax,
     avx512::race,
+    avx512::draw_tile,
     avx512::vocabulary_bits,
     avx512::read_block,
 };

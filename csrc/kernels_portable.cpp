@@ -25,6 +25,7 @@ const Kernels kPortableKernels = {
     portable::row_collect_bin,
     portable::row_argmax,
     portable::race,
+    portable::draw_tile,
     portable::vocabulary_bits,
     portable::read_block,
 };

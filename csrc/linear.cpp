@@ -155,6 +155,30 @@ void linear(const LinearCall& call) {
   });
 }
 
+void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
+  static thread_local Scratch<float> scratch;
+  const LinearWeight& weight = *call.weight;
+  const int64_t stride = padded_k(weight.in_features, weight.dtype);
+  const float* rows = prepare_rows(call, stride, scratch);
+  const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
+  const bool is_parallel = call.num_rows * num_tiles * kTileColumns * stride >= kMinParallelWork;
+  const Kernels& isa = kernels();
+  parallel_for(num_tiles, is_parallel, [&](int64_t index) {
+    static thread_local Scratch<float> tile_scratch;
+    float* tile = tile_scratch.reserve(call.num_rows * kTileColumns);
+    const int64_t first = index * kTileColumns;
+    const int64_t end = std::min(first + kTileColumns, call.num_columns);
+    const LinearArgs args{
+        rows,        stride,  call.num_rows,   weight.panels, weight.dtype, weight.in_features,
+        weight.bias, nullptr, call.activation, tile,          kTileColumns, end,
+        first};
+    for (int64_t column = first; column < end; column += kPanelColumns) {
+      isa.linear_panel(args, column / kPanelColumns);
+    }
+    consume(context, first, end - first, tile);
+  });
+}
+
 void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const LinearWeight& weight,
           int64_t vocab_size, float* logits, int64_t padded_vocab_size) {
   linear({hidden, num_rows, &norm, &weight, Activation::kNone, nullptr, logits, padded_vocab_size,

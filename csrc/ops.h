@@ -50,9 +50,29 @@ struct LinearCall {
 };
 void linear(const LinearCall& call);
 
+// The same layer in tiles of kTileColumns columns, nothing of it stored: `consume` gets each tile
+// [num_rows, kTileColumns] once, from any thread, with the first column and the number of columns
+// in it. `call.out` and `call.residual` are not used.
+constexpr int64_t kTileColumns = 128;
+using TileConsumer = void (*)(void* context, int64_t first_column, int64_t num_columns,
+                              const float* tile);
+void linear_tiles(const LinearCall& call, TileConsumer consume, void* context);
+
 // Columns from `vocab_size` on are -inf.
 void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const LinearWeight& weight,
           int64_t vocab_size, float* logits, int64_t padded_vocab_size);
+
+// Each row's draw: argmax of the logits where its temperature is 0, else the race on the target's
+// stream at its position. error is 1 where a row holds a NaN or nothing finite.
+struct DrawRows {
+  const float* temperature;
+  const int64_t* seeds;
+  const int32_t* positions;
+  int32_t* tokens;
+  int32_t* error;
+};
+void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
+               const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws);
 
 struct KvAppend {
   const int32_t* positions;
@@ -130,7 +150,8 @@ void token_logprobs(const LogitRows& logits, const int32_t* token_ids, int64_t n
 
 // --- read_loop.cpp
 
-// Reads `num_bytes` (a multiple of 256) once with every thread, and returns a checksum: what the memory can do, for benchmarks to compare with.
+// Reads `num_bytes` (a multiple of 256) once with every thread, and returns a checksum: what the
+// memory can do, for benchmarks to compare with.
 uint64_t read_all(const void* data, int64_t num_bytes);
 
 }  // namespace specengine

@@ -1,5 +1,6 @@
-# Types of the C++ extension: the ops (csrc/bindings.cpp; meanings in specengine.kernels.reference) and the KV cache
-# manager (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
+# Types of the C++ extension: the ops (csrc/bindings.cpp; meanings in specengine.kernels.reference), a whole decoder
+# (csrc/bindings_decoder.cpp; meanings in specengine.kernels.program) and the KV cache manager
+# (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,99 @@ class PagedKVCache:
     def sequence_blocks(self, slot: int) -> list[int]: ...
     def check_invariants(self) -> None: ...
 
+class Decoder:
+    def __init__(
+        self,
+        token_table: Tensor,
+        position_table: Tensor | None,
+        rotary: Tensor | None,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+    ) -> None: ...
+    def norm_qkv(
+        self,
+        layer: int,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+    ) -> None: ...
+    def paged_attention(self, layer: int) -> None: ...
+    def linear_residual(
+        self,
+        source: str,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        residual: str,
+        out: str,
+    ) -> None: ...
+    def norm_linear(
+        self,
+        source: str,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        activation: str,
+        out: str,
+    ) -> None: ...
+    def head(
+        self,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+    ) -> None: ...
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        q_start: Tensor,
+        context_len: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        logit_rows: Tensor,
+        kv_cache: Tensor,
+        vocab_size: int,
+    ) -> Tensor: ...
+    def draw(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        q_start: Tensor,
+        context_len: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        logit_rows: Tensor,
+        kv_cache: Tensor,
+        vocab_size: int,
+        temperature: Tensor,
+        seeds: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+
+def expand_batch(
+    tokens: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    start: Tensor,
+    q_len: Tensor,
+    num_logits: Tensor,
+    block_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def pack_linear(weight: Tensor) -> Tensor: ...
 def embed(
     token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
@@ -70,6 +164,20 @@ def head(
     out_features: int,
     vocab_size: int,
 ) -> Tensor: ...
+def head_draw(
+    hidden: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    vocab_size: int,
+    temperature: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor]: ...
 def norm_qkv(
     hidden: Tensor,
     norm_weight: Tensor,

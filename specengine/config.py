@@ -222,6 +222,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def has_filters(self) -> bool:
+        """Whether top-k, top-p or min-p cut the distribution (greedy decoding is not affected)."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @property
     def uses_rejection(self) -> bool:
         """Whether drafts are judged by rejection sampling (greedy decoding is a match either way)."""
         if self.is_greedy or self.acceptance == "coupled":

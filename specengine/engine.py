@@ -32,7 +32,7 @@ from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request, Sequence
 from specengine.runtime.state import BatchState
 from specengine.scheduler import Chunk, Plan, Scheduler
-from specengine.speculative import RoundOutcome, run_round, verify
+from specengine.speculative import RoundOutcome, match, run_round, verify
 from specengine.tokenizer import Tokenizer
 
 
@@ -323,29 +323,34 @@ class Engine:
             for chunk, first, prompt in zip(chunks, wants_first, wants_prompt, strict=True)
         ]
         self._note_forward(sequences)
-        logits = self._target.forward(
-            batch,
+        first_rows = [row for row, is_first in enumerate(wants_first) if is_first]
+        where = (
             self._int32([chunk.start for chunk in chunks]),
             self._int32([chunk.length for chunk in chunks]),
             self._int32(num_logits),
         )
+        is_drawn = batch.is_decided_by_draws and not any(wants_prompt)
+        draws = self._target.draw(batch, *where) if is_drawn else None
+        logits = None if is_drawn else self._target.forward(batch, *where)
         last_row = list(itertools.accumulate(num_logits))
         for chunk, is_wanted, end, count in zip(chunks, wants_prompt, last_row, num_logits, strict=True):
             assert chunk.sequence.slot is not None, "a chunk's sequence has a slot"
             self._kv_cache.manager.set_computed(chunk.sequence.slot, TARGET, chunk.start + chunk.length)
             self._scheduler.publish(chunk.sequence)
-            if is_wanted:
+            if is_wanted and logits is not None:
                 self._record_prompt_logprobs(chunk, logits[end - count : end])
-        rows = [row for row, is_first in enumerate(wants_first) if is_first]
-        if rows:
-            part = batch.take(rows)
-            first_logits = logits[[last_row[row] - 1 for row in rows]]
+        if first_rows:
+            part = batch.take(first_rows)
             proposal = self._no_drafter.propose(part)
-            outcome = verify(
-                self._target.backend, first_logits, row_starts(proposal.num_tokens + 1), proposal, part
-            )
+            starts = row_starts(proposal.num_tokens + 1)
+            if draws is not None:
+                outcome = match(*draws, starts, proposal, part)
+            else:
+                assert logits is not None, "a forward gives draws or logits"
+                first_logits = logits[[last_row[row] - 1 for row in first_rows]]
+                outcome = verify(self._target.backend, first_logits, starts, proposal, part)
             self._state.commit(part, outcome.tokens, outcome.num_accepted + 1)
-            self._emit([sequences[row] for row in rows], outcome, is_round=False)
+            self._emit([sequences[row] for row in first_rows], outcome, is_round=False)
 
     @torch.inference_mode()
     def _decode(self, sequences: list[Sequence]) -> None:
@@ -483,6 +488,7 @@ class Engine:
         owners = [row for row in wanted for _ in range(num_accepted[row] + 1)]
         limits = [sequences[row].params.logprobs or 0 for row in owners]
         # Gathering is a copy: not where every row is wanted, as in plain decoding.
+        assert outcome.logits is not None, "whoever wants log-probabilities is judged by logits"
         logits = outcome.logits if len(rows) == outcome.logits.shape[0] else outcome.logits[rows]
         for owner, entry in zip(owners, self._logprobs(logits, tokens, limits), strict=True):
             entries[owner].append(entry)

@@ -11,6 +11,15 @@ from torch import Tensor
 
 from specengine import _C
 from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.program import (
+    DrawKeys,
+    ForwardBatch,
+    LinearResidual,
+    NormLinear,
+    NormQkv,
+    PagedAttention,
+    Program,
+)
 
 
 class NativeBackend:
@@ -60,6 +69,68 @@ class NativeBackend:
 
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
         return _C.head(hidden, *_layer_arguments(norm, weight), vocab_size)
+
+    def head_draw(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        layer = _layer_arguments(norm, weight)
+        return _C.head_draw(hidden, *layer, vocab_size, temperature, seeds, positions)
+
+    def compile(self, program: Program) -> NativeExecutor:
+        return NativeExecutor(program)
+
+
+class NativeExecutor:
+    """A program whose whole forward is one call into C++."""
+
+    def __init__(self, program: Program) -> None:
+        tables = (program.token_table, program.position_table, program.rotary)
+        heads = (program.num_heads, program.num_kv_heads, program.head_dim)
+        self._decoder = _C.Decoder(*tables, *heads)
+        add = self._decoder
+        for op in program.ops:
+            if isinstance(op, NormQkv):
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+            elif isinstance(op, PagedAttention):
+                add.paged_attention(op.layer)
+            elif isinstance(op, LinearResidual):
+                add.linear_residual(op.source, *_linear_arguments(op.weight), op.residual, op.out)
+            elif isinstance(op, NormLinear):
+                layer = _layer_arguments(op.norm, op.weight)
+                add.norm_linear(op.source, *layer, op.activation, op.out)
+        add.head(*_layer_arguments(program.final_norm, program.head))
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        return self._decoder.forward(*_batch_arguments(batch), kv_cache, vocab_size)
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        return self._decoder.draw(
+            *_batch_arguments(batch), kv_cache, vocab_size, keys.temperature, keys.seeds
+        )
+
+
+def _batch_arguments(
+    batch: ForwardBatch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        batch.token_ids,
+        batch.positions,
+        batch.kv_slots,
+        batch.q_start,
+        batch.context_len,
+        batch.slots,
+        batch.block_table,
+        batch.logit_rows,
+    )
 
 
 def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, int, int]:

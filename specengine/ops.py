@@ -15,6 +15,28 @@ from torch import Tensor
 
 from specengine.errors import BackendUnavailableError
 from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.program import (
+    DrawKeys,
+    ForwardBatch,
+    LinearResidual,
+    NormLinear,
+    NormQkv,
+    PagedAttention,
+    Program,
+    Register,
+)
+
+
+class Executor(Protocol):
+    """A program, ready to run. kv_cache is `[layers, 2, N, Hkv, block_size, head_dim]`, written."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        """The logits of `batch.logit_rows`, `[R, V]` fp32 as the `head` op gives them."""
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them."""
 
 
 class Backend(Protocol):
@@ -28,6 +50,9 @@ class Backend(Protocol):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Packs `[N, K]` weights, kept in their dtype, for this backend's linears."""
+
+    def compile(self, program: Program) -> Executor:
+        """The program as this backend runs it."""
 
     def embed(
         self, token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
@@ -59,6 +84,17 @@ class Backend(Protocol):
     def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
 
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor: ...
+
+    def head_draw(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
 
     def filter_rows(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
@@ -115,6 +151,46 @@ class Backend(Protocol):
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
+class Interpreter:
+    """Runs a program op by op on any backend: what a program means."""
+
+    def __init__(self, backend: Backend, program: Program) -> None:
+        self._backend = backend
+        self._program = program
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        program = self._program
+        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
+        return self._backend.head(hidden, program.final_norm, program.head, vocab_size)
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        program = self._program
+        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
+        positions = batch.positions[batch.logit_rows] + 1
+        owner = torch.searchsorted(batch.q_start.long(), batch.logit_rows, right=True) - 1
+        drawn = (keys.temperature[owner], keys.seeds[owner], positions)
+        return self._backend.head_draw(hidden, program.final_norm, program.head, vocab_size, *drawn)
+
+    def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        ops, program = self._backend, self._program
+        tables = (program.token_table, program.position_table)
+        values: dict[Register, Tensor] = {"hidden": ops.embed(batch.token_ids, batch.positions, *tables)}
+        for op in program.ops:
+            if isinstance(op, NormQkv):
+                places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
+                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places)
+            elif isinstance(op, PagedAttention):
+                ragged = (batch.block_table, batch.slots, batch.q_start, batch.context_len)
+                values["attended"] = ops.paged_attention(values["query"], kv_cache[op.layer], *ragged)
+            elif isinstance(op, LinearResidual):
+                values[op.out] = ops.linear_residual(values[op.source], op.weight, values[op.residual])
+            elif isinstance(op, NormLinear):
+                values[op.out] = ops.norm_linear(values[op.source], op.norm, op.weight, op.activation)
+        return values["hidden"]
+
+
 class _OpsModule:
     """A backend whose ops are the functions of a module."""
 
@@ -125,6 +201,9 @@ class _OpsModule:
 
     def __getattr__(self, op: str) -> object:
         return getattr(self._module, op)
+
+    def compile(self, program: Program) -> Executor:
+        return Interpreter(cast(Backend, self), program)
 
 
 class _ReferenceBackend(_OpsModule):

@@ -22,7 +22,7 @@ class RoundOutcome:
     num_accepted: `[B]` int32, 0 … k; num_accepted + 1 tokens were emitted
     num_draft:    `[B]` int32, drafts that were judged
     error:        `[B]` int32, 1 where the target's logits were not a distribution (nothing of that row counts)
-    logits:       `[R, V]` fp32, the target's raw logits
+    logits:       `[R, V]` fp32, the target's raw logits; None where its draws decided
     row_start:    `[B]` int32, sequence b's first row of `logits`
     """
 
@@ -30,7 +30,7 @@ class RoundOutcome:
     num_accepted: Tensor
     num_draft: Tensor
     error: Tensor
-    logits: Tensor
+    logits: Tensor | None
     row_start: Tensor
 
 
@@ -38,12 +38,37 @@ def run_round(batch: RunningBatch, state: BatchState, target: ModelRunner, draft
     """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023)."""
     proposal = drafter.propose(batch)
     state.stage(batch, proposal.tokens)
-    num_rows = proposal.num_tokens + 1
-    logits = target.forward(batch, batch.seq_len - 1, num_rows, num_rows)
-    outcome = verify(target.backend, logits, row_starts(num_rows), proposal, batch)
+    outcome = judge(proposal, batch, target)
     state.commit(batch, outcome.tokens, outcome.num_accepted + 1)
     drafter.observe(batch, outcome.num_accepted)
     return outcome
+
+
+def judge(proposal: DraftProposal, batch: RunningBatch, target: ModelRunner) -> RoundOutcome:
+    """The target's one forward over the last committed token and the drafts, and what follows from it."""
+    num_rows = proposal.num_tokens + 1
+    where = (batch, batch.seq_len - 1, num_rows, num_rows)
+    if batch.is_decided_by_draws:
+        return match(*target.draw(*where), row_starts(num_rows), proposal, batch)
+    return verify(target.backend, target.forward(*where), row_starts(num_rows), proposal, batch)
+
+
+def match(
+    drawn: Tensor, drawn_error: Tensor, row_start: Tensor, proposal: DraftProposal, batch: RunningBatch
+) -> RoundOutcome:
+    """`verify` where the target has drawn already: row row_start[b] + i, `[R]` int32 each, decides seq_len[b] + i."""
+    num_draft, k = proposal.num_tokens, proposal.tokens.shape[1]
+    if k == 0:  # row b is sequence b's
+        return RoundOutcome(
+            drawn[:, None], torch.zeros_like(num_draft), num_draft, drawn_error, None, row_start
+        )
+    column = torch.arange(k + 1, device=drawn.device)
+    row = (row_start[:, None] + column).clamp_max(drawn.numel() - 1)
+    tokens, error = drawn[row], drawn_error[row]
+    is_match = (tokens[:, :k] == proposal.tokens) & (column[:k] < num_draft[:, None])
+    num_accepted = is_match.int().cumprod(dim=1).sum(dim=1, dtype=torch.int32)
+    is_bad = (error * (column <= num_accepted[:, None])).amax(dim=1)
+    return RoundOutcome(tokens, num_accepted, num_draft, is_bad, None, row_start)
 
 
 def verify(

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from specengine.engine import Engine
+from specengine.models.decoder import build_program
+from specengine.ops import Interpreter
 from specengine.outputs import GenerationResult
 
 # The backend of every law. Only `native` promises bits; with another, log-probabilities are compared to 1e-4.
@@ -36,6 +39,13 @@ def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:
 def spec(engine: Engine, prompts: Any, k: int, **sampling: Any) -> Any:
     """This engine with k draft tokens a round."""
     return engine.generate(prompts, num_speculative_tokens=k, **sampling)
+
+
+def run_op_by_op(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target's forward as single ops of its backend, so that a test can replace one of them."""
+    decoder = engine._target.decoder
+    program = build_program(decoder.spec, decoder.weights)
+    monkeypatch.setattr(decoder, "_executor", Interpreter(decoder.backend, program))
 
 
 def make_prompt(length: int, seed: int = 0, vocab_size: int = 64) -> list[int]:

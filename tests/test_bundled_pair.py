@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from law_helpers import BACKEND, Tally, assert_same, plain, spec
+from law_helpers import BACKEND, Tally, assert_same, plain, run_op_by_op, spec
 
 from specengine import Engine, GenerationResult, bundled
 from specengine.kernels.packed import Norm, PackedLinear
@@ -169,6 +169,7 @@ def test_a_head_that_rounds_by_the_number_of_rows_is_noticed(
 ) -> None:
     decoder = engine._target.decoder
     monkeypatch.setattr(decoder, "backend", RowVariantBackend(decoder.backend))
+    run_op_by_op(engine, monkeypatch)
     with pytest.raises(AssertionError):
         check_pair(engine, prompts[:1], num_tokens=16, batch_size=1, sampling=GREEDY, ks=(3,))
 

@@ -24,15 +24,20 @@ VOCAB = 64
 def highest_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """The highest position that a decoder with a context of that many tokens was fed."""
     seen: dict[int, int] = {}
-    forward = Decoder.forward
 
-    def spy(self: Decoder, batch: Any, *args: Any) -> Any:
-        limit = self.spec.max_positions
-        seen[limit] = max(seen.get(limit, 0), int(batch.positions.max()))
-        assert seen[limit] < limit, f"position {seen[limit]} of a context of {limit}"
-        return forward(self, batch, *args)
+    def spy_on(name: str) -> None:
+        original = getattr(Decoder, name)
 
-    monkeypatch.setattr(Decoder, "forward", spy)
+        def spy(self: Decoder, batch: Any, *args: Any) -> Any:
+            limit = self.spec.max_positions
+            seen[limit] = max(seen.get(limit, 0), int(batch.positions.max()))
+            assert seen[limit] < limit, f"position {seen[limit]} of a context of {limit}"
+            return original(self, batch, *args)
+
+        monkeypatch.setattr(Decoder, name, spy)
+
+    spy_on("forward")
+    spy_on("draw")
     return lambda context: seen[context]
 
 

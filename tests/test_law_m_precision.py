@@ -17,6 +17,7 @@ from law_helpers import (
     assert_same,
     make_prompt,
     plain,
+    run_op_by_op,
     spec,
 )
 from scripted_drafters import ScriptedDrafter
@@ -181,6 +182,7 @@ def test_the_law_notices_another_kernel_for_one_row(
     """A one-row linear layer that sums in another order: the last bit of some values changes."""
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     engine = build_engine(checkpoint("gpt2", seed=8), drafter)
+    run_op_by_op(engine, monkeypatch)
     backend = engine._target.backend
     linear_residual = backend.linear_residual
 
@@ -198,6 +200,7 @@ def test_the_law_notices_attention_that_depends_on_the_number_of_queries(
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     engine = build_engine(checkpoint("gpt2", seed=8), drafter)
+    run_op_by_op(engine, monkeypatch)
     backend = engine._target.backend
     paged_attention = backend.paged_attention
 

@@ -3,6 +3,7 @@
 from specengine.kernels.reference.embed import embed
 from specengine.kernels.reference.filter_rows import filter_rows
 from specengine.kernels.reference.head import head
+from specengine.kernels.reference.head_draw import head_draw
 from specengine.kernels.reference.linear_residual import linear_residual
 from specengine.kernels.reference.match_verify import match_verify
 from specengine.kernels.reference.norm_linear import norm_linear
@@ -16,6 +17,7 @@ __all__ = [
     "embed",
     "filter_rows",
     "head",
+    "head_draw",
     "linear_residual",
     "match_verify",
     "norm_linear",

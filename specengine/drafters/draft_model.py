@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,7 @@ class DraftModelDrafter:
             part = batch.take(rows)
             end = part.seq_len + step
             first = start[rows] if step == 0 else end - 1
-            one = torch.ones_like(end)
-            logits = self.runner.forward(part, first, end - first, one)
-            draft.draw(self.runner, part, rows, step, logits)
+            draft.draw(self.runner, part, rows, step, (first, end - first, torch.ones_like(end)))
         self._advance(batch, limits)
         return draft.proposal(num_tokens)
 
@@ -93,36 +93,68 @@ class _Draft:
         device, size = batch.seq_len.device, batch.size
         self._batch = batch
         self.tokens = torch.zeros(size, k, dtype=torch.int32, device=device)
-        self.stats = torch.zeros(size, k, 4, device=device)
-        self.log_probs = torch.zeros(size, k, device=device)
-        self.logits: Tensor | None = None
+        self.is_bad = torch.zeros(size, k, dtype=torch.bool, device=device)
+        self.law: _Law | None = None
 
     def draw(
-        self, runner: ModelRunner, part: RunningBatch, rows: list[int], step: int, logits: Tensor
+        self,
+        runner: ModelRunner,
+        part: RunningBatch,
+        rows: list[int],
+        step: int,
+        fed: tuple[Tensor, Tensor, Tensor],
     ) -> None:
-        """Draws token `step` of the given rows and stages it behind the committed tokens."""
-        ones = torch.ones_like(part.seq_len)
+        """Feeds (start, q_len, num_logits), draws token `step` of the given rows and stages it."""
         position = part.seq_len + step
+        if part.is_unfiltered and not part.has_rejection:
+            tokens, error = runner.draw(part, *fed)
+        else:
+            tokens, error = self._draw_from_logits(runner, part, rows, step, runner.forward(part, *fed))
+        self.tokens[rows, step] = tokens
+        self.is_bad[rows, step] = error != 0
+        part.tokens[part.slots.long(), position.long()] = tokens
+
+    def _draw_from_logits(
+        self, runner: ModelRunner, part: RunningBatch, rows: list[int], step: int, logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        position = part.seq_len + step
+        ones = torch.ones_like(part.seq_len)
         logits = apply_bias(logits, part, row_starts(ones), ones, position)
         stats = runner.backend.filter_rows(logits, part.temperature, part.top_k, part.top_p, part.min_p)
         tokens, log_probs = _draw(runner, part, logits, stats, position)
-        self.tokens[rows, step] = tokens
-        self.stats[rows, step] = stats
-        self.log_probs[rows, step] = log_probs
         if part.has_rejection:
-            if self.logits is None:
-                shape = (*self.tokens.shape, logits.shape[1])
-                self.logits = torch.full(shape, float("-inf"), device=logits.device)
-            self.logits[rows, step] = logits
-        part.tokens[part.slots.long(), position.long()] = tokens
+            if self.law is None:
+                self.law = _Law.empty(self.tokens.shape, logits)
+            self.law.record(rows, step, log_probs, logits, stats)
+        return tokens, stats[:, STAT_ERROR]
 
     def proposal(self, limits: Tensor) -> DraftProposal:
         """Rows stop before the first draft distribution that is not one (a NaN, say)."""
-        is_good = self.stats[..., STAT_ERROR] == 0
-        num_tokens = torch.minimum(limits, is_good.int().cumprod(dim=1).sum(dim=1).int())
-        if self.logits is None:
+        num_tokens = torch.minimum(limits, (~self.is_bad).int().cumprod(dim=1).sum(dim=1).int())
+        if self.law is None:
             return DraftProposal(self.tokens, num_tokens)
-        return DraftProposal(self.tokens, num_tokens, self.log_probs, self.logits, self.stats)
+        return DraftProposal(self.tokens, num_tokens, self.law.log_probs, self.law.logits, self.law.stats)
+
+
+@dataclass(frozen=True)
+class _Law:
+    """What a proposal's tokens were drawn from; see `DraftProposal`."""
+
+    log_probs: Tensor
+    logits: Tensor
+    stats: Tensor
+
+    @staticmethod
+    def empty(shape: torch.Size, like: Tensor) -> _Law:
+        """For [B, k] tokens, and logits as wide as `like`."""
+        device = like.device
+        logits = torch.full((*shape, like.shape[1]), float("-inf"), device=device)
+        return _Law(torch.zeros(shape, device=device), logits, torch.zeros(*shape, 4, device=device))
+
+    def record(self, rows: list[int], step: int, log_probs: Tensor, logits: Tensor, stats: Tensor) -> None:
+        self.log_probs[rows, step] = log_probs
+        self.logits[rows, step] = logits
+        self.stats[rows, step] = stats
 
 
 def _draw(

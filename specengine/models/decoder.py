@@ -8,6 +8,17 @@ import torch
 from torch import Tensor
 
 from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.program import (
+    DrawKeys,
+    ForwardBatch,
+    LinearResidual,
+    NormLinear,
+    NormQkv,
+    Op,
+    PagedAttention,
+    Program,
+    Register,
+)
 from specengine.ops import Backend
 
 
@@ -66,30 +77,6 @@ class DecoderWeights:
     head: PackedLinear
 
 
-@dataclass(frozen=True)
-class ForwardBatch:
-    """A ragged batch of B sequences and T tokens; a prompt chunk, one token or k + 1 tokens are all the same.
-
-    token_ids:   `[T]` int32
-    positions:   `[T]` int32, absolute
-    kv_slots:    `[T]` int64, block * block_size + offset where this token's keys and values go; -1 = nowhere
-    q_start:     `[B + 1]` int32, tokens q_start[b] … q_start[b + 1] - 1 belong to sequence b
-    context_len: `[B]` int32, tokens of sequence b in the cache after this forward's writes
-    slots:       `[B]` int32, row of each sequence in block_table
-    block_table: `[S, max_blocks]` int32
-    logit_rows:  `[R]` int64, the tokens whose logits are wanted
-    """
-
-    token_ids: Tensor
-    positions: Tensor
-    kv_slots: Tensor
-    q_start: Tensor
-    context_len: Tensor
-    slots: Tensor
-    block_table: Tensor
-    logit_rows: Tensor
-
-
 class Decoder:
     """A causal language model on the fused ops. Holds parameters only; the KV cache is the caller's."""
 
@@ -97,8 +84,7 @@ class Decoder:
         self.spec = spec
         self.weights = weights
         self.backend = backend
-        device = weights.token_table.device
-        self._rotary = build_rotary_table(spec, device) if spec.rotary_dim else None
+        self._executor = backend.compile(build_program(spec, weights))
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         """Writes the batch's keys and values and returns the logits of `batch.logit_rows`.
@@ -107,26 +93,42 @@ class Decoder:
         vocab_size: ids from here on get -inf
         returns     `[R, V]` fp32, V = vocab_size rounded up to a multiple of 128
         """
-        ops, weights = self.backend, self.weights
-        hidden = ops.embed(batch.token_ids, batch.positions, weights.token_table, weights.position_table)
-        for layer, layer_cache in zip(weights.layers, kv_cache, strict=True):
-            hidden = self._layer(layer, hidden, batch, layer_cache)
-        if batch.logit_rows.numel() != hidden.shape[0]:
-            hidden = hidden[batch.logit_rows]
-        return ops.head(hidden, weights.final_norm, weights.head, vocab_size)
+        return self._executor.forward(batch, kv_cache, vocab_size)
 
-    def _layer(self, layer: LayerWeights, hidden: Tensor, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
-        ops, activation = self.backend, self.spec.activation
-        query = ops.norm_qkv(
-            hidden, layer.attention_norm, layer.qkv, batch.positions, batch.kv_slots, kv_cache, self._rotary
-        )
-        attended = ops.paged_attention(
-            query, kv_cache, batch.block_table, batch.slots, batch.q_start, batch.context_len
-        )
-        residual = ops.linear_residual(attended, layer.attention_output, hidden)
-        mlp_input = hidden if self.spec.parallel_residual else residual
-        expanded = ops.norm_linear(mlp_input, layer.mlp_norm, layer.mlp_up, activation)
-        return ops.linear_residual(expanded, layer.mlp_down, residual)
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, then each logit row's draw with the target's noise; no logits are stored.
+
+        Returns tokens `[R]` int32, and `[R]` int32 that is 1 where the logits were not a distribution.
+        """
+        return self._executor.draw(batch, kv_cache, vocab_size, keys)
+
+
+def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:
+    """The one forward, as a list of ops: five a layer."""
+    ops: list[Op] = []
+    for index, layer in enumerate(weights.layers):
+        mlp_input: Register = "hidden" if spec.parallel_residual else "residual"
+        ops += [
+            NormQkv(index, layer.attention_norm, layer.qkv),
+            PagedAttention(index),
+            LinearResidual("attended", layer.attention_output, residual="hidden", out="residual"),
+            NormLinear(mlp_input, layer.mlp_norm, layer.mlp_up, spec.activation, out="expanded"),
+            LinearResidual("expanded", layer.mlp_down, residual="residual", out="hidden"),
+        ]
+    device = weights.token_table.device
+    return Program(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        token_table=weights.token_table,
+        position_table=weights.position_table,
+        rotary=build_rotary_table(spec, device) if spec.rotary_dim else None,
+        ops=tuple(ops),
+        final_norm=weights.final_norm,
+        head=weights.head,
+    )
 
 
 def build_rotary_table(spec: DecoderSpec, device: torch.device) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specengine.models.decoder import ForwardBatch
+from specengine import _C
+from specengine.kernels.program import ForwardBatch
 
 
 def build_forward_batch(
@@ -24,6 +25,24 @@ def build_forward_batch(
     block_table: `[S, max_blocks]` int32
     slots, start, q_len, num_logits: `[B]` int32
     """
+    where = (slots, start, q_len, num_logits)
+    expand = _C.expand_batch if tokens.device.type == "cpu" else _expand
+    token_ids, positions, kv_slots, q_start, context_len, logit_rows = expand(
+        tokens, block_table, *where, block_size
+    )
+    return ForwardBatch(token_ids, positions, kv_slots, q_start, context_len, slots, block_table, logit_rows)
+
+
+def _expand(
+    tokens: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    start: Tensor,
+    q_len: Tensor,
+    num_logits: Tensor,
+    block_size: int,
+) -> tuple[Tensor, ...]:
+    """`_C.expand_batch` on any device."""
     slot, first = slots.long(), start.long()
     row, offset = _ragged(q_len)
     positions = first[row] + offset
@@ -31,15 +50,13 @@ def build_forward_batch(
     block = block_table[row_slot, positions // block_size].long()
     q_end = q_len.cumsum(0)
     logit_row, logit_offset = _ragged(num_logits)
-    return ForwardBatch(
-        token_ids=tokens[row_slot, positions],
-        positions=positions.int(),
-        kv_slots=block * block_size + positions % block_size,
-        q_start=torch.cat((q_end.new_zeros(1), q_end)).int(),
-        context_len=start + q_len,
-        slots=slots,
-        block_table=block_table,
-        logit_rows=(q_end - num_logits)[logit_row] + logit_offset,
+    return (
+        tokens[row_slot, positions],
+        positions.int(),
+        block * block_size + positions % block_size,
+        torch.cat((q_end.new_zeros(1), q_end)).int(),
+        start + q_len,
+        (q_end - num_logits)[logit_row] + logit_offset,
     )
 
 

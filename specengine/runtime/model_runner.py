@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from specengine.kernels.program import DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder
 from specengine.ops import Backend
 from specengine.runtime.batch import build_forward_batch
@@ -37,14 +38,23 @@ class ModelRunner:
 
         Returns the fp32 logits of each sequence's last num_logits[b] tokens, `[sum(num_logits), V]`.
         """
-        forward_batch = build_forward_batch(
-            batch.tokens,
-            batch.block_table,
-            batch.slots,
-            start,
-            q_len,
-            num_logits,
-            block_size=self.kv_cache.block_size,
+        return self.decoder.forward(self._build(batch, start, q_len, num_logits), *self._where())
+
+    def draw(
+        self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, then the draw of each logit row by its sequence's temperature and seed; no logits are stored.
+
+        Returns tokens and error flags, `[sum(num_logits)]` int32 each. Filters and biases are not applied.
+        """
+        keys = DrawKeys(batch.temperature, batch.seeds)
+        return self.decoder.draw(self._build(batch, start, q_len, num_logits), *self._where(), keys)
+
+    def _build(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> ForwardBatch:
+        where = (batch.slots, start, q_len, num_logits)
+        return build_forward_batch(
+            batch.tokens, batch.block_table, *where, block_size=self.kv_cache.block_size
         )
-        kv_tensor = self.kv_cache.tensors[self.model_index]
-        return self.decoder.forward(forward_batch, kv_tensor, self.vocab_size)
+
+    def _where(self) -> tuple[Tensor, int]:
+        return self.kv_cache.tensors[self.model_index], self.vocab_size

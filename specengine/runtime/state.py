@@ -42,6 +42,8 @@ class RunningBatch:
     bias:           sparse additions to the logits, or None
     lengths, draft_limits: seq_len and max_draft as the host knows them
     has_rejection, is_all_rejection: whether any / every row uses rejection mode
+    is_unfiltered:  whether no row's logits are biased or filtered before its draw
+    wants_logprobs: whether any row's log-probabilities are wanted
     """
 
     sequence_ids: tuple[int, ...]
@@ -61,10 +63,18 @@ class RunningBatch:
     draft_limits: tuple[int, ...]
     has_rejection: bool
     is_all_rejection: bool
+    is_unfiltered: bool
+    wants_logprobs: bool
 
     @property
     def size(self) -> int:
         return len(self.sequence_ids)
+
+    @property
+    def is_decided_by_draws(self) -> bool:
+        """Whether the target's own draws decide everything, so that nobody need see its logits."""
+        may_reject = self.has_rejection and any(self.draft_limits)
+        return self.is_unfiltered and not self.wants_logprobs and not may_reject
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included."""
@@ -145,7 +155,9 @@ class BatchState:
         slots = torch.tensor([sequence.slot for sequence in chosen], dtype=torch.int32, device=self.device)
         index = slots.long()
         limits = tuple(sequence.max_draft_tokens if may_draft else 0 for sequence in chosen)
-        rejection = [sequence.params.uses_rejection for sequence in chosen]
+        params = [sequence.params for sequence in chosen]
+        rejection = [each.uses_rejection for each in params]
+        bias = _build_bias(chosen, self.device)
         return RunningBatch(
             sequence_ids=tuple(sequence.sequence_id for sequence in chosen),
             slots=slots,
@@ -159,11 +171,13 @@ class BatchState:
             uses_rejection=self.uses_rejection[index],
             tokens=self.tokens,
             block_table=block_table,
-            bias=_build_bias(chosen, self.device),
+            bias=bias,
             lengths=tuple(sequence.num_tokens for sequence in chosen),
             draft_limits=limits,
             has_rejection=any(rejection),
             is_all_rejection=all(rejection),
+            is_unfiltered=bias is None and not any(each.has_filters for each in params),
+            wants_logprobs=any(each.logprobs is not None for each in params),
         )
 
     def stage(self, batch: RunningBatch, drafted: Tensor) -> None:

@@ -1,0 +1,121 @@
+"""head_draw: the bits of head, filter_rows and sample_rows, with no logits stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_cases import DTYPES, NATIVE, Layer, random_layer, random_rows
+from torch import Tensor
+
+from specengine import _C, rng
+from specengine.kernels import reference
+from specengine.kernels.reference.filter_rows import STAT_ERROR
+
+NUM_ROWS = 17
+WIDTH = 48
+HeadDraw = Callable[..., tuple[Tensor, Tensor]]
+
+
+def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Temperatures (every third row greedy), seeds of all 64 bits, positions."""
+    generator = torch.Generator().manual_seed(seed)
+    temperature = torch.rand(num_rows, generator=generator) + 0.3
+    temperature[::3] = 0.0
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
+    return temperature, seeds, torch.randint(0, 2**20, (num_rows,), generator=generator).int()
+
+
+def draw_from_logits(hidden: Tensor, layer: Layer, vocab_size: int, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The three ops that head_draw replaces."""
+    temperature, seeds, positions = drawn
+    logits = NATIVE.head(hidden, layer.norm, layer.packed, vocab_size)
+    zero = torch.zeros_like(positions)
+    off = (zero, torch.ones_like(temperature), torch.zeros_like(temperature))
+    stats = NATIVE.filter_rows(logits, temperature, *off)
+    tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, zero)
+    return tokens, stats[:, STAT_ERROR].int()
+
+
+def check_bits(op: HeadDraw, vocab_size: int, dtype: torch.dtype, *, extra: int = 0) -> None:
+    layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False)
+    hidden, drawn = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
+    tokens, error = op(hidden, layer.norm, layer.packed, vocab_size, *drawn)
+    expected, _ = draw_from_logits(hidden, layer, vocab_size, *drawn)
+    assert torch.equal(tokens, expected)
+    assert not error.any()
+
+
+@pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 500, 1024])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_the_bits_of_the_ops_it_replaces(vocab_size: int, dtype: torch.dtype) -> None:
+    for extra in (0, 7):
+        check_bits(NATIVE.head_draw, vocab_size, dtype, extra=extra)
+
+
+@pytest.mark.parametrize("vocab_size", [8191, 50257])
+@pytest.mark.usefixtures("instruction_set")
+def test_large_vocabularies(vocab_size: int) -> None:
+    check_bits(NATIVE.head_draw, vocab_size, torch.bfloat16)
+
+
+def test_the_draws_of_the_reference() -> None:
+    layer = random_layer(WIDTH, 700, torch.float32, has_bias=False)
+    hidden, drawn = random_rows(64, WIDTH), keys(64)
+    tokens, error = NATIVE.head_draw(hidden, layer.norm, layer.packed, 699, *drawn)
+    exact, exact_error = reference.head_draw(hidden.double(), layer.norm, layer.plain, 699, *drawn)
+    assert torch.equal(tokens, exact), "no two tokens of these rows are closer than fp32 can tell"
+    assert torch.equal(error, exact_error)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
+    layer = random_layer(WIDTH, 3000, torch.bfloat16, has_bias=False)
+    hidden, drawn = random_rows(64, WIDTH), keys(64)
+    together, _ = NATIVE.head_draw(hidden, layer.norm, layer.packed, 3000, *drawn)
+    for rows in ([5], [63, 0], list(range(9)), list(range(63, -1, -1))):
+        chosen = [each[rows].contiguous() for each in (hidden, *drawn)]
+        tokens, _ = NATIVE.head_draw(chosen[0], layer.norm, layer.packed, 3000, *chosen[1:])
+        assert torch.equal(tokens, together[rows])
+    with_default = _C.num_threads()
+    try:
+        for count in (1, 2, 3):
+            _C.set_num_threads(count)
+            assert torch.equal(NATIVE.head_draw(hidden, layer.norm, layer.packed, 3000, *drawn)[0], together)
+    finally:
+        _C.set_num_threads(with_default)
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged() -> None:
+    layer = random_layer(WIDTH, 400, torch.float32, has_bias=False)
+    weight = layer.plain.weight.clone()
+    weight[130] = weight[300] = weight[7] = weight.sum(dim=0) * 3  # the same logit in three tiles
+    packed = NATIVE.pack_linear(weight, None)
+    hidden = random_rows(4, WIDTH)
+    hidden[1] = -hidden[0]  # one of the two has the tie on top
+    hidden[2, 3] = float("nan")
+    greedy = (torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32))
+    tokens, error = NATIVE.head_draw(hidden, layer.norm, packed, 400, *greedy)
+    logits = NATIVE.head(hidden, layer.norm, packed, 400)
+    assert torch.equal(tokens[:2].long(), logits[:2].argmax(dim=1))
+    assert 7 in tokens[:2].tolist()
+    assert error.tolist() == [0, 0, 1, 0]
+    assert ((tokens >= 0) & (tokens < 400)).all()
+
+
+@pytest.mark.parametrize("vocab_size", [0, 129])
+def test_a_vocabulary_larger_than_the_head_is_refused(vocab_size: int) -> None:
+    layer = random_layer(WIDTH, 128, torch.float32)
+    with pytest.raises(ValueError, match=f"vocab_size: {vocab_size}"):
+        NATIVE.head_draw(random_rows(1, WIDTH), layer.norm, layer.packed, vocab_size, *keys(1))
+
+
+def test_the_neighbours_noise_is_noticed() -> None:
+    def next_position(hidden, norm, weight, vocab_size, temperature, seeds, positions):
+        return NATIVE.head_draw(hidden, norm, weight, vocab_size, temperature, seeds, positions + 1)
+
+    with pytest.raises(AssertionError):
+        check_bits(next_position, 500, torch.float32)

@@ -1,0 +1,192 @@
+"""A forward in one C++ call gives the bits of the same program run op by op, and draws without logits give the
+tokens of draws from logits."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from law_helpers import (
+    CheckpointFactory,
+    EngineFactory,
+    assert_idle,
+    assert_same,
+    make_prompt,
+    plain,
+    run_op_by_op,
+    spec,
+)
+from scripted_drafters import ScriptedDrafter
+
+from specengine import _C, Engine, SamplingParams
+from specengine.kernels.program import DrawKeys, ForwardBatch
+from specengine.models.decoder import Decoder, build_program
+from specengine.ops import Interpreter
+from specengine.runtime import batch as runtime_batch
+
+ARCHITECTURES = ("gpt2", "opt", "gpt_neox")
+VOCAB = 64
+BLOCK_SIZE = 16
+SAMPLINGS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "coupled": {"temperature": 0.9, "seed": 11},
+    "filtered": {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
+}
+
+
+def ragged_batch(q_lens: list[int], starts: list[int], num_logits: list[int]) -> ForwardBatch:
+    """Sequences at scattered slots, their blocks handed out in a random order."""
+    num_slots, max_blocks = len(q_lens) + 2, 6
+    generator = torch.Generator().manual_seed(sum(q_lens))
+    blocks = torch.randperm(num_slots * max_blocks, generator=generator)
+    tokens = torch.randint(0, VOCAB, (num_slots, max_blocks * BLOCK_SIZE), generator=generator)
+    slots = torch.randperm(num_slots, generator=generator)[: len(q_lens)]
+    return runtime_batch.build_forward_batch(
+        tokens.int(),
+        blocks.view(num_slots, max_blocks).int(),
+        slots.int(),
+        torch.tensor(starts, dtype=torch.int32),
+        torch.tensor(q_lens, dtype=torch.int32),
+        torch.tensor(num_logits, dtype=torch.int32),
+        block_size=BLOCK_SIZE,
+    )
+
+
+def new_kv_cache(decoder: Decoder, dtype: torch.dtype) -> torch.Tensor:
+    spec = decoder.spec
+    shape = (spec.num_layers, 2, 64, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_call_gives_the_bits_of_single_ops(
+    model_type: str, dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    decoder = build_engine(checkpoint(model_type, seed=2), dtype=dtype)._target.decoder
+    single = Interpreter(decoder.backend, build_program(decoder.spec, decoder.weights))
+    batches = [
+        ragged_batch([1], [0], [1]),
+        ragged_batch([5, 1, 20], [3, 0, 17], [5, 1, 0]),
+        ragged_batch([33, 2], [0, 40], [1, 2]),
+        ragged_batch([4], [9], [0]),
+    ]
+    for batch in batches:
+        ours, theirs = (new_kv_cache(decoder, getattr(torch, dtype)) for _ in range(2))
+        logits = decoder.forward(batch, ours, VOCAB - 3)
+        assert torch.equal(logits, single.forward(batch, theirs, VOCAB - 3))
+        assert torch.equal(ours, theirs), "keys and values"
+        count = batch.slots.numel()
+        keys = DrawKeys(torch.tensor([0.0, 0.8, 1.3])[:count], torch.tensor([-5, 2**62, 7])[:count])
+        drawn = decoder.draw(batch, ours, VOCAB - 3, keys)
+        for mine, other in zip(drawn, single.draw(batch, theirs, VOCAB - 3, keys), strict=True):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_wanting_logprobs_changes_no_token(
+    sampling: str, model_type: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    drafter = ScriptedDrafter(vocab_size=VOCAB)
+    engine = build_engine(checkpoint(model_type, seed=5), drafter)
+    num_free = engine.num_free_blocks
+    prompts = [make_prompt(length, length, VOCAB) for length in (3, 15, 17)]
+    given = {**SAMPLINGS[sampling], "max_new_tokens": 40, "ignore_eos": True}
+    expected = plain(engine, prompts, logprobs=1, **given)
+    for result in expected:
+        drafter.learn(result, counts=(0, 1, 3, 2, 4))
+    for with_drafts in (plain(engine, prompts, **given), spec(engine, prompts, 4, **given)):
+        assert [result.token_ids for result in with_drafts] == [result.token_ids for result in expected]
+    counts = with_drafts[0].metrics.speculative_decoding
+    assert 0 < counts.num_accepted_draft_tokens < counts.num_draft_tokens
+    assert_idle(engine, num_free)
+
+
+def test_neighbours_that_need_logits_change_nothing(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(checkpoint("gpt2", seed=5), checkpoint("gpt2", seed=6))
+    prompt = make_prompt(9, 1, VOCAB)
+    alone = [
+        SamplingParams(max_new_tokens=30, **each, num_speculative_tokens=3) for each in SAMPLINGS.values()
+    ]
+    needy = SamplingParams(max_new_tokens=30, logprobs=2, temperature=0.7, top_p=0.9)
+    expected = [engine.generate(prompt, params).token_ids for params in alone]
+    together = engine.generate([prompt] * 4, [*alone, needy])
+    assert [result.token_ids for result in together[:3]] == expected
+
+
+def test_greedy_and_coupled_rounds_store_no_logits(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(checkpoint("gpt2", seed=5), checkpoint("gpt2", seed=6))
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError("logits were stored")
+
+    monkeypatch.setattr(Decoder, "forward", refuse)
+    for sampling in ({}, SAMPLINGS["coupled"]):
+        engine.generate(make_prompt(5, 0, VOCAB), num_speculative_tokens=3, max_new_tokens=20, **sampling)
+    with pytest.raises(AssertionError, match="logits were stored"):
+        engine.generate(make_prompt(5, 0, VOCAB), logprobs=0, max_new_tokens=2)
+
+
+def test_batches_expand_as_on_any_other_device() -> None:
+    tokens = torch.arange(3 * 64, dtype=torch.int32).view(3, 64)
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(3, 4).int()
+    given = [torch.tensor(each, dtype=torch.int32) for each in ([2, 0], [14, 0], [3, 17], [2, 17])]
+    for ours, theirs in zip(
+        _C.expand_batch(tokens, table, *given, 16),
+        runtime_batch._expand(tokens, table, *given, 16),
+        strict=True,
+    ):
+        assert ours.dtype == theirs.dtype
+        assert torch.equal(ours, theirs)
+    nothing = [torch.zeros(0, dtype=torch.int32)] * 4
+    assert _C.expand_batch(tokens, table, *nothing, 16)[3].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"token_ids": [VOCAB]}, "token_ids: 64"),
+        ({"token_ids": [-1]}, "token_ids: -1"),
+        ({"positions": [96]}, "positions: 96"),
+        ({"kv_slots": [64 * BLOCK_SIZE]}, "kv_slots: 1024"),
+        ({"logit_rows": [1]}, "logit_rows: 1"),
+        ({"context_len": [0]}, "context_len: 0"),
+        ({"q_start": [0, 2]}, "q_start"),
+        ({"slots": [3]}, "slots: 3"),
+    ],
+)
+def test_a_batch_that_points_outside_is_refused(
+    change: dict[str, list[int]], message: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    decoder = build_engine(checkpoint("gpt2", seed=2))._target.decoder
+    batch = ragged_batch([1], [4], [1])
+    (name, values), *_ = change.items()
+    broken = torch.tensor(values, dtype=getattr(batch, name).dtype)
+    with pytest.raises(ValueError, match=message):
+        decoder.forward(
+            ForwardBatch(**{**vars(batch), name: broken}), new_kv_cache(decoder, torch.float32), VOCAB
+        )
+
+
+def test_a_step_that_reads_the_wrong_register_is_noticed(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine: Engine = build_engine(checkpoint("gpt2", seed=2))
+    prompt, sampling = make_prompt(5, 0, VOCAB), {"max_new_tokens": 10, "logprobs": 0}
+    before = plain(engine, prompt, **sampling)
+    run_op_by_op(engine, monkeypatch)
+    assert_same(plain(engine, prompt, **sampling), before)
+    decoder = engine._target.decoder
+    program = build_program(decoder.spec, decoder.weights)
+    ops = list(program.ops)
+    ops[3] = replace(ops[3], source="hidden")
+    monkeypatch.setattr(decoder, "_executor", decoder.backend.compile(replace(program, ops=tuple(ops))))
+    with pytest.raises(AssertionError):
+        assert_same(plain(engine, prompt, **sampling), before)
