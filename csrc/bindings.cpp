@@ -15,18 +15,33 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-Tensor pack_linear_op(const Tensor& weight) {
-  const DType dtype = dtype_of(weight, "weight");
+Tensor empty_panels(const Tensor& weight, DType dtype, at::ScalarType type) {
   if (weight.dim() != 2 || weight.size(0) < 1 || weight.size(1) < 1) {
     fail("weight: expected [out_features, in_features], got ", shape_of(weight));
   }
-  const Tensor source = weight.contiguous();
-  Tensor panels =
-      at::empty({packed_elements(weight.size(0), weight.size(1), dtype)}, weight.options());
-  py::gil_scoped_release release;
+  Tensor panels = at::empty({packed_elements(weight.size(0), weight.size(1), dtype)}, type);
   advise_huge_pages(panels.data_ptr(), panels.nbytes());
+  return panels;
+}
+
+Tensor pack_linear_op(const Tensor& weight) {
+  const DType dtype = dtype_of(weight, "weight");
+  Tensor panels = empty_panels(weight, dtype, weight.scalar_type());
+  const Tensor source = weight.contiguous();
+  py::gil_scoped_release release;
   pack_linear(source.data_ptr(), dtype, weight.size(0), weight.size(1), panels.data_ptr());
   return panels;
+}
+
+std::tuple<Tensor, Tensor> pack_linear_int8_op(const Tensor& weight) {
+  const DType dtype = dtype_of(weight, "weight");
+  Tensor panels = empty_panels(weight, DType::kInt8, at::kChar);
+  Tensor scale = at::empty({weight.size(0)}, at::kFloat);
+  const Tensor source = weight.contiguous();
+  py::gil_scoped_release release;
+  pack_linear_int8(source.data_ptr(), dtype, weight.size(0), weight.size(1),
+                   panels.data_ptr<int8_t>(), scale.data_ptr<float>());
+  return {panels, scale};
 }
 
 Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& token_table,
@@ -51,9 +66,10 @@ Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& 
 }
 
 Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
-                      double eps, const Tensor& panels, const std::optional<Tensor>& bias,
-                      int64_t in_features, int64_t out_features, const std::string& activation) {
-  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+                      double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                      const std::string& activation) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   const Activation kind = activation_of(activation);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
@@ -64,9 +80,10 @@ Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale, const Tens
   return out;
 }
 
-Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& bias,
-                          int64_t in_features, int64_t out_features, const Tensor& residual) {
-  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& scale,
+                          const std::optional<Tensor>& bias, int64_t in_features,
+                          int64_t out_features, const Tensor& residual) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   dense_input(x, "x", at::kFloat, {-1, in_features});
   dense_input(residual, "residual", at::kFloat, {x.size(0), out_features});
   Tensor out = at::empty({x.size(0), out_features}, at::kFloat);
@@ -77,9 +94,10 @@ Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::opti
 }
 
 Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
-               const Tensor& panels, const std::optional<Tensor>& bias, int64_t in_features,
-               int64_t out_features, int64_t vocab_size) {
-  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+               const Tensor& panels, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+               int64_t vocab_size) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
@@ -93,11 +111,12 @@ Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& nor
 
 std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm_scale,
                                         const Tensor& norm_bias, double eps, const Tensor& panels,
+                                        const std::optional<Tensor>& scale,
                                         const std::optional<Tensor>& bias, int64_t in_features,
                                         int64_t out_features, int64_t vocab_size,
                                         const Tensor& temperature, const Tensor& seeds,
                                         const Tensor& positions) {
-  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
@@ -115,11 +134,11 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
 }
 
 Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
-                   double eps, const Tensor& panels, const std::optional<Tensor>& bias,
-                   int64_t in_features, int64_t out_features, const Tensor& positions,
-                   const Tensor& kv_slots, const Tensor& kv_cache,
+                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                   const Tensor& positions, const Tensor& kv_slots, const Tensor& kv_cache,
                    const std::optional<Tensor>& rotary) {
-  const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t num_rows = hidden.size(0);
@@ -367,7 +386,7 @@ uint64_t read_all_op(const Tensor& tensor) {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* name : {"avx512", "avx2", "portable"}) {
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
     if (supports_instruction_set(name)) names.emplace_back(name);
   }
   return names;
@@ -398,6 +417,7 @@ py::dict build_info() {
 
 void bind_ops(py::module_& m) {
   m.def("pack_linear", &pack_linear_op);
+  m.def("pack_linear_int8", &pack_linear_int8_op);
   m.def("embed", &embed_op);
   m.def("norm_linear", &norm_linear_op);
   m.def("linear_residual", &linear_residual_op);

@@ -55,44 +55,47 @@ class PyDecoder {
   }
 
   void norm_qkv(int64_t layer, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
-                const Tensor& panels, const std::optional<Tensor>& bias, int64_t in_features,
-                int64_t out_features) {
+                const Tensor& panels, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
     check_width("weight", in_features, program_.hidden_size);
     check_width("weight", out_features,
                 (program_.num_heads + 2 * program_.num_kv_heads) * program_.head_dim);
     add(NormQkvStep{check_layer(layer), norm(norm_scale, norm_bias, eps, in_features),
-                    linear(panels, bias, in_features, out_features)});
+                    linear(panels, scale, bias, in_features, out_features)});
   }
 
   void paged_attention(int64_t layer) { add(AttentionStep{check_layer(layer)}); }
 
   void linear_residual(const std::string& source, const Tensor& panels,
-                       const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
-                       const std::string& residual, const std::string& out) {
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                       int64_t in_features, int64_t out_features, const std::string& residual,
+                       const std::string& out) {
     check_width(source.c_str(), in_features, width_of(source));
     check_width(residual.c_str(), out_features, width_of(residual));
     set_width(out, out_features);
-    add(LinearResidualStep{register_of(source), linear(panels, bias, in_features, out_features),
+    add(LinearResidualStep{register_of(source),
+                           linear(panels, scale, bias, in_features, out_features),
                            register_of(residual), register_of(out)});
   }
 
   void norm_linear(const std::string& source, const Tensor& norm_scale, const Tensor& norm_bias,
-                   double eps, const Tensor& panels, const std::optional<Tensor>& bias,
-                   int64_t in_features, int64_t out_features, const std::string& activation,
-                   const std::string& out) {
+                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                   const std::string& activation, const std::string& out) {
     check_width(source.c_str(), in_features, width_of(source));
     set_width(out, out_features);
     add(NormLinearStep{register_of(source), norm(norm_scale, norm_bias, eps, in_features),
-                       linear(panels, bias, in_features, out_features), activation_of(activation),
-                       register_of(out)});
+                       linear(panels, scale, bias, in_features, out_features),
+                       activation_of(activation), register_of(out)});
   }
 
   // The last op: from here on the program can run and cannot change.
   void head(const Tensor& norm_scale, const Tensor& norm_bias, double eps, const Tensor& panels,
-            const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
+            const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+            int64_t in_features, int64_t out_features) {
     check_width("weight", in_features, program_.hidden_size);
     program_.final_norm = norm(norm_scale, norm_bias, eps, in_features);
-    program_.head = linear(panels, bias, in_features, out_features);
+    program_.head = linear(panels, scale, bias, in_features, out_features);
     runner_.emplace(program_);
   }
 
@@ -188,10 +191,12 @@ class PyDecoder {
     return kept_.back();
   }
 
-  LinearWeight linear(const Tensor& panels, const std::optional<Tensor>& bias, int64_t in_features,
+  LinearWeight linear(const Tensor& panels, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, int64_t in_features,
                       int64_t out_features) {
-    const LinearWeight weight = linear_weight(panels, bias, in_features, out_features);
+    const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
     keep(panels);
+    if (scale) keep(*scale);
     if (bias) keep(*bias);
     return weight;
   }

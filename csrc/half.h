@@ -6,9 +6,12 @@
 
 namespace specengine {
 
-enum class DType { kFloat32, kBFloat16, kFloat16 };
+// kInt8 is for weights only.
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt8 };
 
-inline int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+constexpr int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
+}
 
 inline float bf16_to_float(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
 

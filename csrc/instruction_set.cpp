@@ -8,11 +8,14 @@ namespace {
 
 const Kernels* find(const char* name) {
 #if defined(__x86_64__)
-  if (std::strcmp(name, "avx512") == 0 && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")) {
-    return &kAvx512Kernels;
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+  if (std::strcmp(name, "avx512_bf16") == 0 && has_avx512 && __builtin_cpu_supports("avx512vnni") &&
+      __builtin_cpu_supports("avx512bf16")) {
+    return &kAvx512Bf16Kernels;
   }
+  if (std::strcmp(name, "avx512") == 0 && has_avx512) return &kAvx512Kernels;
   if (std::strcmp(name, "avx2") == 0 && __builtin_cpu_supports("avx2") &&
       __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
     return &kAvx2Kernels;
@@ -22,7 +25,7 @@ const Kernels* find(const char* name) {
 }
 
 const Kernels* find_best() {
-  for (const char* name : {"avx512", "avx2"}) {
+  for (const char* name : {"avx512_bf16", "avx512", "avx2"}) {
     if (const Kernels* found = find(name)) return found;
   }
   return &kPortableKernels;

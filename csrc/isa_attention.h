@@ -265,5 +265,7 @@ inline void attention(const AttentionArgs& args, int64_t sequence, int64_t kv_he
       return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end);
     case DType::kFloat16:
       return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end);
+    case DType::kInt8:  // weights only
+      return;
   }
 }

@@ -3,19 +3,27 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "half.h"
 #include "philox.h"
 
 namespace specengine {
 
-// Weights are packed in panels of 64 output columns: [ceil(N / 64), K, 64], and for bf16
-// [ceil(N / 64), ceil(K / 2), 64, 2]; padded with zeros. One panel is one contiguous stream.
+// Weights are packed in panels of 64 output columns, one contiguous stream each: chunks of 128 k,
+// in a chunk four sub-panels of 16 columns, in a sub-panel [k, 16], or [k / 2, 16, 2] where weights
+// are multiplied in pairs; padded with zeros to whole panels and pairs. A block of rows streams one
+// sub-panel, a single row walks all four.
 constexpr int kPanelColumns = 64;
-// An output element is the sum, in order, of sequential sums over K chunks of this length.
+constexpr int kSubPanelColumns = 16;
+constexpr int depth_of(DType dtype) {
+  return dtype == DType::kBFloat16 || dtype == DType::kInt8 ? 2 : 1;
+}
+// An output element is the sum, in order, of sequential sums over K chunks of this length. For int8
+// the sum over a chunk is exact: 128 * 127 * 32767 < 2^31.
 constexpr int kChunkK = 128;
-// Rows that one pass over a panel may hold in its accumulators.
-constexpr int kMaxPassRows = 96;
+// Rows that share one pass over a panel.
+constexpr int kMaxPassRows = 256;
 // Attention partials cover KV tiles that start at absolute multiples of this.
 constexpr int kAttentionTile = 128;
 constexpr int kMaxHeadDim = 256;
@@ -27,13 +35,16 @@ constexpr float kMassBinsPerNat = 32.0f;
 
 enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
 
+// Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, 128] words, each a float
+// or a pair of 16-bit numbers, as the instruction set likes to multiply with the weights' type.
 struct LinearArgs {
-  const float* x;  // [num_rows, stride x_stride], zero-padded to an even K for bf16 weights
-  int64_t x_stride;
+  const float* x;
+  const float* row_scales;  // [num_rows], for int8 weights
   int64_t num_rows;
   const void* panels;
   DType dtype;
   int64_t k;
+  const float* scale;     // [num_columns] of int8 weights, else null
   const float* bias;      // [num_columns] or null
   const float* residual;  // [num_rows, num_columns] or null
   Activation activation;
@@ -79,7 +90,9 @@ struct Kernels {
   const char* name;
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
                      int64_t size, float* out);
-  void (*linear_panel)(const LinearArgs& args, int64_t panel);
+  float (*pack_row)(const float* x, int64_t k, DType weights, void* out, int64_t chunk_stride);
+  // `next_panel`: what this thread will probably ask for next.
+  void (*linear_panel)(const LinearArgs& args, int64_t panel, int64_t next_panel);
   void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
                     int64_t row_end);
   RowMaximum (*row_maximum)(const RowView& row);
@@ -106,6 +119,7 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif
@@ -113,7 +127,7 @@ extern const Kernels kPortableKernels;
 
 // The kernels in use: the best the processor has, unless set_instruction_set chose another.
 const Kernels& kernels();
-// "auto", "avx512", "avx2" or "portable"; false when unknown or not supported here.
+// "auto", "avx512_bf16", "avx512", "avx2" or "portable"; false when unknown or not supported here.
 bool set_instruction_set(const char* name);
 bool supports_instruction_set(const char* name);
 

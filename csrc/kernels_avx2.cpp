@@ -19,23 +19,7 @@ namespace avx2 {
 #include "isa_table.h"
 }  // namespace avx2
 
-const Kernels kAvx2Kernels = {
-    "avx2",
-    avx2::layer_norm,
-    avx2::linear_panel,
-    avx2::attention,
-    avx2::row_maximum,
-    avx2::row_sum_exp,
-    avx2::row_group_maxima,
-    avx2::row_collect,
-    avx2::row_mass_bins,
-    avx2::row_collect_bin,
-    avx2::row_argmax,
-    avx2::race,
-    avx2::draw_tile,
-    avx2::vocabulary_bits,
-    avx2::read_block,
-};
+const Kernels kAvx2Kernels = avx2::table("avx2");
 }  // namespace specengine
 
 #if defined(__clang__)

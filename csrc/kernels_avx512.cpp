@@ -19,27 +19,18 @@
 namespace specengine {
 namespace avx512 {
 #include "simd_avx512.h"
-//
+
+constexpr bool kHasBf16Dot = false;
+inline U16 dot_int16(U16 sum, U16 a, U16 b) {  // in place: see simd_avx2.h
+  asm volatile("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(_mm512_madd_epi16(a.v, b.v)));
+  return sum;
+}
+inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }
+
 #include "isa_table.h"
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {
-    "avx512",
-    avx512::layer_norm,
-    avx512::linear_panel,
-    avx512::attention,
-    avx512::row_maximum,
-    avx512::row_sum_exp,
-    avx512::row_group_maxima,
-    avx512::row_collect,
-    avx512::row_mass_bins,
-    avx512::row_collect_bin,
-    avx512::row_argmax,
-    avx512::race,
-    avx512::draw_tile,
-    avx512::vocabulary_bits,
-    avx512::read_block,
-};
+const Kernels kAvx512Kernels = avx512::table("avx512");
 }  // namespace specengine
 
 #if defined(__clang__)

@@ -12,21 +12,5 @@ namespace portable {
 #include "isa_table.h"
 }  // namespace portable
 
-const Kernels kPortableKernels = {
-    "portable",
-    portable::layer_norm,
-    portable::linear_panel,
-    portable::attention,
-    portable::row_maximum,
-    portable::row_sum_exp,
-    portable::row_group_maxima,
-    portable::row_collect,
-    portable::row_mass_bins,
-    portable::row_collect_bin,
-    portable::row_argmax,
-    portable::race,
-    portable::draw_tile,
-    portable::vocabulary_bits,
-    portable::read_block,
-};
+const Kernels kPortableKernels = portable::table("portable");
 }  // namespace specengine

@@ -3,6 +3,7 @@
 #endif
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 
@@ -15,47 +16,106 @@ namespace {
 
 // Below this many multiply-adds a linear takes about as long as waking a thread.
 constexpr int64_t kMinParallelWork = int64_t{1} << 17;
+// The same for numbers to normalise or round.
+constexpr int64_t kMinParallelRows = int64_t{1} << 14;
 // Weight bytes per task: small enough to share evenly, large enough that claiming costs nothing.
 constexpr int64_t kTaskBytes = int64_t{1} << 17;
 
 int64_t num_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
-int64_t padded_k(int64_t k, DType dtype) { return dtype == DType::kBFloat16 ? (k + 1) / 2 * 2 : k; }
+int64_t padded_k(int64_t k, DType dtype) {
+  const int64_t depth = depth_of(dtype);
+  return (k + depth - 1) / depth * depth;
+}
+
+// Calls store(k, at) for every k of a panel's column, `at` where the weight lies in the panel.
+template <class Store>
+void for_each_weight(int64_t column, int64_t k, DType dtype, Store&& store) {
+  const int64_t depth = depth_of(dtype);
+  const int64_t padded = padded_k(k, dtype);
+  for (int64_t begin = 0; begin < k; begin += kChunkK) {
+    const int64_t rows = std::min<int64_t>(kChunkK, padded - begin);
+    const int64_t base = begin * kPanelColumns +
+                         column / kSubPanelColumns * rows * kSubPanelColumns +
+                         column % kSubPanelColumns * depth;
+    const int64_t end = std::min(k, begin + kChunkK);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i - begin;
+      store(i, base + row / depth * depth * kSubPanelColumns + row % depth);
+    }
+  }
+}
 
 template <class T>
 void pack_panels(const T* weight, int64_t n, int64_t k, DType dtype, T* out) {
-  const int64_t rows = padded_k(k, dtype);
-  const bool is_paired = dtype == DType::kBFloat16;
+  const int64_t panel_size = padded_k(k, dtype) * kPanelColumns;
   parallel_for(num_panels(n), n * k >= kMinParallelWork, [&](int64_t panel) {
-    T* base = out + panel * rows * kPanelColumns;
-    std::memset(static_cast<void*>(base), 0, sizeof(T) * rows * kPanelColumns);
+    T* base = out + panel * panel_size;
     const int64_t columns = std::min<int64_t>(kPanelColumns, n - panel * kPanelColumns);
+    if (columns < kPanelColumns || k % depth_of(dtype) != 0) {
+      std::memset(static_cast<void*>(base), 0, sizeof(T) * panel_size);
+    }
     for (int64_t column = 0; column < columns; ++column) {
       const T* source = weight + (panel * kPanelColumns + column) * k;
-      for (int64_t i = 0; i < k; ++i) {
-        const int64_t at =
-            is_paired ? (i / 2 * kPanelColumns + column) * 2 + i % 2 : i * kPanelColumns + column;
-        base[at] = source[i];
-      }
+      for_each_weight(column, k, dtype, [&](int64_t i, int64_t at) { base[at] = source[i]; });
     }
   });
 }
 
-// The layer's input rows: normalised or copied where the panels need it padded, else in place.
-const float* prepare_rows(const LinearCall& call, int64_t stride, Scratch<float>& scratch) {
-  const int64_t k = call.weight->in_features;
-  if (call.norm == nullptr && stride == k) return call.x;
-  float* rows = scratch.reserve(call.num_rows * stride);
+// One output channel to int8, ties to even (as the sum with 1.5 * 2^23 rounds); returns its scale.
+float quantize_channel(const float* weight, int64_t k, int8_t* out) {
+  float largest = 0.0f, poison = 0.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    largest = std::max(largest, std::fabs(weight[i]));
+    poison += weight[i] * 0.0f;
+  }
+  const float scale = largest / 127.0f + poison;
+  const bool is_usable = scale > 0.0f;  // neither a zero channel nor one with NaN or infinity
+  for (int64_t i = 0; i < k; ++i) {
+    const float ratio = is_usable ? weight[i] / scale : 0.0f;
+    const float rounded = (ratio + 0x1.8p23f) - 0x1.8p23f;
+    out[i] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
+  }
+  return scale;
+}
+
+struct PackedRows {
+  const float* words;
+  const float* scales;
+};
+
+// The layer's input rows, normalised, as the kernels want them. Valid until the thread's next call.
+PackedRows pack_rows(const LinearCall& call) {
+  static thread_local Scratch<float> words_scratch;
+  static thread_local Scratch<float> scales_scratch;
+  const LinearWeight& weight = *call.weight;
+  const int64_t k = weight.in_features;
+  const int64_t chunk_stride = call.num_rows * kChunkK;
+  float* words = words_scratch.reserve((k + kChunkK - 1) / kChunkK * chunk_stride);
+  float* scales = scales_scratch.reserve(call.num_rows);
   const Kernels& isa = kernels();
-  parallel_for(call.num_rows, call.num_rows * k >= kMinParallelWork, [&](int64_t row) {
-    float* out = rows + row * stride;
+  parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
+    static thread_local Scratch<float> normal_scratch;
+    const float* x = call.x + row * k;
     if (call.norm != nullptr) {
-      isa.layer_norm(call.x + row * k, call.norm->weight, call.norm->bias, call.norm->eps, k, out);
-    } else {
-      std::memcpy(out, call.x + row * k, sizeof(float) * k);
+      float* normal = normal_scratch.reserve(k);
+      isa.layer_norm(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
+      x = normal;
     }
-    std::fill(out + k, out + stride, 0.0f);
+    scales[row] = isa.pack_row(x, k, weight.dtype, words + row * kChunkK, chunk_stride);
   });
-  return rows;
+  return {words, scales};
+}
+
+LinearArgs linear_args(const LinearCall& call) {
+  const LinearWeight& weight = *call.weight;
+  const PackedRows rows = pack_rows(call);
+  return {rows.words,         rows.scales,     call.num_rows,   weight.panels, weight.dtype,
+          weight.in_features, weight.scale,    weight.bias,     call.residual, call.activation,
+          call.out,           call.out_stride, call.num_columns};
+}
+
+bool is_worth_sharing(const LinearCall& call) {
+  return call.num_rows * call.num_columns * call.weight->in_features >= kMinParallelWork;
 }
 
 // first * cos - second * sin, second * cos + first * sin on the first 2 * half features of a head.
@@ -101,6 +161,30 @@ void pack_linear(const void* weight, DType dtype, int64_t out_features, int64_t 
   }
 }
 
+void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
+                      int8_t* panels, float* scale) {
+  const int64_t n = out_features, k = in_features;
+  const int64_t panel_size = padded_k(k, DType::kInt8) * kPanelColumns;
+  parallel_for(num_panels(n), n * k >= kMinParallelWork, [&](int64_t panel) {
+    static thread_local Scratch<float> channel_scratch;
+    static thread_local Scratch<int8_t> quantized_scratch;
+    float* channel = channel_scratch.reserve(k);
+    int8_t* quantized = quantized_scratch.reserve(k);
+    int8_t* base = panels + panel * panel_size;
+    std::memset(base, 0, panel_size);
+    const int64_t first = panel * kPanelColumns;
+    const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
+    for (int64_t column = 0; column < columns; ++column) {
+      for (int64_t i = 0; i < k; ++i) {
+        channel[i] = load_float(weight, dtype, (first + column) * k + i);
+      }
+      scale[first + column] = quantize_channel(channel, k, quantized);
+      for_each_weight(column, k, DType::kInt8,
+                      [&](int64_t i, int64_t at) { base[at] = quantized[i]; });
+    }
+  });
+}
+
 void advise_huge_pages(void* data, int64_t num_bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
@@ -126,56 +210,45 @@ void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows,
 }
 
 void linear(const LinearCall& call) {
-  static thread_local Scratch<float> scratch;
-  const LinearWeight& weight = *call.weight;
-  const int64_t stride = padded_k(weight.in_features, weight.dtype);
-  const LinearArgs args{prepare_rows(call, stride, scratch),
-                        stride,
-                        call.num_rows,
-                        weight.panels,
-                        weight.dtype,
-                        weight.in_features,
-                        weight.bias,
-                        call.residual,
-                        call.activation,
-                        call.out,
-                        call.out_stride,
-                        call.num_columns};
+  const LinearArgs args = linear_args(call);
   const int64_t panels = num_panels(call.num_columns);
-  const int64_t panel_bytes = stride * kPanelColumns * element_size(weight.dtype);
+  const int64_t panel_bytes =
+      padded_k(args.k, args.dtype) * kPanelColumns * element_size(args.dtype);
   // More rows make a panel more work; never fewer than one panel, never so many that threads idle.
   const int64_t wanted =
       std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * call.num_rows));
-  const int64_t per_task = std::min(wanted, std::max<int64_t>(1, panels / num_threads()));
-  const bool is_parallel = call.num_rows * panels * kPanelColumns * stride >= kMinParallelWork;
+  const int64_t num_sharing = num_threads();
+  const int64_t per_task = std::min(wanted, std::max<int64_t>(1, panels / num_sharing));
   const Kernels& isa = kernels();
-  parallel_for((panels + per_task - 1) / per_task, is_parallel, [&](int64_t task) {
+  parallel_for((panels + per_task - 1) / per_task, is_worth_sharing(call), [&](int64_t task) {
     const int64_t end = std::min(panels, (task + 1) * per_task);
-    for (int64_t panel = task * per_task; panel < end; ++panel) isa.linear_panel(args, panel);
+    for (int64_t panel = task * per_task; panel < end; ++panel) {
+      const int64_t next = panel + 1 < end ? panel + 1 : end + (num_sharing - 1) * per_task;
+      isa.linear_panel(args, panel, next);
+    }
   });
 }
 
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
-  static thread_local Scratch<float> scratch;
-  const LinearWeight& weight = *call.weight;
-  const int64_t stride = padded_k(weight.in_features, weight.dtype);
-  const float* rows = prepare_rows(call, stride, scratch);
+  const LinearArgs whole = linear_args(call);
   const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
-  const bool is_parallel = call.num_rows * num_tiles * kTileColumns * stride >= kMinParallelWork;
+  const int64_t num_sharing = num_threads();
   const Kernels& isa = kernels();
-  parallel_for(num_tiles, is_parallel, [&](int64_t index) {
+  parallel_for(num_tiles, is_worth_sharing(call), [&](int64_t index) {
     static thread_local Scratch<float> tile_scratch;
-    float* tile = tile_scratch.reserve(call.num_rows * kTileColumns);
-    const int64_t first = index * kTileColumns;
-    const int64_t end = std::min(first + kTileColumns, call.num_columns);
-    const LinearArgs args{
-        rows,        stride,  call.num_rows,   weight.panels, weight.dtype, weight.in_features,
-        weight.bias, nullptr, call.activation, tile,          kTileColumns, end,
-        first};
-    for (int64_t column = first; column < end; column += kPanelColumns) {
-      isa.linear_panel(args, column / kPanelColumns);
+    LinearArgs args = whole;
+    args.residual = nullptr;
+    args.out = tile_scratch.reserve(call.num_rows * kTileColumns);
+    args.out_stride = kTileColumns;
+    args.first_column = index * kTileColumns;
+    args.num_columns = std::min(args.first_column + kTileColumns, call.num_columns);
+    constexpr int64_t kTilePanels = kTileColumns / kPanelColumns;
+    const int64_t end = num_panels(args.num_columns);
+    for (int64_t panel = index * kTilePanels; panel < end; ++panel) {
+      const int64_t next = panel + 1 < end ? panel + 1 : end + (num_sharing - 1) * kTilePanels;
+      isa.linear_panel(args, panel, next);
     }
-    consume(context, first, end - first, tile);
+    consume(context, args.first_column, args.num_columns - args.first_column, args.out);
   });
 }
 

@@ -14,7 +14,8 @@ namespace specengine {
 struct LinearWeight {
   const void* panels;
   DType dtype;
-  const float* bias;  // or null
+  const float* scale;  // [out_features] of int8 weights, else null
+  const float* bias;   // or null
   int64_t in_features;
   int64_t out_features;
 };
@@ -29,6 +30,10 @@ struct NormWeight {
 int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype);
 void pack_linear(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
                  void* panels);
+// Quantises each row: scale = max |w| / 127, w / scale to the nearest integer, ties to even. A row
+// that is not finite has the scale NaN.
+void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
+                      int8_t* panels, float* scale);
 
 // Asks for 2 MiB pages under memory that was not touched yet; streaming weights then misses no TLB.
 void advise_huge_pages(void* data, int64_t num_bytes);

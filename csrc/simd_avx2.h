@@ -2,7 +2,14 @@
 
 constexpr int kNumRegisters = 8;
 constexpr int kMaxBlockRows = 6;
-constexpr int column_vectors(int rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+// Integer sums wait for nothing and need no second column.
+constexpr int column_vectors(int num_rows, bool is_integer) {
+  return is_integer ? 1 : num_rows == 1 ? 4 : num_rows == 2 ? 2 : 1;
+}
+constexpr bool is_block(int rows, int vectors, bool is_integer) {
+  return vectors == column_vectors(rows, is_integer);
+}
+constexpr bool kHasBf16Dot = false;
 
 struct F16 {
   __m256 lo, hi;
@@ -163,6 +170,23 @@ inline U16 load_pairs(const uint16_t* p) {
   return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
           _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
 }
+inline __m256i widen_int8(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline U16 load_int8_pairs(const int8_t* p) { return {widen_int8(p), widen_int8(p + 16)}; }
+// In place, in assembly: sums fill twelve of sixteen registers, and GCC would move and spill them.
+inline U16 dot_int16(U16 sum, U16 a, U16 b) {
+  const U16 products = {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
+  asm volatile("vpaddd %1, %0, %0" : "+x"(sum.lo) : "x"(products.lo));
+  asm volatile("vpaddd %1, %0, %0" : "+x"(sum.hi) : "x"(products.hi));
+  return sum;
+}
+inline F16 multiply_add(F16 sum, F16 a, F16 b) {
+  asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.lo) : "x"(a.lo), "x"(b.lo));
+  asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.hi) : "x"(a.hi), "x"(b.hi));
+  return sum;
+}
+inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }
 
 inline D16 set1_d(double x) {
   const __m256d v = _mm256_set1_pd(x);

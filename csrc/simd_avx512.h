@@ -1,12 +1,14 @@
 // Sixteen-lane vectors on AVX-512. Included inside an instruction set's namespace; simd_avx2.h and
 // simd_portable.h define the same names with the same meaning.
-// The reductions of all three add lanes (i, i + 8), then (i, i + 4), (i, i + 2), (i, i + 1).
+// kHasBf16Dot, dot_bf16 and dot_int16 (sums of products of pairs) stand in the kernels_*.cpp.
+// The reductions of all add lanes (i, i + 8), then (i, i + 4), (i, i + 2), (i, i + 1).
 
 // Register blocks: up to kMaxBlockRows rows by column_vectors(rows) vectors of output columns.
 // F16 values that fit the registers.
 constexpr int kNumRegisters = 32;
 constexpr int kMaxBlockRows = 6;
-constexpr int column_vectors(int) { return 4; }
+constexpr int column_vectors(int, bool) { return 4; }
+constexpr bool is_block(int, int vectors, bool) { return vectors == 4; }
 
 struct F16 {
   __m512 v;
@@ -95,6 +97,11 @@ inline F16 load_fp16(const uint16_t* p) {
 }
 // Sixteen pairs of bf16: the first and the second of each.
 inline U16 load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
+// Sixteen pairs of int8, widened to int16.
+inline U16 load_int8_pairs(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 
 inline D16 zero_d() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
 inline D16 set1_d(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }

@@ -4,7 +4,11 @@
 
 constexpr int kNumRegisters = 4;
 constexpr int kMaxBlockRows = 3;
-constexpr int column_vectors(int rows) { return rows == 1 ? 2 : 1; }
+constexpr int column_vectors(int num_rows, bool) { return num_rows == 1 ? 2 : 1; }
+constexpr bool is_block(int rows, int vectors, bool) {
+  return rows == 1 ? vectors == 2 : vectors == 1 && rows <= kMaxBlockRows;
+}
+constexpr bool kHasBf16Dot = false;
 
 typedef float Float16Lanes __attribute__((vector_size(64)));
 typedef uint32_t Uint16Lanes __attribute__((vector_size(64)));
@@ -114,6 +118,22 @@ inline U16 load_pairs(const uint16_t* p) {
   __builtin_memcpy(&r.v, p, 64);
   return r;
 }
+// Sixteen pairs of int8, widened to int16, the first of a pair in the low half.
+inline U16 load_int8_pairs(const int8_t* p) {
+  U16 r;
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t low = static_cast<uint16_t>(p[2 * i]);
+    r.v[i] = low | static_cast<uint32_t>(p[2 * i + 1]) << 16;
+  }
+  return r;
+}
+inline U16 dot_int16(U16 sum, U16 a, U16 b) {
+  const auto low = [](U16 x) { return reinterpret_cast<Int16Lanes>(x.v << 16) >> 16; };
+  const auto high = [](U16 x) { return reinterpret_cast<Int16Lanes>(x.v) >> 16; };
+  return {sum.v + reinterpret_cast<Uint16Lanes>(low(a) * low(b) + high(a) * high(b))};
+}
+inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
+inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }
 
 inline D16 set1_d(double x) { return {Double16Lanes{} + x}; }
 inline D16 zero_d() { return {Double16Lanes{}}; }

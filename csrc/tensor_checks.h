@@ -121,22 +121,28 @@ inline LogitRows logit_rows(const Tensor& logits, const char* name) {
   return {logits.data_ptr<float>(), logits.stride(0), logits.size(0), logits.size(1)};
 }
 
-// A weight from pack_linear, with what the call needs kept alive by the caller.
-inline LinearWeight linear_weight(const Tensor& panels, const std::optional<Tensor>& bias,
-                                  int64_t in_features, int64_t out_features) {
-  const DType dtype = dtype_of(panels, "weight");
-  if (in_features < 1 || out_features < 1 ||
+// A weight from pack_linear, or from pack_linear_int8 with its scale, with what the call needs kept
+// alive by the caller.
+inline LinearWeight linear_weight(const Tensor& panels, const std::optional<Tensor>& scale,
+                                  const std::optional<Tensor>& bias, int64_t in_features,
+                                  int64_t out_features) {
+  const DType dtype = panels.scalar_type() == at::kChar ? DType::kInt8 : dtype_of(panels, "weight");
+  if (in_features < 1 || out_features < 1 || !panels.device().is_cpu() ||
       panels.numel() != packed_elements(out_features, in_features, dtype) ||
       !panels.is_contiguous()) {
     fail("weight: ", shape_of(panels), " is not a packed ", out_features, " x ", in_features,
          " linear");
   }
-  const float* bias_data = nullptr;
-  if (bias) {
-    dense_input(*bias, "bias", at::kFloat, {out_features});
-    bias_data = bias->data_ptr<float>();
+  if (scale.has_value() != (dtype == DType::kInt8)) {
+    fail("scale: int8 weights have one, others none; weight is ", panels.scalar_type());
   }
-  return {panels.data_ptr(), dtype, bias_data, in_features, out_features};
+  const auto numbers = [out_features](const std::optional<Tensor>& tensor, const char* name) {
+    if (!tensor) return static_cast<const float*>(nullptr);
+    return static_cast<const float*>(
+        dense_input(*tensor, name, at::kFloat, {out_features}).data_ptr<float>());
+  };
+  return {panels.data_ptr(),     dtype,       numbers(scale, "scale"),
+          numbers(bias, "bias"), in_features, out_features};
 }
 
 inline NormWeight norm_weight(const Tensor& weight, const Tensor& bias, double eps,

@@ -11,14 +11,16 @@ from torch import Tensor
 class PackedLinear:
     """y = x W^T + b, packed once at load.
 
-    weight: backend-defined layout (reference: `[out_features, in_features]` in the storage dtype)
+    weight: backend-defined layout (reference: `[out_features, in_features]` in the storage dtype, or int8)
     bias:   `[out_features]` fp32, or None
+    scale:  `[out_features]` fp32 of int8 weights: W[n, k] = scale[n] * weight[n, k]; else None
     """
 
     weight: Tensor
     bias: Tensor | None
     in_features: int
     out_features: int
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Decoder:
         norm_bias: Tensor,
         eps: float,
         weight: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -68,6 +69,7 @@ class Decoder:
         self,
         source: str,
         weight: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -81,6 +83,7 @@ class Decoder:
         norm_bias: Tensor,
         eps: float,
         weight: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -93,6 +96,7 @@ class Decoder:
         norm_bias: Tensor,
         eps: float,
         weight: Tensor,
+        scale: Tensor | None,
         bias: Tensor | None,
         in_features: int,
         out_features: int,
@@ -136,6 +140,7 @@ def expand_batch(
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 def pack_linear(weight: Tensor) -> Tensor: ...
+def pack_linear_int8(weight: Tensor) -> tuple[Tensor, Tensor]: ...
 def embed(
     token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
 ) -> Tensor: ...
@@ -145,13 +150,20 @@ def norm_linear(
     norm_bias: Tensor,
     eps: float,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
     activation: str,
 ) -> Tensor: ...
 def linear_residual(
-    x: Tensor, weight: Tensor, bias: Tensor | None, in_features: int, out_features: int, residual: Tensor
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    in_features: int,
+    out_features: int,
+    residual: Tensor,
 ) -> Tensor: ...
 def head(
     hidden: Tensor,
@@ -159,6 +171,7 @@ def head(
     norm_bias: Tensor,
     eps: float,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -170,6 +183,7 @@ def head_draw(
     norm_bias: Tensor,
     eps: float,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,
@@ -184,6 +198,7 @@ def norm_qkv(
     norm_bias: Tensor,
     eps: float,
     weight: Tensor,
+    scale: Tensor | None,
     bias: Tensor | None,
     in_features: int,
     out_features: int,

@@ -42,6 +42,12 @@ class NativeBackend:
         packed_bias = None if bias is None else bias.float().contiguous()
         return PackedLinear(_C.pack_linear(weight), packed_bias, in_features, out_features)
 
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        out_features, in_features = weight.shape
+        packed_bias = None if bias is None else bias.float().contiguous()
+        panels, scale = _C.pack_linear_int8(weight)
+        return PackedLinear(panels, packed_bias, in_features, out_features, scale)
+
     def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
         return _C.norm_linear(hidden, *_layer_arguments(norm, weight), activation)
 
@@ -133,11 +139,11 @@ def _batch_arguments(
     )
 
 
-def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, int, int]:
-    return weight.weight, weight.bias, weight.in_features, weight.out_features
+def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+    return weight.weight, weight.scale, weight.bias, weight.in_features, weight.out_features
 
 
 def _layer_arguments(
     norm: Norm, weight: PackedLinear
-) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None, int, int]:
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None, Tensor | None, int, int]:
     return norm.weight, norm.bias, norm.eps, *_linear_arguments(weight)

@@ -7,6 +7,7 @@ promises mathematics only. Signatures, shapes and formulas are documented once, 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import ModuleType
 from typing import Protocol, cast
 
@@ -50,6 +51,9 @@ class Backend(Protocol):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """Packs `[N, K]` weights, kept in their dtype, for this backend's linears."""
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The same, rounded to int8 per output channel (`specengine.kernels.reference.quantize_rows`)."""
 
     def compile(self, program: Program) -> Executor:
         """The program as this backend runs it."""
@@ -212,6 +216,13 @@ class _ReferenceBackend(_OpsModule):
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         return PackedLinear(weight, None if bias is None else bias.float(), weight.shape[1], weight.shape[0])
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        from specengine.kernels.reference import quantize_rows
+
+        quantized, scale = quantize_rows(weight)
+        packed = self.pack_linear(quantized, bias)
+        return replace(packed, scale=scale)
 
 
 def load_backend(name: str, device: torch.device) -> Backend:

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
 from specengine import _C
 from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.reference import quantize_rows
+from specengine.kernels.reference.norm_linear import linear
 from specengine.native import NativeBackend
 
 NATIVE = NativeBackend()
 INSTRUCTION_SETS = _C.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (*DTYPES, torch.int8)
 VOCABULARIES = (1, 2, 127, 128, 129, 8191, 8192, 8193, 50257, 50272)
 NEGATIVE_INFINITY = float("-inf")
 # One unit in the last place of the largest result: no rounding to fp32 does better.
 FLOAT32_UNIT = 2.0**-23
 
 
-def assert_earned(actual: Tensor, honest: Tensor, exact: Tensor) -> None:
-    """`actual` is at most twice as wrong as the honest low-precision reference, on average and at worst."""
+def assert_earned(actual: Tensor, honest: Tensor, exact: Tensor, units: int = 1) -> None:
+    """`actual` is at most twice as wrong as the honest low-precision reference, on average and at worst, and
+    `units` roundings of the largest result are free."""
     assert actual.shape == exact.shape, (actual.shape, exact.shape)
     assert torch.isfinite(actual).all()
     error = (actual.double() - exact).abs()
     allowed = (honest.double() - exact).abs()
-    floor = FLOAT32_UNIT * float(exact.abs().max())
+    floor = units * FLOAT32_UNIT * float(exact.abs().max())
     mean, mean_allowed = float(error.square().mean().sqrt()), float(allowed.square().mean().sqrt())
     assert mean <= 2 * mean_allowed + floor / 2, f"mean error {mean} against {mean_allowed}"
     worst, worst_allowed = float(error.max()), float(allowed.max())
@@ -41,6 +47,8 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     for row in range(0, num_rows, max(1, num_rows // 8)):
         assert torch.equal(op(rows[row : row + 1])[0], together[row]), f"row {row} alone"
+    for size in range(1, num_rows + 1):
+        assert torch.equal(op(rows[:size].contiguous()), together[:size]), f"the first {size} rows"
     for size in {1, 2, 3, 5, 6, 7, 8, 13, num_rows}:
         if size > num_rows:
             continue
@@ -53,6 +61,32 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
             assert torch.equal(op(rows), together), f"{count} threads"
     finally:
         _C.set_num_threads(with_default)
+
+
+def as_multiplied(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
+    """Rows as the native linear multiplies them: int16 of the row's largest value with int8 weights, bf16 with
+    bf16 weights where the processor has that product, else as they are."""
+    if weight_dtype == torch.int8:
+        largest = x.abs().amax(dim=1, keepdim=True)
+        return (x / largest * 32767).round() * (largest / 32767)
+    if weight_dtype == torch.bfloat16 and _C.build_info()["instruction_set"] == "avx512_bf16":
+        return x.bfloat16().float()
+    return x
+
+
+def honest(op: str) -> Callable[..., Tensor]:
+    """The reference's `op` with a linear that rounds its rows as the native one does."""
+    module = importlib.import_module(f"specengine.kernels.reference.{op}")
+
+    def run(*arguments: object) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                module, "linear", lambda x, weight: linear(as_multiplied(x, weight.weight.dtype), weight)
+            )
+            result: Tensor = getattr(module, op)(*arguments)
+            return result
+
+    return run
 
 
 @dataclass(frozen=True)
@@ -69,10 +103,14 @@ def random_layer(
 ) -> Layer:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
-    weight = weight.to(dtype)
     bias = torch.randn(out_features, generator=generator) if has_bias else None
     scale = 0.5 + torch.rand(in_features, generator=generator)
     norm = Norm(scale, torch.randn(in_features, generator=generator), 1e-5)
+    if dtype == torch.int8:
+        quantized, row_scale = quantize_rows(weight)
+        plain = PackedLinear(quantized, bias, in_features, out_features, row_scale)
+        return Layer(norm, NATIVE.pack_linear_int8(weight, bias), plain)
+    weight = weight.to(dtype)
     plain = PackedLinear(weight, bias, in_features, out_features)
     return Layer(norm, NATIVE.pack_linear(weight, bias), plain)
 

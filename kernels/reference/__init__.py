@@ -6,7 +6,7 @@ from specengine.kernels.reference.head import head
 from specengine.kernels.reference.head_draw import head_draw
 from specengine.kernels.reference.linear_residual import linear_residual
 from specengine.kernels.reference.match_verify import match_verify
-from specengine.kernels.reference.norm_linear import norm_linear
+from specengine.kernels.reference.norm_linear import norm_linear, quantize_rows
 from specengine.kernels.reference.norm_qkv import norm_qkv
 from specengine.kernels.reference.paged_attention import paged_attention
 from specengine.kernels.reference.rejection_verify import rejection_verify
@@ -23,6 +23,7 @@ __all__ = [
     "norm_linear",
     "norm_qkv",
     "paged_attention",
+    "quantize_rows",
     "rejection_verify",
     "sample_rows",
     "token_logprobs",

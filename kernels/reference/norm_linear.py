@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,10 +29,27 @@ def layer_norm(hidden: Tensor, norm: Norm) -> Tensor:
     )
 
 
+def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 per output channel: scale = max |w| / 127, w / scale rounded to nearest, ties to even.
+
+    weight:  `[N, K]`, any float dtype
+    returns  `[N, K]` int8 in -127 … 127 and `[N]` fp32; a zero row has the scale 0, one that is not finite NaN
+    """
+    values = weight.float()
+    largest = values.abs().amax(dim=1)
+    scale = torch.where(largest.isfinite(), largest, torch.nan) / 127
+    divisor = torch.where(scale > 0, scale, torch.inf)[:, None]
+    quantized = (values.nan_to_num(0.0, 0.0, 0.0) / divisor).round().clamp(-127, 127)
+    return quantized.to(torch.int8), scale
+
+
 def linear(x: Tensor, weight: PackedLinear) -> Tensor:
-    """x W^T + b in the input's dtype."""
+    """x W^T + b in the input's dtype; int8 weights are multiplied out first."""
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    return F.linear(x, weight.weight.to(x.dtype), bias)
+    matrix = weight.weight.to(x.dtype)
+    if weight.scale is not None:
+        matrix = matrix * weight.scale.to(x.dtype)[:, None]
+    return F.linear(x, matrix, bias)
 
 
 def norm_linear(hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:

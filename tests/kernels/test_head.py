@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, assert_earned, assert_row_invariant, random_layer, random_rows
+from kernel_cases import (
+    NATIVE,
+    WEIGHT_DTYPES,
+    assert_earned,
+    assert_row_invariant,
+    honest,
+    random_layer,
+    random_rows,
+)
 
 from specengine.kernels import reference
 
@@ -14,14 +22,14 @@ def check_head(op, num_rows: int, width: int, vocab_size: int, num_rows_of_weigh
     hidden = random_rows(num_rows, width)
     logits = op(hidden, layer.norm, layer.packed, vocab_size)
     exact = reference.head(hidden.double(), layer.norm, layer.plain, vocab_size)
-    honest = reference.head(hidden, layer.norm, layer.plain, vocab_size)
+    expected = honest("head")(hidden, layer.norm, layer.plain, vocab_size)
     assert logits.shape == exact.shape
     assert (logits[:, vocab_size:] == float("-inf")).all()
-    assert_earned(logits[:, :vocab_size], honest[:, :vocab_size], exact[:, :vocab_size])
+    assert_earned(logits[:, :vocab_size], expected[:, :vocab_size], exact[:, :vocab_size])
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 500])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.usefixtures("instruction_set")
 def test_logits_and_padding(vocab_size: int, dtype: torch.dtype) -> None:
     for extra in (0, 7):
@@ -33,7 +41,7 @@ def test_large_vocabularies(vocab_size: int) -> None:
     check_head(NATIVE.head, 2, 32, vocab_size, vocab_size, torch.bfloat16)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.usefixtures("instruction_set")
 def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
     layer = random_layer(130, 700, dtype, has_bias=False)

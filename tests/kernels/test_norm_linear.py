@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, assert_earned, assert_row_invariant, random_layer, random_rows
+from kernel_cases import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    NATIVE,
+    WEIGHT_DTYPES,
+    assert_earned,
+    assert_row_invariant,
+    honest,
+    random_layer,
+    random_rows,
+)
 
 from specengine.kernels import reference
 from specengine.kernels.packed import PackedLinear
@@ -21,13 +33,14 @@ def check_norm_linear(op, shape: tuple[int, int, int], dtype: torch.dtype, activ
     hidden = random_rows(num_rows, width)
     before = hidden.clone()
     exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, activation)
-    honest = reference.norm_linear(hidden, layer.norm, layer.plain, activation)
-    assert_earned(op(hidden, layer.norm, layer.packed, activation), honest, exact)
+    expected = honest("norm_linear")(hidden, layer.norm, layer.plain, activation)
+    units = 2 if dtype == torch.int8 else 1  # two scales, of the row and of the column
+    assert_earned(op(hidden, layer.norm, layer.packed, activation), expected, exact, units)
     assert torch.equal(hidden, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.usefixtures("instruction_set")
 def test_error_is_at_most_twice_the_honest_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
     for activation in ACTIVATIONS:
@@ -45,14 +58,13 @@ def test_activation_is_accurate_over_its_whole_range(activation: str) -> None:
     packed = PackedLinear(torch.zeros_like(layer.packed.weight), points, 4, points.numel())
     actual = NATIVE.norm_linear(torch.ones(1, 4), layer.norm, packed, activation)[0]
     exact = apply_activation(points.double(), activation)
-    honest = apply_activation(points, activation)
-    assert_earned(actual, honest, exact)
+    assert_earned(actual, apply_activation(points, activation), exact)
     error = (actual.double() - exact).abs()
     # Within a few units in the last place of the input or, where the value is smaller, absolutely.
     assert float((error / (points.abs().double() + 1e-30)).max()) < 4 * 2.0**-23
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 @pytest.mark.usefixtures("instruction_set")
 def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
     for width, num_columns in [(96, 200), (1024, 512)]:
@@ -63,9 +75,10 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -
         )
 
 
-def test_more_rows_than_one_pass_holds() -> None:
-    layer = random_layer(160, 70, torch.bfloat16)
-    hidden = random_rows(211, 160)
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_more_rows_than_one_pass_holds(dtype: torch.dtype) -> None:
+    layer = random_layer(160, 70, dtype)
+    hidden = random_rows(521, 160)
     together = NATIVE.norm_linear(hidden, layer.norm, layer.packed, "relu")
     apart = [NATIVE.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(7)]
     assert torch.equal(together, torch.cat(apart))
@@ -81,7 +94,7 @@ def test_fused_instruction_sets_agree_on_every_bit() -> None:
     results = []
     for name in ("avx512", "avx2"):
         _C.set_instruction_set(name)
-        layers = [random_layer(300, 130, dtype) for dtype in DTYPES]
+        layers = [random_layer(300, 130, dtype) for dtype in WEIGHT_DTYPES]
         results.append([NATIVE.norm_linear(hidden, x.norm, x.packed, a) for x in layers for a in ACTIVATIONS])
     _C.set_instruction_set("auto")
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -91,8 +104,8 @@ def test_large_offsets_do_not_cancel_in_the_norm() -> None:
     layer = random_layer(256, 64, torch.float32)
     hidden = random_rows(4, 256) + 1000.0
     exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, "none")
-    honest = reference.norm_linear(hidden, layer.norm, layer.plain, "none")
-    assert_earned(NATIVE.norm_linear(hidden, layer.norm, layer.packed, "none"), honest, exact)
+    expected = reference.norm_linear(hidden, layer.norm, layer.plain, "none")
+    assert_earned(NATIVE.norm_linear(hidden, layer.norm, layer.packed, "none"), expected, exact)
 
 
 def test_wrong_arguments_are_named() -> None:
@@ -110,6 +123,15 @@ def test_wrong_arguments_are_named() -> None:
         NATIVE.norm_linear(hidden, layer.norm, PackedLinear(torch.zeros(7), None, 32, 48), "none")
     with pytest.raises(ValueError, match="weight: expected"):
         NATIVE.pack_linear(torch.zeros(3, 3, dtype=torch.int32), None)
+    with pytest.raises(ValueError, match="weight: expected"):
+        NATIVE.pack_linear_int8(torch.zeros(3, 3, dtype=torch.int8), None)
+    rounded = random_layer(32, 48, torch.int8).packed
+    with pytest.raises(ValueError, match="scale: int8 weights have one, others none; weight is Char"):
+        NATIVE.norm_linear(hidden, layer.norm, replace(rounded, scale=None), "none")
+    with pytest.raises(ValueError, match="scale: int8 weights have one, others none; weight is Float"):
+        NATIVE.norm_linear(hidden, layer.norm, replace(layer.packed, scale=rounded.scale), "none")
+    with pytest.raises(ValueError, match="scale: expected"):
+        NATIVE.norm_linear(hidden, layer.norm, replace(rounded, scale=torch.ones(47)), "none")
 
 
 @pytest.mark.parametrize("fault", ["bias", "norm_bias", "activation", "last_column_of_k"])
@@ -129,3 +151,77 @@ def test_a_planted_fault_is_noticed(fault: str) -> None:
 
     with pytest.raises(AssertionError):
         check_norm_linear(faulty, (7, 129, 200), torch.float32, "gelu_tanh")
+
+
+# -- int8 ----------------------------------------------------------------------------------------------------------
+
+
+def unpack(panels: torch.Tensor, num_columns: int, width: int) -> torch.Tensor:
+    """`[num_columns, width]` from int8 panels of whole chunks of 128 (csrc/kernels.h)."""
+    tiles = panels.view(-1, width // 128, 4, 64, 16, 2)  # panel, chunk, sub-panel, pair, column, k
+    return tiles.permute(0, 2, 4, 1, 3, 5).reshape(-1, width)[:num_columns]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_int8_weights_are_rounded_as_the_reference_rounds(dtype: torch.dtype) -> None:
+    weight = torch.randn(100, 256, generator=torch.Generator().manual_seed(6)).to(dtype)
+    weight[3] = 0
+    weight[4] = torch.arange(256) - 127.0  # the scale is 128 / 127: ties and near ties
+    weight[5] = 2.0**-14 * torch.arange(256)
+    weight[6] = torch.arange(256) / 2 - 63.5  # the scale is 64 / 127
+    weight[7, 9], weight[8, 0] = float("nan"), float("-inf")
+    quantized, scale = reference.quantize_rows(weight)
+    packed = NATIVE.pack_linear_int8(weight, None)
+    assert torch.equal(unpack(packed.weight, 100, 256), quantized)
+    assert torch.allclose(packed.scale, scale, rtol=0, atol=0, equal_nan=True)
+    assert scale.isnan().tolist() == [row in (7, 8) for row in range(100)]
+
+
+def test_tiny_int8_weights_are_finite() -> None:
+    weight = torch.full((4, 128), 1e-40)
+    weight[1], weight[2] = 1e-45, 3e-38
+    quantized, scale = reference.quantize_rows(weight)
+    packed = NATIVE.pack_linear_int8(weight, None)
+    assert torch.equal(unpack(packed.weight, 4, 128), quantized)
+    assert torch.equal(packed.scale, scale)
+    assert scale.isfinite().all()
+
+
+@pytest.mark.usefixtures("instruction_set")
+def test_int8_rows_that_are_zero_tiny_huge_or_not_finite() -> None:
+    layer = random_layer(130, 70, torch.int8)
+    rows = random_rows(8, 130)
+    rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, 1e-38, 1e34
+    rows[5, 129], rows[6, 0] = float("nan"), float("inf")
+    residual = torch.zeros(8, 70)
+    out = NATIVE.linear_residual(rows, layer.packed, residual)
+    exact = reference.linear_residual(rows[[0, 1, 2, 3, 4, 7]].double(), layer.plain, residual[:6].double())
+    assert torch.equal(out[1], layer.packed.bias)
+    assert out[5:7].isnan().all()
+    error = (out[[0, 1, 2, 3, 4, 7]].double() - exact).abs().amax(dim=1)
+    assert (error <= 1e-4 * exact.abs().amax(dim=1)).all()
+
+
+def test_int8_has_the_same_bits_with_every_instruction_set() -> None:
+    from specengine import _C
+
+    layer, rows = random_layer(301, 130, torch.int8), random_rows(9, 301)
+    results = []
+    for name in INSTRUCTION_SETS:
+        _C.set_instruction_set(name)
+        results.append(NATIVE.linear_residual(rows, layer.packed, torch.zeros(9, 130)))
+    _C.set_instruction_set("auto")
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("fault", ["scale", "weight"])
+def test_a_fault_in_int8_weights_is_noticed(fault: str) -> None:
+    def faulty(hidden, norm, weight, activation):
+        if fault == "scale":
+            return NATIVE.norm_linear(hidden, norm, replace(weight, scale=weight.scale.roll(1)), activation)
+        panels = weight.weight.clone()
+        panels[0] += 1 if panels[0] < 0 else -1
+        return NATIVE.norm_linear(hidden, norm, replace(weight, weight=panels), activation)
+
+    with pytest.raises(AssertionError):
+        check_norm_linear(faulty, (7, 129, 200), torch.int8, "none")

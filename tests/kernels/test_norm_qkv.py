@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, Layer, assert_earned, assert_row_invariant, random_layer, random_rows
+from kernel_cases import (
+    DTYPES,
+    NATIVE,
+    Layer,
+    assert_earned,
+    assert_row_invariant,
+    honest,
+    random_layer,
+    random_rows,
+)
 from torch import Tensor
 
 from specengine.kernels import reference
@@ -54,11 +63,11 @@ def check_norm_qkv(op, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.
     kv_slots[4] = -1
     caches = [empty_cache(heads, dtype) for dtype in (kv_dtype, kv_dtype, torch.float64)]
     query = op(hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary)
-    honest = reference.norm_qkv(hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary)
+    expected = honest("norm_qkv")(hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary)
     exact = reference.norm_qkv(
         hidden.double(), layer.norm, layer.plain, positions, kv_slots, caches[2], rotary
     )
-    assert_earned(query, honest, exact)
+    assert_earned(query, expected, exact)
     assert_earned(caches[0], caches[1], caches[2])
     untouched = caches[2] == 7.0
     assert (caches[0][untouched] == 7.0).all()
@@ -69,7 +78,7 @@ def check_norm_qkv(op, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 @pytest.mark.usefixtures("instruction_set")
 def test_queries_and_cache(heads: Heads, kv_dtype: torch.dtype) -> None:
-    for weight_dtype in (torch.float32, torch.bfloat16):
+    for weight_dtype in (torch.float32, torch.bfloat16, torch.int8):
         check_norm_qkv(NATIVE.norm_qkv, heads, weight_dtype, kv_dtype)
 
 
