@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from measure import Report, Subject
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from specengine._C import PagedKVCache
@@ -99,21 +100,28 @@ def pool(shared_pool: Pool) -> Pool:
     return shared_pool
 
 
-def measure(
-    benchmark: BenchmarkFixture,
-    pool: Pool,
-    call: Callable[[], Any],
-    *,
-    before: Callable[[], Any] = lambda: None,
-) -> None:
-    """Time call, which makes NUM_CALLS calls of one method, after bringing the pool into place with before."""
-    benchmark.pedantic(call, setup=lambda: before() and None, rounds=ROUNDS, warmup_rounds=5)
-    pool.cache.check_invariants()
-    for name in ("min", "median"):
-        benchmark.extra_info[f"{name}_ns_per_call"] = round(benchmark.stats[name] / NUM_CALLS * 1e9)
+class Measure:
+    """The `measure` fixture: times a method of the pool and adds it to the report."""
+
+    def __init__(self, benchmark: BenchmarkFixture, report: Report, pool: Pool) -> None:
+        self._benchmark, self._report, self._pool = benchmark, report, pool
+
+    def __call__(
+        self, name: str, call: Callable[[], Any], *, before: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Time call, which makes NUM_CALLS calls of one method, after bringing the pool into place with before."""
+        self._benchmark.pedantic(call, setup=lambda: before() and None, rounds=ROUNDS, warmup_rounds=5)
+        self._pool.cache.check_invariants()
+        subject = Subject(f"kv_cache.{name}", f"{self._pool.num_blocks} blocks")
+        self._report.record(self._benchmark, subject, calls_per_round=NUM_CALLS)
 
 
-def test_allocate_a_prompt_of_two_cached_blocks(benchmark: BenchmarkFixture, pool: Pool) -> None:
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, report: Report, pool: Pool) -> Measure:
+    return Measure(benchmark, report, pool)
+
+
+def test_allocate_a_prompt_of_two_cached_blocks(measure: Measure, pool: Pool) -> None:
     pool.start()
     allocate, prompts = pool.cache.allocate, list(PROMPTS)
 
@@ -121,10 +129,10 @@ def test_allocate_a_prompt_of_two_cached_blocks(benchmark: BenchmarkFixture, poo
         for prompt in prompts:
             allocate(prompt, PROMPT_TOKENS)
 
-    measure(benchmark, pool, call, before=pool.free_all)
+    measure("allocate", call, before=pool.free_all)
 
 
-def test_extend_by_a_free_block(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_extend_by_a_free_block(measure: Measure, pool: Pool) -> None:
     slots, extend = pool.start(), pool.cache.extend
 
     def call() -> None:
@@ -135,10 +143,10 @@ def test_extend_by_a_free_block(benchmark: BenchmarkFixture, pool: Pool) -> None
         for slot in slots:
             pool.cache.trim(slot, PROMPT_TOKENS)
 
-    measure(benchmark, pool, call, before=before)
+    measure("extend (free block)", call, before=before)
 
 
-def test_extend_by_an_evicted_block(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_extend_by_an_evicted_block(measure: Measure, pool: Pool) -> None:
     """Every free block is a cached one, and a round takes those that were freed longest ago."""
     cache, extend = pool.cache, pool.cache.extend
     columns = pool.table.shape[1] // 2
@@ -167,12 +175,12 @@ def test_extend_by_an_evicted_block(benchmark: BenchmarkFixture, pool: Pool) -> 
                 cache.trim(slot, 0)
         assert cache.num_cached_blocks == pool.num_blocks - 1
 
-    measure(benchmark, pool, call, before=recycle)
+    measure("extend (evicted block)", call, before=recycle)
     for slot in slots:
         cache.free(slot)
 
 
-def test_rollback(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_rollback(measure: Measure, pool: Pool) -> None:
     slots, rollback = pool.start(), pool.cache.rollback
 
     def call() -> None:
@@ -183,10 +191,10 @@ def test_rollback(benchmark: BenchmarkFixture, pool: Pool) -> None:
         for slot in slots:
             pool.cache.set_computed(slot, 0, PROMPT_TOKENS)
 
-    measure(benchmark, pool, call, before=before)
+    measure("rollback", call, before=before)
 
 
-def test_fork_two_blocks(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_fork_two_blocks(measure: Measure, pool: Pool) -> None:
     slots, fork = pool.start(), pool.cache.fork
     children: list[int] = []
 
@@ -198,10 +206,10 @@ def test_fork_two_blocks(benchmark: BenchmarkFixture, pool: Pool) -> None:
         while children:
             pool.cache.free(children.pop())
 
-    measure(benchmark, pool, call, before=before)
+    measure("fork", call, before=before)
 
 
-def test_publish_a_block(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_publish_a_block(measure: Measure, pool: Pool) -> None:
     slots, publish = pool.start(), pool.cache.publish
     committed = [np.append(prompt, prompt[:BLOCK_SIZE]) for prompt in PROMPTS]
 
@@ -215,20 +223,20 @@ def test_publish_a_block(benchmark: BenchmarkFixture, pool: Pool) -> None:
             pool.cache.extend(slot, PROMPT_TOKENS, PROMPT_TOKENS + BLOCK_SIZE)
             pool.cache.set_computed(slot, 0, PROMPT_TOKENS + BLOCK_SIZE)
 
-    measure(benchmark, pool, call, before=before)
+    measure("publish", call, before=before)
 
 
-def test_publish_nothing_new(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_publish_nothing_new(measure: Measure, pool: Pool) -> None:
     slots, publish, prompts = pool.start(), pool.cache.publish, list(PROMPTS)
 
     def call() -> None:
         for slot, prompt in zip(slots, prompts, strict=True):
             publish(slot, prompt)
 
-    measure(benchmark, pool, call)
+    measure("publish (nothing new)", call)
 
 
-def test_free_two_blocks(benchmark: BenchmarkFixture, pool: Pool) -> None:
+def test_free_two_blocks(measure: Measure, pool: Pool) -> None:
     slots, free = pool.start(), pool.cache.free
 
     def call() -> None:
@@ -239,4 +247,4 @@ def test_free_two_blocks(benchmark: BenchmarkFixture, pool: Pool) -> None:
         if pool.cache.num_sequences == 0:
             slots[:] = pool.start()
 
-    measure(benchmark, pool, call, before=before)
+    measure("free", call, before=before)
