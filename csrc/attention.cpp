@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "ops.h"
+#include "scratch.h"
 #include "thread_pool.h"
 
 namespace specengine {
@@ -8,7 +9,7 @@ namespace {
 
 // Rows of one sequence that a task takes: enough to reuse a tile, few enough to share a long
 // prompt.
-constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kRowsPerTask = kMaxSharedQueries;
 // Multiply-adds below which waking a thread does not pay.
 constexpr int64_t kMinParallelWork = int64_t{1} << 16;
 
@@ -35,7 +36,9 @@ void paged_attention(const AttentionArgs& args, int64_t num_sequences) {
     if (chunk >= num_chunks(args, b)) return;
     const int64_t begin = args.q_start[b] + chunk * kRowsPerTask;
     const int64_t end = std::min<int64_t>(begin + kRowsPerTask, args.q_start[b + 1]);
-    isa.attention(args, b, task % args.num_kv_heads, begin, end);
+    thread_local Scratch<float> scratch;
+    isa.attention(args, b, task % args.num_kv_heads, begin, end,
+                  scratch.reserve(attention_scratch(args.head_dim)));
   });
 }
 

@@ -1,249 +1,398 @@
 // Attention of one sequence's rows over one key/value head. Included inside an instruction set's
 // namespace. A query vector visits KV tiles that start at absolute multiples of kAttentionTile;
-// each tile gives a partial (maximum, normaliser, weighted values), merged in index order. Which
-// other queries share the visit changes nothing; a tile that is masked for a query is left out,
-// which is what merging (-inf, 0) would do.
+// each tile gives a partial (maximum, normaliser, weighted values), merged in index order. A
+// score is the sum over d, in order, and a weighted value the sum over the tile's tokens, in
+// order: how many queries share a register block changes nothing. A tile that is masked for a
+// query is left out, which is what merging (-inf, 0) would do.
 
-template <DType T>
-inline F16 load_kv(const void* data, int64_t at) {
-  if constexpr (T == DType::kFloat32) return load(static_cast<const float*>(data) + at);
-  if constexpr (T == DType::kBFloat16) return load_bf16(static_cast<const uint16_t*>(data) + at);
-  return load_fp16(static_cast<const uint16_t*>(data) + at);
+// A score is the sum, in order, of sequential sums over chunks of this many elements.
+constexpr int64_t kChunkD = 64;
+// Queries of a register block.
+constexpr int kMaxBlockQueries = 6;
+// Groups of 16 keys that are transposed before they are scored: they stay in the first cache.
+constexpr int kGroupsAtOnce = 4;
+// Values that every query takes before the next: likewise.
+constexpr int kValuesAtOnce = 32;
+
+// Vectors that a register block of that many queries takes at once.
+constexpr int block_vectors(int num_queries) {
+  const int fitting = (kNumRegisters - 2) / num_queries;
+  return fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
 }
 
-// One tile's keys or values as rows of `padded` floats: in place where the cache is already that,
-// else converted into scratch.
+template <DType T>
+inline F16 load_kv(const char* row, int64_t at) {
+  if constexpr (T == DType::kFloat32) return load(reinterpret_cast<const float*>(row) + at);
+  if constexpr (T == DType::kBFloat16)
+    return load_bf16(reinterpret_cast<const uint16_t*>(row) + at);
+  return load_fp16(reinterpret_cast<const uint16_t*>(row) + at);
+}
+
+// Where a tile's key rows are in the cache.
 struct TileRows {
-  const float* row[kAttentionTile];
+  int count;
+  const char* row[kAttentionTile];
 };
 
+inline void locate_tile(const AttentionArgs& args, const int32_t* table, int64_t kv_head,
+                        int64_t row_bytes, int64_t begin, int64_t end, TileRows& rows) {
+  const int64_t left = end - begin;
+  rows.count = left < kAttentionTile ? static_cast<int>(left) : kAttentionTile;
+  int64_t index = begin / args.block_size, within = begin % args.block_size;
+  for (int j = 0; j < rows.count; ++index, within = 0) {
+    const int64_t at =
+        (int64_t{table[index]} * args.num_kv_heads + kv_head) * args.block_size + within;
+    const char* row = static_cast<const char*>(args.kv) + at * row_bytes;
+    const int64_t in_block = args.block_size - within;
+    const int stop = in_block < rows.count - j ? j + static_cast<int>(in_block) : rows.count;
+    for (; j < stop; ++j, row += row_bytes) rows.row[j] = row;
+  }
+}
+
+// A row as `padded` floats.
 template <DType T>
-inline void gather_tile(const AttentionArgs& args, const int32_t* table, int64_t kv_head,
-                        bool is_value, int64_t begin, int count, int64_t padded, float* scratch,
-                        TileRows& rows) {
-  const int64_t head_elements = args.block_size * args.head_dim;
-  const int64_t base = (is_value ? args.num_blocks : 0) * args.num_kv_heads;
-  for (int j = 0; j < count; ++j) {
-    const int64_t position = begin + j;
-    const int64_t block = table[position / args.block_size];
-    const int64_t at = (base + block * args.num_kv_heads + kv_head) * head_elements +
-                       position % args.block_size * args.head_dim;
-    if (T == DType::kFloat32 && padded == args.head_dim) {
-      rows.row[j] = static_cast<const float*>(args.kv) + at;
-      continue;
-    }
-    float* out = scratch + j * padded;
-    const int64_t whole = args.head_dim / 16 * 16;
-    for (int64_t d = 0; d < whole; d += 16) store(out + d, load_kv<T>(args.kv, at + d));
-    for (int64_t d = whole; d < padded; ++d) {
-      out[d] = d < args.head_dim ? load_float(args.kv, T, at + d) : 0.0f;
-    }
-    rows.row[j] = out;
+inline void convert_row(const char* row, int64_t head_dim, int64_t padded, float* out) {
+  const int64_t whole = head_dim / 16 * 16;
+  for (int64_t d = 0; d < whole; d += 16) store(out + d, load_kv<T>(row, d));
+  for (int64_t d = whole; d < padded; ++d) {
+    out[d] = d < head_dim ? load_float(row, T, d) : 0.0f;
   }
 }
 
-// Query vectors that share one visit of a tile.
-constexpr int kMaxSharedQueries = 16;
+typedef float Lanes4 __attribute__((vector_size(16)));
+typedef float Lanes8 __attribute__((vector_size(32)));
 
-// One query: its running (maximum, normaliser, weighted values), and its part of the tile at hand.
-struct QueryState {
-  float largest;
-  float normaliser;
-  int count;  // tokens of the tile that it sees
-  float tile_largest;
-  float tile_normaliser;
-  alignas(64) float query[kMaxHeadDim];
-  alignas(64) float output[kMaxHeadDim];
-  alignas(64) float weights[kAttentionTile];
-  alignas(64) float tile_output[kMaxHeadDim];
+// The halves of two rows beside each other.
+inline void load_halves(const float* a, const float* b, Lanes8& out) {
+  Lanes4 low, high;
+  __builtin_memcpy(&low, a, 16);
+  __builtin_memcpy(&high, b, 16);
+  out = __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+}
+
+inline void store_lanes(float* out, const Lanes8& lanes) { __builtin_memcpy(out, &lanes, 32); }
+
+// out[16 d + t] = rows[t][d] for eight rows and d < size, a multiple of 4.
+inline void transpose_rows(const float* const* rows, int64_t size, float* out) {
+  for (int64_t d = 0; d < size; d += 4, out += 64) {
+    Lanes8 r0, r1, r2, r3;
+    load_halves(rows[0] + d, rows[4] + d, r0);
+    load_halves(rows[1] + d, rows[5] + d, r1);
+    load_halves(rows[2] + d, rows[6] + d, r2);
+    load_halves(rows[3] + d, rows[7] + d, r3);
+    const Lanes8 low01 = __builtin_shufflevector(r0, r1, 0, 8, 1, 9, 4, 12, 5, 13);
+    const Lanes8 low23 = __builtin_shufflevector(r2, r3, 0, 8, 1, 9, 4, 12, 5, 13);
+    const Lanes8 high01 = __builtin_shufflevector(r0, r1, 2, 10, 3, 11, 6, 14, 7, 15);
+    const Lanes8 high23 = __builtin_shufflevector(r2, r3, 2, 10, 3, 11, 6, 14, 7, 15);
+    store_lanes(out, __builtin_shufflevector(low01, low23, 0, 1, 8, 9, 4, 5, 12, 13));
+    store_lanes(out + 16, __builtin_shufflevector(low01, low23, 2, 3, 10, 11, 6, 7, 14, 15));
+    store_lanes(out + 32, __builtin_shufflevector(high01, high23, 0, 1, 8, 9, 4, 5, 12, 13));
+    store_lanes(out + 48, __builtin_shufflevector(high01, high23, 2, 3, 10, 11, 6, 7, 14, 15));
+  }
+}
+
+// The queries of one visit, in order of what they see, and their part of the tile at hand.
+struct Queries {
+  int count;
+  int64_t padded;
+  float* query;                 // [count, padded], scaled
+  float* output;                // [count, padded]
+  float* weights;               // [count, kAttentionTile]
+  float* sums;                  // [count, padded], weighted values of the tile
+  int seen[kMaxSharedQueries];  // tokens of the tile
+  float largest[kMaxSharedQueries];
+  float normaliser[kMaxSharedQueries];
+  float keep[kMaxSharedQueries];  // factors of this merge
+  float add[kMaxSharedQueries];
 };
 
-template <int kVectors>
-inline F16 multiply_key(const float* query, const float* key, int64_t num_vectors) {
-  const int64_t n = kVectors > 0 ? kVectors : num_vectors;
-  F16 sum = load(query) * load(key);
-  for (int64_t i = 1; i < n; ++i) sum = fma(load(query + 16 * i), load(key + 16 * i), sum);
-  return sum;
+inline void prefetch_row(const char* row, int64_t num_bytes) {
+  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
 }
 
-// weights[j] = exp(s_j - max s), s_j = scale * (q · k_j), for the `count` tokens the query sees.
-template <int kVectors>
-inline void score_tile(QueryState& state, const TileRows& keys, int64_t num_vectors, float scale) {
-  float* scores = state.weights;
-  const int padded = (state.count + 15) / 16 * 16;
-  F16 largest = set1(-__builtin_inff());
-  for (int begin = 0; begin < padded; begin += 16) {
-    const int in_group = state.count - begin < 16 ? state.count - begin : 16;
-    F16 sums[16];
-    if (in_group == 16) {
-      for (int t = 0; t < 16; ++t) {
-        sums[t] = multiply_key<kVectors>(state.query, keys.row[begin + t], num_vectors);
+// keys[(g padded + d) 16 + t] = k_{16 (first + g) + t}[d].
+template <DType T>
+inline void gather_keys(const TileRows& tile, const TileRows& next, int64_t value_offset, int first,
+                        int num_groups, int64_t head_dim, int64_t padded, float* converted,
+                        float* keys) {
+  const int64_t row_bytes = head_dim * (T == DType::kFloat32 ? 4 : 2);
+  for (int g = 0; g < num_groups; ++g, keys += 16 * padded) {
+    const float* rows[16];
+    for (int t = 0; t < 16; ++t) {
+      const int j = 16 * (first + g) + t;
+      if (j < next.count) {
+        prefetch_row(next.row[j], row_bytes);
+        prefetch_row(next.row[j] + value_offset, row_bytes);
       }
-    } else {
-      for (int t = 0; t < 16; ++t) {
-        sums[t] = t < in_group
-                      ? multiply_key<kVectors>(state.query, keys.row[begin + t], num_vectors)
-                      : set1(0.0f);
+      const char* row = tile.row[j < tile.count ? j : tile.count - 1];
+      if (T == DType::kFloat32 && padded == head_dim) {
+        rows[t] = reinterpret_cast<const float*>(row);
+      } else {
+        convert_row<T>(row, head_dim, padded, converted + t * padded);
+        rows[t] = converted + t * padded;
       }
     }
-    store(scores + begin, reduce_add_each(sums) * set1(scale));
-    for (int t = in_group; t < 16; ++t) scores[begin + t] = -__builtin_inff();
-    largest = maximum(largest, load(scores + begin));
+    transpose_rows(rows, padded, keys);
+    transpose_rows(rows + 8, padded, keys + 8);
   }
-  state.tile_largest = reduce_max(largest);
+}
+
+// scores[q][16 g + t] = q · k_{16 g + t} over elements `begin` to before `end`, added to what is
+// there unless begin is 0.
+template <int kQueries, int kGroups>
+inline void score_block(const float* query, const float* keys, int64_t padded, int64_t begin,
+                        int64_t end, float* scores) {
+  F16 sums[kQueries][kGroups];
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+    for (int g = 0; g < kGroups; ++g) sums[q][g] = set1(0.0f);
+  }
+  for (int64_t d = begin; d < end; ++d) {
+    F16 key[kGroups];
+    for (int g = 0; g < kGroups; ++g) key[g] = load(keys + (g * padded + d) * 16);
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) {
+      const F16 element = set1(query[q * padded + d]);
+      for (int g = 0; g < kGroups; ++g) sums[q][g] = fma(element, key[g], sums[q][g]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int q = 0; q < kQueries; ++q) {
+    for (int g = 0; g < kGroups; ++g) {
+      float* out = scores + q * kAttentionTile + 16 * g;
+      store(out, begin == 0 ? sums[q][g] : load(out) + sums[q][g]);
+    }
+  }
+}
+
+template <int kQueries, int kGroups = block_vectors(kQueries)>
+inline void score_groups(const float* query, const float* keys, int64_t num_groups,
+                         int64_t head_dim, int64_t padded, float* scores) {
+  int64_t g = 0;
+  for (; g + kGroups <= num_groups; g += kGroups) {
+    for (int64_t d = 0; d < head_dim; d += kChunkD) {
+      score_block<kQueries, kGroups>(query, keys + g * padded * 16, padded, d,
+                                     d + kChunkD < head_dim ? d + kChunkD : head_dim,
+                                     scores + 16 * g);
+    }
+  }
+  if constexpr (kGroups > 1) {
+    score_groups<kQueries, kGroups / 2>(query, keys + g * padded * 16, num_groups - g, head_dim,
+                                        padded, scores + 16 * g);
+  }
+}
+
+// Scores become weights exp(s - max s), 0 for tokens that the query does not see; then the factors
+// that merge the tile into what came before.
+inline void weigh_scores(Queries& queries, int q) {
+  float* scores = queries.weights + q * kAttentionTile;
+  const int seen = queries.seen[q];
+  const int whole = seen / 16 * 16;
+  if (whole < seen) {
+    const Mask is_seen = from_int(iota()) < set1(static_cast<float>(seen - whole));
+    store(scores + whole, select(is_seen, load(scores + whole), set1(-__builtin_inff())));
+  }
+  F16 maxima = load(scores);
+  for (int j = 16; j < seen; j += 16) maxima = maximum(maxima, load(scores + j));
+  const float tile_largest = reduce_max(maxima);
   F16 sum = set1(0.0f);
-  for (int j = 0; j < padded; j += 16) {
-    const F16 weight = exp(load(scores + j) - set1(state.tile_largest));
+  for (int j = 0; j < seen; j += 16) {
+    const F16 weight = exp(load(scores + j) - set1(tile_largest));
     store(scores + j, weight);
     sum = sum + weight;
   }
-  state.tile_normaliser = reduce_add(sum);
+  const float before = queries.largest[q];
+  const float next = before > tile_largest ? before : tile_largest;
+  alignas(64) float factors[16] = {before - next, tile_largest - next};
+  store(factors, exp(load(factors)));
+  queries.largest[q] = next;
+  queries.keep[q] = factors[0];
+  queries.add[q] = factors[1];
+  queries.normaliser[q] = queries.normaliser[q] * factors[0] + reduce_add(sum) * factors[1];
 }
 
-// tile_output[d] = sum over j, in order, of weights[j] * v_j[d], for kQueries queries of which the
-// first sees the least.
-template <int kVectors, int kQueries>
-inline void weigh_tile(QueryState* states, const TileRows& values) {
+// sums[d] += weights[j] * v_j[d] for tokens `begin` to before `end`, in order, for kQueries queries
+// from `first` on and kVectors vectors from element `at` on.
+template <DType T, int kQueries, int kVectors>
+inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
+                        int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
+  const int64_t stride = queries.padded;
+  const float* weights = queries.weights + first * kAttentionTile;
+  float* memory = queries.sums + first * stride + at;
   F16 sums[kQueries][kVectors];
+#pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
-    for (int i = 0; i < kVectors; ++i) sums[q][i] = set1(0.0f);
+    for (int i = 0; i < kVectors; ++i) sums[q][i] = load(memory + q * stride + 16 * i);
   }
-  for (int j = 0; j < states[0].count; ++j) {
+  for (int64_t j = begin; j < end; ++j) {
+    const char* row = tile.row[j] + value_offset;
     F16 value[kVectors];
-    for (int i = 0; i < kVectors; ++i) value[i] = load(values.row[j] + 16 * i);
+    for (int i = 0; i < kVectors; ++i) value[i] = load_kv<T>(row, at + 16 * i);
+#pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
-      const F16 weight = set1(states[q].weights[j]);
+      const F16 weight = set1(weights[q * kAttentionTile + j]);
       for (int i = 0; i < kVectors; ++i) sums[q][i] = fma(weight, value[i], sums[q][i]);
     }
   }
+#pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
-    for (int j = states[0].count; j < states[q].count; ++j) {
-      const F16 weight = set1(states[q].weights[j]);
-      for (int i = 0; i < kVectors; ++i) {
-        sums[q][i] = fma(weight, load(values.row[j] + 16 * i), sums[q][i]);
-      }
-    }
-    for (int i = 0; i < kVectors; ++i) store(states[q].tile_output + 16 * i, sums[q][i]);
+    for (int i = 0; i < kVectors; ++i) store(memory + q * stride + 16 * i, sums[q][i]);
   }
 }
 
-inline void weigh_tile_any(QueryState& state, const TileRows& values, int64_t num_vectors) {
-  for (int64_t i = 0; i < num_vectors; ++i) {
-    F16 sum = set1(0.0f);
-    for (int j = 0; j < state.count; ++j) {
-      sum = fma(set1(state.weights[j]), load(values.row[j] + 16 * i), sum);
-    }
-    store(state.tile_output + 16 * i, sum);
+template <DType T, int kQueries, int kVectors = block_vectors(kQueries)>
+inline void weigh_vectors(const Queries& queries, int first, const TileRows& tile,
+                          int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
+  for (; at + 16 * kVectors <= queries.padded; at += 16 * kVectors) {
+    weigh_block<T, kQueries, kVectors>(queries, first, tile, value_offset, at, begin, end);
+  }
+  if constexpr (kVectors > 1) {
+    weigh_vectors<T, kQueries, kVectors / 2>(queries, first, tile, value_offset, at, begin, end);
   }
 }
 
-inline float exp_one(float x) {
-  alignas(64) float lanes[16];
-  store(lanes, exp(set1(x)));
-  return lanes[0];
-}
-
-inline void merge_tile(QueryState& state, int64_t num_vectors) {
-  const float next = state.largest > state.tile_largest ? state.largest : state.tile_largest;
-  const float keep = exp_one(state.largest - next);
-  const float add = exp_one(state.tile_largest - next);
-  state.normaliser = state.normaliser * keep + state.tile_normaliser * add;
-  for (int64_t i = 0; i < num_vectors; ++i) {
-    const F16 kept = load(state.output + 16 * i) * set1(keep);
-    store(state.output + 16 * i, fma(load(state.tile_output + 16 * i), set1(add), kept));
+// What the first of the queries sees they all see; the others take the rest each on their own.
+template <DType T, int kQueries>
+inline void weigh_values(const Queries& queries, int first, const TileRows& tile,
+                         int64_t value_offset, int begin, int end) {
+  int shared = queries.seen[first] < end ? queries.seen[first] : end;
+  if (shared < begin) shared = begin;
+  weigh_vectors<T, kQueries>(queries, first, tile, value_offset, 0, begin, shared);
+  for (int q = first + 1; q < first + kQueries; ++q) {
+    const int seen = queries.seen[q] < end ? queries.seen[q] : end;
+    if (shared < seen) weigh_vectors<T, 1>(queries, q, tile, value_offset, 0, shared, seen);
   }
-  state.largest = next;
 }
 
-// Visits the tile with queries that all see some of it, those that see less first.
-template <int kVectors>
-inline void visit_tile(QueryState* states, int num_queries, const TileRows& keys,
-                       const TileRows& values, int64_t num_vectors, float scale) {
-  for (int q = 0; q < num_queries; ++q) score_tile<kVectors>(states[q], keys, num_vectors, scale);
-  if constexpr (kVectors > 0) {
-    constexpr int kFitting = (kNumRegisters - kVectors - 1) / kVectors;
-    constexpr int kBlock = kFitting >= 4 ? 4 : kFitting >= 2 ? 2 : 1;
-    int q = 0;
-    for (; q + kBlock <= num_queries; q += kBlock) weigh_tile<kVectors, kBlock>(states + q, values);
-    for (; q < num_queries; ++q) weigh_tile<kVectors, 1>(states + q, values);
-  } else {
-    for (int q = 0; q < num_queries; ++q) weigh_tile_any(states[q], values, num_vectors);
+// Calls visit(first, integral constant) for register blocks of the queries from `begin` on.
+template <int kQueries>
+struct BlockOf {
+  static constexpr int value = kQueries;
+};
+template <class Visit>
+inline void for_each_block(int begin, int end, const Visit& visit) {
+  for (; begin + kMaxBlockQueries <= end; begin += kMaxBlockQueries) {
+    visit(begin, BlockOf<kMaxBlockQueries>{});
   }
-  for (int q = 0; q < num_queries; ++q) merge_tile(states[q], num_vectors);
-}
-
-inline void visit_tile_any(QueryState* states, int num_queries, const TileRows& keys,
-                           const TileRows& values, int64_t num_vectors, float scale) {
-  switch (num_vectors) {
+  switch (end - begin) {
     case 1:
-      return visit_tile<1>(states, num_queries, keys, values, num_vectors, scale);
+      return visit(begin, BlockOf<1>{});
     case 2:
-      return visit_tile<2>(states, num_queries, keys, values, num_vectors, scale);
+      return visit(begin, BlockOf<2>{});
+    case 3:
+      return visit(begin, BlockOf<3>{});
     case 4:
-      return visit_tile<4>(states, num_queries, keys, values, num_vectors, scale);
+      return visit(begin, BlockOf<4>{});
     case 5:
-      return visit_tile<5>(states, num_queries, keys, values, num_vectors, scale);
-    case 8:
-      return visit_tile<8>(states, num_queries, keys, values, num_vectors, scale);
-    default:
-      return visit_tile<0>(states, num_queries, keys, values, num_vectors, scale);
+      return visit(begin, BlockOf<5>{});
+  }
+}
+
+template <DType T>
+inline void weigh_tile(Queries& queries, int first, const TileRows& tile, int64_t value_offset) {
+  for (int64_t d = first * queries.padded; d < queries.count * queries.padded; d += 16) {
+    store(queries.sums + d, set1(0.0f));
+  }
+  for (int begin = 0; begin < tile.count; begin += kValuesAtOnce) {
+    const int end = begin + kValuesAtOnce < tile.count ? begin + kValuesAtOnce : tile.count;
+    for_each_block(first, queries.count, [&](int q, auto block) {
+      weigh_values<T, block.value>(queries, q, tile, value_offset, begin, end);
+    });
+  }
+  for (int q = first; q < queries.count; ++q) {
+    float* output = queries.output + q * queries.padded;
+    const float* sums = queries.sums + q * queries.padded;
+    for (int64_t d = 0; d < queries.padded; d += 16) {
+      const F16 kept = load(output + d) * set1(queries.keep[q]);
+      store(output + d, fma(load(sums + d), set1(queries.add[q]), kept));
+    }
   }
 }
 
 template <DType T>
 inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_head, int num_heads,
-                   int64_t row_begin, int64_t row_end) {
+                   int64_t row_begin, int64_t row_end, float* scratch) {
   const int64_t kv_head = first_head / (args.num_heads / args.num_kv_heads);
-  const int64_t padded = (args.head_dim + 15) / 16 * 16;
-  const int64_t num_vectors = padded / 16;
-  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(args.head_dim));
+  const int64_t head_dim = args.head_dim;
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  const int64_t row_bytes = head_dim * (T == DType::kFloat32 ? 4 : 2);
+  const int64_t value_offset = args.num_blocks * args.num_kv_heads * args.block_size * row_bytes;
+  const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   const int32_t* table = args.block_table + args.slots[sequence] * args.table_stride;
-  // Row i of the batch sees positions below visible(i).
+  // Row i of the batch sees positions below i + offset.
   const int64_t offset = int64_t{args.context_len[sequence]} - args.q_start[sequence + 1] + 1;
 
-  alignas(64) float key_scratch[kAttentionTile * kMaxHeadDim];
-  alignas(64) float value_scratch[kAttentionTile * kMaxHeadDim];
-  QueryState states[kMaxSharedQueries];
-  const int num_rows = static_cast<int>(row_end - row_begin);
-  for (int q = 0; q < num_rows * num_heads; ++q) {
-    const float* query =
-        args.query +
-        ((row_begin + q / num_heads) * args.num_heads + first_head + q % num_heads) * args.head_dim;
-    QueryState& state = states[q];
-    state.largest = -__builtin_inff();
-    state.normaliser = 0.0f;
+  Queries queries;
+  queries.count = static_cast<int>(row_end - row_begin) * num_heads;
+  queries.padded = padded;
+  queries.query = scratch;
+  queries.output = queries.query + kMaxSharedQueries * padded;
+  queries.weights = queries.output + kMaxSharedQueries * padded;
+  queries.sums = queries.weights + kMaxSharedQueries * kAttentionTile;
+  float* keys = queries.sums + kMaxSharedQueries * padded;
+  float* converted = keys + 16 * kGroupsAtOnce * padded;
+  float* values = converted + 16 * padded;
+  // Element 0 of query q in args.query and args.out.
+  const auto position = [&](int q) {
+    return ((row_begin + q / num_heads) * args.num_heads + first_head + q % num_heads) * head_dim;
+  };
+  for (int q = 0; q < queries.count; ++q) {
+    const float* query = args.query + position(q);
+    queries.largest[q] = -__builtin_inff();
+    queries.normaliser[q] = 0.0f;
     for (int64_t d = 0; d < padded; ++d) {
-      state.query[d] = d < args.head_dim ? query[d] : 0.0f;
-      state.output[d] = 0.0f;
+      queries.query[q * padded + d] = d < head_dim ? query[d] * scale : 0.0f;
+      queries.output[q * padded + d] = 0.0f;
     }
   }
-  const int64_t last_visible = row_end - 1 + offset;
-  for (int64_t begin = 0; begin < last_visible; begin += kAttentionTile) {
-    const int64_t left = last_visible - begin;
-    const int count = left < kAttentionTile ? static_cast<int>(left) : kAttentionTile;
-    TileRows keys, values;
-    gather_tile<T>(args, table, kv_head, false, begin, count, padded, key_scratch, keys);
-    gather_tile<T>(args, table, kv_head, true, begin, count, padded, value_scratch, values);
+  const int64_t end = row_end - 1 + offset;
+  TileRows tiles[2];
+  locate_tile(args, table, kv_head, row_bytes, 0, end, tiles[0]);
+  for (int64_t begin = 0, t = 0; begin < end; begin += kAttentionTile, ++t) {
+    TileRows& tile = tiles[t % 2];
+    TileRows& next = tiles[(t + 1) % 2];
+    next.count = 0;
+    if (begin + kAttentionTile < end) {
+      locate_tile(args, table, kv_head, row_bytes, begin + kAttentionTile, end, next);
+    }
     int first = 0;
-    for (int q = 0; q < num_rows * num_heads; ++q) {
+    for (int q = 0; q < queries.count; ++q) {
       const int64_t seen = row_begin + q / num_heads + offset - begin;
-      states[q].count = seen < count ? static_cast<int>(seen) : count;
+      queries.seen[q] = seen < tile.count ? static_cast<int>(seen) : tile.count;
       if (seen <= 0) first = q + 1;
     }
-    visit_tile_any(states + first, num_rows * num_heads - first, keys, values, num_vectors, scale);
+    const int num_groups = (tile.count + 15) / 16;
+    for (int group = 0; group < num_groups; group += kGroupsAtOnce) {
+      const int left = num_groups - group;
+      const int at_once = left < kGroupsAtOnce ? left : kGroupsAtOnce;
+      gather_keys<T>(tile, next, value_offset, group, at_once, head_dim, padded, converted, keys);
+      for_each_block(first, queries.count, [&](int q, auto block) {
+        score_groups<block.value>(queries.query + q * padded, keys, at_once, head_dim, padded,
+                                  queries.weights + q * kAttentionTile + 16 * group);
+      });
+    }
+    for (int q = first; q < queries.count; ++q) weigh_scores(queries, q);
+    if (padded == head_dim) {
+      weigh_tile<T>(queries, first, tile, value_offset);
+    } else {
+      for (int j = 0; j < tile.count; ++j) {
+        float* value = values + j * padded;
+        convert_row<T>(tile.row[j] + value_offset, head_dim, padded, value);
+        tile.row[j] = reinterpret_cast<const char*>(value);
+      }
+      weigh_tile<DType::kFloat32>(queries, first, tile, 0);
+    }
   }
-  for (int q = 0; q < num_rows * num_heads; ++q) {
-    float* out =
-        args.out +
-        ((row_begin + q / num_heads) * args.num_heads + first_head + q % num_heads) * args.head_dim;
-    const float inverse = 1.0f / states[q].normaliser;
-    for (int64_t d = 0; d < args.head_dim; ++d) out[d] = states[q].output[d] * inverse;
+  for (int q = 0; q < queries.count; ++q) {
+    float* out = args.out + position(q);
+    const float inverse = 1.0f / queries.normaliser[q];
+    for (int64_t d = 0; d < head_dim; ++d) out[d] = queries.output[q * padded + d] * inverse;
   }
 }
 
 template <DType T>
 inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
-                        int64_t row_begin, int64_t row_end) {
+                        int64_t row_begin, int64_t row_end, float* scratch) {
   const int64_t group = args.num_heads / args.num_kv_heads;
   for (int64_t head = 0; head < group; head += kMaxSharedQueries) {
     const int64_t left = group - head;
@@ -251,20 +400,20 @@ inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_
     const int64_t step = kMaxSharedQueries / num_heads;
     for (int64_t row = row_begin; row < row_end; row += step) {
       attend<T>(args, sequence, kv_head * group + head, num_heads, row,
-                row + step < row_end ? row + step : row_end);
+                row + step < row_end ? row + step : row_end, scratch);
     }
   }
 }
 
 inline void attention(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
-                      int64_t row_begin, int64_t row_end) {
+                      int64_t row_begin, int64_t row_end, float* scratch) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return attend_rows<DType::kFloat32>(args, sequence, kv_head, row_begin, row_end);
+      return attend_rows<DType::kFloat32>(args, sequence, kv_head, row_begin, row_end, scratch);
     case DType::kBFloat16:
-      return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end);
+      return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end, scratch);
     case DType::kFloat16:
-      return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end);
+      return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end, scratch);
     case DType::kInt8:  // weights only
       return;
   }

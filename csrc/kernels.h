@@ -27,6 +27,14 @@ constexpr int kMaxPassRows = 256;
 // Attention partials cover KV tiles that start at absolute multiples of this.
 constexpr int kAttentionTile = 128;
 constexpr int kMaxHeadDim = 256;
+// Query vectors (rows times heads of a group) that share one visit of a tile.
+constexpr int kMaxSharedQueries = 32;
+// Floats that one call of Kernels::attention needs: queries, outputs, sums and weights, 64 keys,
+// 16 rows and a tile of values.
+constexpr int64_t attention_scratch(int64_t head_dim) {
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  return kMaxSharedQueries * (3 * padded + kAttentionTile) + (64 + 16 + kAttentionTile) * padded;
+}
 // Groups whose maxima bound the k-th largest from below.
 constexpr int kNumMaximaGroups = 512;
 // Bins of 1/32 nat below the maximum; the last holds the tail.
@@ -93,8 +101,9 @@ struct Kernels {
   float (*pack_row)(const float* x, int64_t k, DType weights, void* out, int64_t chunk_stride);
   // `next_panel`: what this thread will probably ask for next.
   void (*linear_panel)(const LinearArgs& args, int64_t panel, int64_t next_panel);
+  // scratch: [attention_scratch(head_dim)]
   void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
-                    int64_t row_end);
+                    int64_t row_end, float* scratch);
   RowMaximum (*row_maximum)(const RowView& row);
   // Sum of exp(z / T - maximum) over the kept tokens.
   double (*row_sum_exp)(const RowView& row, float maximum);
