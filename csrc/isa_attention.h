@@ -28,10 +28,19 @@ inline F16 load_kv(const char* row, int64_t at) {
   return load_fp16(reinterpret_cast<const uint16_t*>(row) + at);
 }
 
+// Memory that is needed next, for prefetching while this tile is computed: where 16 keys each
+// begin, and the bytes to advance for each element of a score, which passes over all of them when
+// they are in one block.
+struct Ahead {
+  const char* const* group;
+  int64_t step;
+};
+
 // Where a tile's key rows are in the cache.
 struct TileRows {
   int count;
   const char* row[kAttentionTile];
+  const char* group[kAttentionTile / 16];  // every sixteenth
 };
 
 inline void locate_tile(const AttentionArgs& args, const int32_t* table, int64_t kv_head,
@@ -46,6 +55,9 @@ inline void locate_tile(const AttentionArgs& args, const int32_t* table, int64_t
     const int64_t in_block = args.block_size - within;
     const int stop = in_block < rows.count - j ? j + static_cast<int>(in_block) : rows.count;
     for (; j < stop; ++j, row += row_bytes) rows.row[j] = row;
+  }
+  for (int g = 0; g < kAttentionTile / 16; ++g) {
+    rows.group[g] = rows.row[16 * g < rows.count ? 16 * g : 0];
   }
 }
 
@@ -106,24 +118,14 @@ struct Queries {
   float add[kMaxSharedQueries];
 };
 
-inline void prefetch_row(const char* row, int64_t num_bytes) {
-  for (int64_t i = 0; i < num_bytes; i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
 // keys[(g padded + d) 16 + t] = k_{16 (first + g) + t}[d].
 template <DType T>
-inline void gather_keys(const TileRows& tile, const TileRows& next, int64_t value_offset, int first,
-                        int num_groups, int64_t head_dim, int64_t padded, float* converted,
-                        float* keys) {
-  const int64_t row_bytes = head_dim * (T == DType::kFloat32 ? 4 : 2);
+inline void gather_keys(const TileRows& tile, int first, int64_t num_groups, int64_t head_dim,
+                        int64_t padded, float* converted, float* keys) {
   for (int g = 0; g < num_groups; ++g, keys += 16 * padded) {
     const float* rows[16];
     for (int t = 0; t < 16; ++t) {
       const int j = 16 * (first + g) + t;
-      if (j < next.count) {
-        prefetch_row(next.row[j], row_bytes);
-        prefetch_row(next.row[j] + value_offset, row_bytes);
-      }
       const char* row = tile.row[j < tile.count ? j : tile.count - 1];
       if (T == DType::kFloat32 && padded == head_dim) {
         rows[t] = reinterpret_cast<const float*>(row);
@@ -141,7 +143,7 @@ inline void gather_keys(const TileRows& tile, const TileRows& next, int64_t valu
 // there unless begin is 0.
 template <int kQueries, int kGroups>
 inline void score_block(const float* query, const float* keys, int64_t padded, int64_t begin,
-                        int64_t end, float* scores) {
+                        int64_t end, const Ahead& ahead, float* scores) {
   F16 sums[kQueries][kGroups];
 #pragma GCC unroll 8
   for (int q = 0; q < kQueries; ++q) {
@@ -149,7 +151,10 @@ inline void score_block(const float* query, const float* keys, int64_t padded, i
   }
   for (int64_t d = begin; d < end; ++d) {
     F16 key[kGroups];
-    for (int g = 0; g < kGroups; ++g) key[g] = load(keys + (g * padded + d) * 16);
+    for (int g = 0; g < kGroups; ++g) {
+      __builtin_prefetch(ahead.group[g] + d * ahead.step, 0, 2);
+      key[g] = load(keys + (g * padded + d) * 16);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const F16 element = set1(query[q * padded + d]);
@@ -167,18 +172,18 @@ inline void score_block(const float* query, const float* keys, int64_t padded, i
 
 template <int kQueries, int kGroups = block_vectors(kQueries)>
 inline void score_groups(const float* query, const float* keys, int64_t num_groups,
-                         int64_t head_dim, int64_t padded, float* scores) {
+                         int64_t head_dim, int64_t padded, Ahead ahead, float* scores) {
   int64_t g = 0;
-  for (; g + kGroups <= num_groups; g += kGroups) {
+  for (; g + kGroups <= num_groups; g += kGroups, ahead.group += kGroups) {
     for (int64_t d = 0; d < head_dim; d += kChunkD) {
       score_block<kQueries, kGroups>(query, keys + g * padded * 16, padded, d,
-                                     d + kChunkD < head_dim ? d + kChunkD : head_dim,
+                                     d + kChunkD < head_dim ? d + kChunkD : head_dim, ahead,
                                      scores + 16 * g);
     }
   }
   if constexpr (kGroups > 1) {
     score_groups<kQueries, kGroups / 2>(query, keys + g * padded * 16, num_groups - g, head_dim,
-                                        padded, scores + 16 * g);
+                                        padded, ahead, scores + 16 * g);
   }
 }
 
@@ -215,7 +220,9 @@ inline void weigh_scores(Queries& queries, int q) {
 // from `first` on and kVectors vectors from element `at` on.
 template <DType T, int kQueries, int kVectors>
 inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
-                        int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
+                        const char* const* ahead, int64_t value_offset, int64_t at, int64_t begin,
+                        int64_t end) {
+  constexpr int64_t kBytes = T == DType::kFloat32 ? 4 : 2;
   const int64_t stride = queries.padded;
   const float* weights = queries.weights + first * kAttentionTile;
   float* memory = queries.sums + first * stride + at;
@@ -227,7 +234,12 @@ inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
   for (int64_t j = begin; j < end; ++j) {
     const char* row = tile.row[j] + value_offset;
     F16 value[kVectors];
-    for (int i = 0; i < kVectors; ++i) value[i] = load_kv<T>(row, at + 16 * i);
+    for (int i = 0; i < kVectors; ++i) {
+      if (16 * kBytes * i % 64 == 0) {
+        __builtin_prefetch(ahead[j] + value_offset + (at + 16 * i) * kBytes, 0, 2);
+      }
+      value[i] = load_kv<T>(row, at + 16 * i);
+    }
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const F16 weight = set1(weights[q * kAttentionTile + j]);
@@ -242,25 +254,28 @@ inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
 
 template <DType T, int kQueries, int kVectors = block_vectors(kQueries)>
 inline void weigh_vectors(const Queries& queries, int first, const TileRows& tile,
-                          int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
+                          const char* const* ahead, int64_t value_offset, int64_t at, int64_t begin,
+                          int64_t end) {
   for (; at + 16 * kVectors <= queries.padded; at += 16 * kVectors) {
-    weigh_block<T, kQueries, kVectors>(queries, first, tile, value_offset, at, begin, end);
+    weigh_block<T, kQueries, kVectors>(queries, first, tile, ahead, value_offset, at, begin, end);
   }
   if constexpr (kVectors > 1) {
-    weigh_vectors<T, kQueries, kVectors / 2>(queries, first, tile, value_offset, at, begin, end);
+    weigh_vectors<T, kQueries, kVectors / 2>(queries, first, tile, ahead, value_offset, at, begin,
+                                             end);
   }
 }
 
 // What the first of the queries sees they all see; the others take the rest each on their own.
 template <DType T, int kQueries>
 inline void weigh_values(const Queries& queries, int first, const TileRows& tile,
-                         int64_t value_offset, int begin, int end) {
+                         const char* const* ahead, int64_t value_offset, int begin, int end) {
   int shared = queries.seen[first] < end ? queries.seen[first] : end;
   if (shared < begin) shared = begin;
-  weigh_vectors<T, kQueries>(queries, first, tile, value_offset, 0, begin, shared);
+  weigh_vectors<T, kQueries>(queries, first, tile, ahead, value_offset, 0, begin, shared);
   for (int q = first + 1; q < first + kQueries; ++q) {
     const int seen = queries.seen[q] < end ? queries.seen[q] : end;
-    if (shared < seen) weigh_vectors<T, 1>(queries, q, tile, value_offset, 0, shared, seen);
+    if (shared < seen)
+      weigh_vectors<T, 1>(queries, q, tile, tile.row, value_offset, 0, shared, seen);
   }
 }
 
@@ -289,14 +304,17 @@ inline void for_each_block(int begin, int end, const Visit& visit) {
 }
 
 template <DType T>
-inline void weigh_tile(Queries& queries, int first, const TileRows& tile, int64_t value_offset) {
+inline void weigh_tile(Queries& queries, int first, const TileRows& tile, const TileRows& next,
+                       int64_t value_offset) {
   for (int64_t d = first * queries.padded; d < queries.count * queries.padded; d += 16) {
     store(queries.sums + d, set1(0.0f));
   }
   for (int begin = 0; begin < tile.count; begin += kValuesAtOnce) {
     const int end = begin + kValuesAtOnce < tile.count ? begin + kValuesAtOnce : tile.count;
     for_each_block(first, queries.count, [&](int q, auto block) {
-      weigh_values<T, block.value>(queries, q, tile, value_offset, begin, end);
+      const bool is_first = q == first && end <= next.count;
+      weigh_values<T, block.value>(queries, q, tile, is_first ? next.row : tile.row, value_offset,
+                                   begin, end);
     });
   }
   for (int q = first; q < queries.count; ++q) {
@@ -365,22 +383,24 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
     for (int group = 0; group < num_groups; group += kGroupsAtOnce) {
       const int left = num_groups - group;
       const int at_once = left < kGroupsAtOnce ? left : kGroupsAtOnce;
-      gather_keys<T>(tile, next, value_offset, group, at_once, head_dim, padded, converted, keys);
+      gather_keys<T>(tile, group, at_once, head_dim, padded, converted, keys);
       for_each_block(first, queries.count, [&](int q, auto block) {
+        const TileRows& ahead = q == first && next.count > 0 ? next : tile;
         score_groups<block.value>(queries.query + q * padded, keys, at_once, head_dim, padded,
+                                  {ahead.group + group, 16 * row_bytes / head_dim},
                                   queries.weights + q * kAttentionTile + 16 * group);
       });
     }
     for (int q = first; q < queries.count; ++q) weigh_scores(queries, q);
     if (padded == head_dim) {
-      weigh_tile<T>(queries, first, tile, value_offset);
+      weigh_tile<T>(queries, first, tile, next, value_offset);
     } else {
       for (int j = 0; j < tile.count; ++j) {
         float* value = values + j * padded;
         convert_row<T>(tile.row[j] + value_offset, head_dim, padded, value);
         tile.row[j] = reinterpret_cast<const char*>(value);
       }
-      weigh_tile<DType::kFloat32>(queries, first, tile, 0);
+      weigh_tile<DType::kFloat32>(queries, first, tile, tile, 0);
     }
   }
   for (int q = 0; q < queries.count; ++q) {
