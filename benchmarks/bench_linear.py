@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_cases import NATIVE, assert_earned, random_rows
+from kernel_cases import NATIVE, assert_earned, honest, random_rows
 from measure import Report, Subject, num_copies
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
@@ -40,12 +40,12 @@ class Layers:
     def num_bytes(self) -> int:
         return self.weight.numel() * self.dtype.itemsize
 
-    def check(self, actual: Tensor, op: Callable[[Tensor, PackedLinear], Tensor], x: Tensor) -> None:
-        """Against the reference op: as good as it in this dtype, or, for int8, near the fp32 layer."""
+    def check(self, actual: Tensor, op: str, run: Callable[..., Tensor], x: Tensor) -> None:
+        """Against the reference op, as `run` calls it: as good as it in this dtype; for int8, near the fp32 layer."""
         plain = PackedLinear(self.weight, None, self.shape[1], self.shape[0])
-        exact = op(x.double(), plain)
+        exact = run(getattr(reference, op), x.double(), plain)
         if self.dtype != torch.int8:
-            return assert_earned(actual, op(x, plain), exact)
+            return assert_earned(actual, run(honest(op), x, plain), exact)
         error = (actual.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
         assert error < INT8_ERROR, f"relative error {error:.4f}"
         return None
@@ -56,8 +56,6 @@ def build_layers(shape: tuple[int, int], dtype: torch.dtype) -> Layers:
     weight = torch.randn(shape, generator=generator) * shape[1] ** -0.5
     norm = Norm(1 + 0.1 * torch.randn(shape[1], generator=generator), torch.zeros(shape[1]), 1e-5)
     if dtype == torch.int8:
-        if not hasattr(NATIVE, "pack_linear_int8"):
-            pytest.skip("NativeBackend has no pack_linear_int8")
         pack, build = NATIVE.pack_linear_int8, pytorch_int8
     else:
         weight = weight.to(dtype)
@@ -110,7 +108,7 @@ def test_linear(benchmark: BenchmarkFixture, report: Report, layers: Layers, dty
     def native(turn: int) -> Tensor:
         return NATIVE.linear_residual(x, layers.packed[turn % len(layers.packed)], residual)
 
-    layers.check(native(0), lambda x, weight: reference.linear_residual(x, weight, residual), x)
+    layers.check(native(0), "linear_residual", lambda op, x, weight: op(x, weight, residual), x)
     shape = "x".join(map(str, layers.shape))
     name = "F.linear" if dtype != "int8" else "quantized.linear_dynamic"
     subject = Subject(
@@ -133,11 +131,10 @@ def test_head(
         normed = F.layer_norm(x, (layers.shape[1],), norm.weight, norm.bias, norm.eps)
         return layers.pytorch[turn % len(layers.pytorch)](normed)
 
-    def without_padding(x: Tensor, weight: PackedLinear) -> Tensor:
-        exact = Norm(norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
-        return reference.head(x, exact, weight, VOCAB_SIZE)[:, :VOCAB_SIZE]
+    def without_padding(op: Callable[..., Tensor], x: Tensor, weight: PackedLinear) -> Tensor:
+        return op(x, norm, weight, VOCAB_SIZE)[:, :VOCAB_SIZE]
 
-    layers.check(native(0)[:, :VOCAB_SIZE], without_padding, x)
+    layers.check(native(0)[:, :VOCAB_SIZE], "head", without_padding, x)
     name = "F.layer_norm, " + ("F.linear" if dtype != "int8" else "quantized.linear_dynamic")
     subject = Subject("head", HEAD, dtype, rows, layers.num_bytes, name)
     report.compare(benchmark, subject, native, pytorch)

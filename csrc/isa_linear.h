@@ -32,55 +32,70 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   }
 }
 
-// x / scale to int16, two to a word; scale = max |x| / 32767, and NaN for a row that is not finite.
-inline float quantize_row(const float* x, int64_t k, uint32_t* out, int64_t chunk_stride) {
+// Words that hold a chunk of a row as weights of a type multiply it; see pack_row.
+constexpr int row_words(DType weights) {
+  if (weights == DType::kInt8) return kChunkK / 4 + 2;
+  return kHasBf16Dot && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
+}
+
+// One chunk in floats, `num_k` of them.
+inline void pack_floats(const float* x, int num_k, float* out) {
+  __builtin_memcpy(out, x, sizeof(float) * num_k);
+  if (num_k % 2 != 0) out[num_k] = 0.0f;
+}
+
+// One chunk rounded to bf16, two to a word.
+inline void pack_bf16(const float* x, int num_k, uint32_t* out) {
+  alignas(64) uint16_t halves[kChunkK];
+  for (int i = 0; i < num_k; i += 16) {
+    const F16 v = load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f);
+    const U16 bits = as_bits(v);
+    const U16 rounded = bits + set1_u(0x7fff) + (shift_right<16>(bits) & set1_u(1));
+    store_halves(halves + i, shift_right<16>(select(is_nan(v), set1_u(0x7fc00000), rounded)));
+  }
+  __builtin_memcpy(out, halves, sizeof(uint16_t) * (num_k + num_k % 2));
+}
+
+// One chunk rounded to multiples of max |x| / 127, four to a word, then that scale (NaN if an
+// element is not finite), then what a sum of products with weights + 128 starts from.
+inline void pack_int8(const float* x, int num_k, uint32_t* out) {
   F16 largest = set1(0.0f), poison = set1(0.0f);
-  for (int64_t i = 0; i < k; i += 16) {
-    const F16 v = load_first(x + i, k - i < 16 ? static_cast<int>(k - i) : 16, 0.0f);
+  for (int i = 0; i < num_k; i += 16) {
+    const F16 v = load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f);
     largest = maximum(largest, maximum(v, set1(0.0f) - v));
     poison = fma(v, set1(0.0f), poison);
   }
   const float size = reduce_max(largest);
-  const float scale = size / 32767.0f + reduce_add(poison);
-  const bool is_zero = !(size > 0.0f) || !(scale >= 0.0f);
-  const F16 divisor = set1(is_zero ? 1.0f : size);
-  const F16 factor = set1(is_zero ? 0.0f : 32767.0f);
-  for (int64_t i = 0; i < k; i += 16) {
-    const int n = k - i < 16 ? static_cast<int>(k - i) : 16;
-    U16 words = set1_u(0);
-    if (!is_zero) words = to_int(round_nearest(load_first(x + i, n, 0.0f) / divisor * factor));
-    alignas(64) uint32_t lanes[16];
-    store(lanes, words);
-    uint32_t* pairs = out + i / kChunkK * chunk_stride + i % kChunkK / 2;
-    for (int p = 0; p < (n + 1) / 2; ++p) {
-      pairs[p] = (lanes[2 * p] & 0xffff) | (lanes[2 * p + 1] << 16);
-    }
+  const float scale = size / 127.0f + reduce_add(poison);
+  const bool is_usable = scale > 0.0f;  // neither zeros nor with a NaN or infinity
+  const F16 divisor = set1(is_usable ? size : 1.0f);
+  const F16 factor = set1(is_usable ? 127.0f : 0.0f);
+  alignas(64) int8_t bytes[kChunkK] = {};
+  F16 total = set1(0.0f);
+  for (int i = 0; i < num_k && is_usable; i += 16) {
+    const F16 v = load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f);
+    const F16 rounded = round_nearest(v / divisor * factor);
+    total = total + rounded;
+    store_bytes(bytes + i, to_int(rounded));
   }
-  return scale;
+  __builtin_memcpy(out, bytes, kChunkK);
+  __builtin_memcpy(out + kChunkK / 4, &scale, sizeof(scale));
+  const int start = kHasOffsetDot ? -128 * static_cast<int>(reduce_add(total)) : 0;
+  __builtin_memcpy(out + kChunkK / 4 + 1, &start, sizeof(start));
 }
 
-// One input row as `weights` multiplies it, in chunks `chunk_stride` words apart (kernels.h).
-// Returns the row's scale.
-inline float pack_row(const float* x, int64_t k, DType weights, void* out, int64_t chunk_stride) {
-  if (weights == DType::kInt8) {
-    return quantize_row(x, k, static_cast<uint32_t*>(out), chunk_stride);
-  }
-  for (int64_t begin = 0; begin < k; begin += kChunkK) {
+// One input row as `weights` multiplies it, in chunks `chunk_stride` words apart.
+inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride) {
+  for (int64_t begin = 0; begin < k; begin += kChunkK, out += chunk_stride) {
     const int num_k = k - begin < kChunkK ? static_cast<int>(k - begin) : kChunkK;
-    if (kHasBf16Dot && weights == DType::kBFloat16) {
-      auto* pairs = static_cast<uint32_t*>(out) + begin / kChunkK * chunk_stride;
-      for (int i = 0; i + 1 < num_k; i += 2) {
-        const uint32_t high = float_to_bf16(x[begin + i + 1]);
-        pairs[i / 2] = float_to_bf16(x[begin + i]) | (high << 16);
-      }
-      if (num_k % 2 != 0) pairs[num_k / 2] = float_to_bf16(x[begin + num_k - 1]);
+    if (weights == DType::kInt8) {
+      pack_int8(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
+    } else if (kHasBf16Dot && weights == DType::kBFloat16) {
+      pack_bf16(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else {
-      float* chunk = static_cast<float*>(out) + begin / kChunkK * chunk_stride;
-      __builtin_memcpy(chunk, x + begin, sizeof(float) * num_k);
-      if (num_k % 2 != 0) chunk[num_k] = 0.0f;
+      pack_floats(x + begin, num_k, out);
     }
   }
-  return 1.0f;
 }
 
 // The compiler forgets what it loaded from here: registers are for the sums.
@@ -94,35 +109,41 @@ alignas(64) inline constexpr uint32_t kHighHalves[16] = {
     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000,
     0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000, 0xffff0000};
 
-// How weights of a type are multiplied: one k at a time with floats, or in pairs with pairs.
+// How weights of a type are multiplied: one k at a time with floats, or depth_of(W) at a time with
+// as many numbers in a word.
 template <DType W>
 struct Multiply {
   static constexpr bool kIsInteger = W == DType::kInt8;
-  static constexpr bool kIsPaired = kIsInteger || (kHasBf16Dot && W == DType::kBFloat16);
-  using Column = std::conditional_t<kIsPaired, U16, F16>;
+  static constexpr bool kIsPacked = kIsInteger || (kHasBf16Dot && W == DType::kBFloat16);
+  static constexpr int kRowWords = row_words(W);
+  using Column = std::conditional_t<kIsPacked, U16, F16>;
   using Sum = std::conditional_t<kIsInteger, U16, F16>;
 
-  static Sum zero() { return Sum{}; }
-
-  // Sixteen columns of the i-th k (or of both) of a step of depth_of(W).
-  static Column load_column(const char* at, int i) {
+  static Sum start(const float* x) {
     if constexpr (kIsInteger) {
-      return load_int8_pairs(reinterpret_cast<const int8_t*>(at));
-    } else if constexpr (kIsPaired) {
-      return load_pairs(reinterpret_cast<const uint16_t*>(at));
+      return set1_u(reinterpret_cast<const uint32_t*>(x)[kChunkK / 4 + 1]);
+    } else {
+      return set1(0.0f);
+    }
+  }
+
+  // Sixteen columns of the i-th k (or of all) of a step of depth_of(W).
+  static Column load_column(const char* at, int i) {
+    if constexpr (kIsPacked) {
+      return load_words(at);
     } else if constexpr (W == DType::kFloat32) {
       return load(reinterpret_cast<const float*>(at));
     } else if constexpr (W == DType::kFloat16) {
       return load_fp16(reinterpret_cast<const uint16_t*>(at));
     } else {
-      const U16 both = load_pairs(reinterpret_cast<const uint16_t*>(at));
+      const U16 both = load_words(at);
       if (i == 0) return as_float(shift_left<16>(both));
-      return as_float(both & load_pairs(reinterpret_cast<const uint16_t*>(forget(kHighHalves))));
+      return as_float(both & load_words(forget(kHighHalves)));
     }
   }
 
   static Column load_factor(const float* x) {
-    if constexpr (kIsPaired) {
+    if constexpr (kIsPacked) {
       return set1_u(*reinterpret_cast<const uint32_t*>(x));
     } else {
       return set1(*x);
@@ -131,66 +152,71 @@ struct Multiply {
 
   static Sum add(Sum sum, Column column, Column factor) {
     if constexpr (kIsInteger) {
-      return dot_int16(sum, column, factor);
-    } else if constexpr (kIsPaired) {
+      return dot_int8(sum, column, factor);
+    } else if constexpr (kIsPacked) {
       return dot_bf16(sum, column, factor);
     } else {
       return multiply_add(sum, column, factor);
     }
   }
 
-  static F16 to_float(Sum sum) {
+  // The chunks before, and this one; `x` is its row.
+  static F16 accumulate(F16 total, Sum sum, const float* x) {
     if constexpr (kIsInteger) {
-      return from_int(sum);
+      return total + from_int(sum) * set1(x[kChunkK / 4]);
     } else {
-      return sum;
+      return total + sum;
     }
   }
 };
 
-// totals[r][16 c …) += sum over k of x[r][k] * w[k][·] in the order of k, for R rows and C
-// sub-panels. Asks for the weights `ahead` bytes further on.
-template <int R, int C, DType W>
-inline void multiply_block(const char* weights, int64_t sub_panel_bytes, int64_t ahead,
-                           const float* x, int num_k, float* totals) {
+// totals[r][16 c …) += sum over k of x[r][k] * w[k][·] in the order of k, for R rows and 16 C
+// columns of a panel's chunk. Asks for kLines cache lines a step from `ahead` on.
+template <int R, int C, DType W, int kLines>
+inline void multiply_block(const char* weights, const char* ahead, const float* x, int num_k,
+                           float* totals) {
   using M = Multiply<W>;
   constexpr int kDepth = depth_of(W);
-  constexpr int kNumParts = M::kIsPaired ? 1 : kDepth;
-  constexpr int64_t kStepBytes = kDepth * kSubPanelColumns * element_size(W);
+  constexpr int kNumParts = M::kIsPacked ? 1 : kDepth;
+  constexpr int64_t kColumnBytes = kDepth * 16 * element_size(W);
+  constexpr int64_t kStepBytes = kDepth * kPanelColumns * element_size(W);
   typename M::Sum sums[R][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sums[r][c] = M::zero();
+    for (int c = 0; c < C; ++c) sums[r][c] = M::start(x + r * M::kRowWords);
   }
-  const char* const end = weights + (num_k + kDepth - 1) / kDepth * kStepBytes;
-  for (const char* w = weights; w != end; w += kStepBytes, x += kNumParts) {
-    for (int c = 0; c < C; ++c) __builtin_prefetch(w + c * sub_panel_bytes + ahead);
+  const int num_steps = (num_k + kDepth - 1) / kDepth;
+  for (int s = 0; s < num_steps; ++s) {
+    for (int line = 0; line < kLines; ++line) {
+      __builtin_prefetch(ahead + s * kStepBytes + 64 * line, 0, 2);
+    }
     for (int i = 0; i < kNumParts; ++i) {
+      const char* const w = weights + s * kStepBytes;
       const char* const at = i == 0 ? w : forget(w);
-      const float* const factors = i == 0 ? x : forget(x) + i;
+      const float* const factors = i == 0 ? x + s * kNumParts : forget(x + s * kNumParts) + i;
       typename M::Column columns[C];
-      for (int c = 0; c < C; ++c) columns[c] = M::load_column(at + c * sub_panel_bytes, i);
+      for (int c = 0; c < C; ++c) columns[c] = M::load_column(at + c * kColumnBytes, i);
       for (int r = 0; r < R; ++r) {
-        const auto factor = M::load_factor(factors + r * kChunkK);
+        const auto factor = M::load_factor(factors + r * M::kRowWords);
         for (int c = 0; c < C; ++c) sums[r][c] = M::add(sums[r][c], columns[c], factor);
       }
     }
   }
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) {
-      float* total = totals + r * kPanelColumns + c * kSubPanelColumns;
-      store(total, load(total) + M::to_float(sums[r][c]));
+      float* total = totals + r * kPanelColumns + c * 16;
+      store(total, M::accumulate(load(total), sums[r][c], x + r * M::kRowWords));
     }
   }
 }
 
-template <int C, DType W>
-inline void multiply_rows(int num_rows, const char* weights, int64_t sub_panel_bytes, int64_t ahead,
-                          const float* x, int num_k, float* totals) {
-#define SPECENGINE_BLOCK(R)                                                       \
-  case R:                                                                         \
-    if constexpr (is_block(R, C, W == DType::kInt8)) {                            \
-      multiply_block<R, C, W>(weights, sub_panel_bytes, ahead, x, num_k, totals); \
-    }                                                                             \
+template <int C, DType W, int kLines>
+inline void multiply_rows(int num_rows, const char* weights, const char* ahead, const float* x,
+                          int num_k, float* totals) {
+#define SPECENGINE_BLOCK(R)                                              \
+  case R:                                                                \
+    if constexpr (is_block(R, C, W == DType::kInt8)) {                   \
+      multiply_block<R, C, W, kLines>(weights, ahead, x, num_k, totals); \
+    }                                                                    \
     break;
   switch (num_rows) {
     SPECENGINE_BLOCK(1)
@@ -203,24 +229,33 @@ inline void multiply_rows(int num_rows, const char* weights, int64_t sub_panel_b
 #undef SPECENGINE_BLOCK
 }
 
-// One chunk of a panel for every row: each group of C sub-panels is read from memory once, while
-// the group before it is multiplied, and stays in the nearest cache for all row blocks. `next` is
-// the chunk after this one.
+// One chunk of a panel for every row, in blocks of rows. A single block streams the weights from
+// memory as the processor's own prefetching does best. Where several share them, each asks for its
+// part of the `next` chunk (null at a panel's end), so that memory never waits for arithmetic.
 template <int C, DType W>
 inline void multiply_chunk(int num_rows, const char* weights, const char* next, const float* x,
                            int num_k, float* totals) {
-  const int depth = (num_k + depth_of(W) - 1) / depth_of(W) * depth_of(W);
-  const int64_t sub_panel_bytes = depth * kSubPanelColumns * element_size(W);
+  constexpr int64_t kColumnBytes = depth_of(W) * element_size(W);
+  constexpr int kStepLines = C * 16 * static_cast<int>(kColumnBytes) / 64;
   const int num_blocks = (num_rows + kMaxBlockRows - 1) / kMaxBlockRows;
-  for (int column = 0; column < kPanelColumns; column += C * kSubPanelColumns) {
-    const char* group = weights + column / kSubPanelColumns * sub_panel_bytes;
-    const bool is_last = column + C * kSubPanelColumns == kPanelColumns;
-    const int64_t ahead = is_last ? next - group : C * sub_panel_bytes;
+  const bool is_asking = next != nullptr && num_blocks > 1;
+  for (int column = 0; column < kPanelColumns; column += C * 16) {
+    const char* group = weights + column * kColumnBytes;
     int row = 0;
     for (int block = 0; block < num_blocks; ++block) {
       const int end = num_rows * (block + 1) / num_blocks;
-      multiply_rows<C, W>(end - row, group, sub_panel_bytes, block == 0 ? ahead : 0,
-                          x + row * kChunkK, num_k, totals + row * kPanelColumns + column);
+      const int first_line = kStepLines * block / num_blocks;
+      const int num_lines = kStepLines * (block + 1) / num_blocks - first_line;
+      const char* ahead = next + column * kColumnBytes + 64 * first_line;
+      const float* rows = x + row * row_words(W);
+      float* sums = totals + row * kPanelColumns + column;
+      if (!is_asking || num_lines == 0) {
+        multiply_rows<C, W, 0>(end - row, group, nullptr, rows, num_k, sums);
+      } else if (num_lines == 1) {
+        multiply_rows<C, W, 1>(end - row, group, ahead, rows, num_k, sums);
+      } else {
+        multiply_rows<C, W, 2>(end - row, group, ahead, rows, num_k, sums);
+      }
       row = end;
     }
   }
@@ -232,9 +267,7 @@ inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
     const int64_t left = args.num_columns - column;
     const int n = left < 16 ? static_cast<int>(left) : 16;
     F16 y = load(totals + c);
-    if (args.scale != nullptr) {
-      y = y * (set1(args.row_scales[row]) * load_first(args.scale + column, n, 0.0f));
-    }
+    if (args.scale != nullptr) y = y * load_first(args.scale + column, n, 0.0f);
     if (args.bias != nullptr) y = y + load_first(args.bias + column, n, 0.0f);
     y = activate(y, args.activation);
     if (args.residual != nullptr) {
@@ -245,7 +278,7 @@ inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
 }
 
 template <DType W>
-inline void linear_panel_of(const LinearArgs& args, int64_t panel, int64_t next_panel) {
+inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
   constexpr int64_t kRowBytes = kPanelColumns * element_size(W);
   const int64_t panel_bytes = (args.k + depth_of(W) - 1) / depth_of(W) * depth_of(W) * kRowBytes;
   const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes;
@@ -254,13 +287,11 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel, int64_t next_
     const int64_t left = args.num_rows - pass;
     const int num_rows = left < kMaxPassRows ? static_cast<int>(left) : kMaxPassRows;
     __builtin_memset(totals, 0, sizeof(float) * num_rows * kPanelColumns);
-    for (int64_t begin = 0; begin < args.k; begin += kChunkK) {
+    const float* x = args.x + pass * row_words(W);
+    for (int64_t begin = 0; begin < args.k; begin += kChunkK, x += args.num_rows * row_words(W)) {
       const int num_k = args.k - begin < kChunkK ? static_cast<int>(args.k - begin) : kChunkK;
-      const float* x = args.x + begin * args.num_rows + pass * kChunkK;
       const char* chunk = weights + begin * kRowBytes;
-      const bool is_last = begin + kChunkK >= args.k;
-      const char* next =
-          is_last ? weights + (next_panel - panel) * panel_bytes : chunk + kChunkK * kRowBytes;
+      const char* next = begin + kChunkK < args.k ? chunk + kChunkK * kRowBytes : nullptr;
       switch (column_vectors(num_rows, W == DType::kInt8)) {
         case 4:
           multiply_chunk<4, W>(num_rows, chunk, next, x, num_k, totals);
@@ -278,16 +309,15 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel, int64_t next_
   }
 }
 
-// `next_panel`: what this thread will probably ask for next.
-inline void linear_panel(const LinearArgs& args, int64_t panel, int64_t next_panel) {
+inline void linear_panel(const LinearArgs& args, int64_t panel) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return linear_panel_of<DType::kFloat32>(args, panel, next_panel);
+      return linear_panel_of<DType::kFloat32>(args, panel);
     case DType::kBFloat16:
-      return linear_panel_of<DType::kBFloat16>(args, panel, next_panel);
+      return linear_panel_of<DType::kBFloat16>(args, panel);
     case DType::kFloat16:
-      return linear_panel_of<DType::kFloat16>(args, panel, next_panel);
+      return linear_panel_of<DType::kFloat16>(args, panel);
     case DType::kInt8:
-      return linear_panel_of<DType::kInt8>(args, panel, next_panel);
+      return linear_panel_of<DType::kInt8>(args, panel);
   }
 }

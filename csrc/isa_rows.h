@@ -258,7 +258,7 @@ inline uint64_t read_block(const void* data, int64_t num_bytes) {
   U16 sums[4];
   for (U16& sum : sums) sum = set1_u(0);
   for (const uint16_t* end = words + num_bytes / 2; words < end; words += 128) {
-    for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load_pairs(words + 32 * i);
+    for (int i = 0; i < 4; ++i) sums[i] = sums[i] + load_words(words + 32 * i);
   }
   alignas(64) uint32_t lanes[16];
   store(lanes, (sums[0] + sums[1]) + (sums[2] + sums[3]));

@@ -10,17 +10,15 @@
 
 namespace specengine {
 
-// Weights are packed in panels of 64 output columns, one contiguous stream each: chunks of 128 k,
-// in a chunk four sub-panels of 16 columns, in a sub-panel [k, 16], or [k / 2, 16, 2] where weights
-// are multiplied in pairs; padded with zeros to whole panels and pairs. A block of rows streams one
-// sub-panel, a single row walks all four.
+// Weights are packed in panels of 64 output columns, one contiguous stream each: [k / depth, 64,
+// depth], `depth` weights of a column beside each other for products that add pairs or quads;
+// padded with zeros to whole panels and steps. int8 weights are stored with 128 added.
 constexpr int kPanelColumns = 64;
-constexpr int kSubPanelColumns = 16;
 constexpr int depth_of(DType dtype) {
-  return dtype == DType::kBFloat16 || dtype == DType::kInt8 ? 2 : 1;
+  return dtype == DType::kInt8 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
 }
-// An output element is the sum, in order, of sequential sums over K chunks of this length. For int8
-// the sum over a chunk is exact: 128 * 127 * 32767 < 2^31.
+// An output element is the sum, in order, of sequential sums over K chunks of this length. Rows
+// that meet int8 weights are rounded to int8 chunk by chunk; the sum over a chunk is then exact.
 constexpr int kChunkK = 128;
 // Rows that share one pass over a panel.
 constexpr int kMaxPassRows = 256;
@@ -43,11 +41,11 @@ constexpr float kMassBinsPerNat = 32.0f;
 
 enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
 
-// Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, 128] words, each a float
-// or a pair of 16-bit numbers, as the instruction set likes to multiply with the weights' type.
+// Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, row_words] words, each a
+// float, a pair of bf16 or a quad of int8, as the instruction set likes to multiply with the
+// weights' type.
 struct LinearArgs {
   const float* x;
-  const float* row_scales;  // [num_rows], for int8 weights
   int64_t num_rows;
   const void* panels;
   DType dtype;
@@ -98,9 +96,9 @@ struct Kernels {
   const char* name;
   void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
                      int64_t size, float* out);
-  float (*pack_row)(const float* x, int64_t k, DType weights, void* out, int64_t chunk_stride);
-  // `next_panel`: what this thread will probably ask for next.
-  void (*linear_panel)(const LinearArgs& args, int64_t panel, int64_t next_panel);
+  int (*row_words)(DType weights);
+  void (*pack_row)(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride);
+  void (*linear_panel)(const LinearArgs& args, int64_t panel);
   // scratch: [attention_scratch(head_dim)]
   void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
                     int64_t row_end, float* scratch);

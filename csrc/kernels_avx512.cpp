@@ -21,8 +21,14 @@ namespace avx512 {
 #include "simd_avx512.h"
 
 constexpr bool kHasBf16Dot = false;
-inline U16 dot_int16(U16 sum, U16 a, U16 b) {  // in place: see simd_avx2.h
-  asm volatile("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(_mm512_madd_epi16(a.v, b.v)));
+constexpr bool kHasOffsetDot = false;
+inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {  // see simd_avx2.h
+  const __m512i w = _mm512_xor_si512(offset_weights.v, _mm512_set1_epi8(-128));
+  const __m512i signed_x =
+      _mm512_mask_sub_epi8(x.v, _mm512_movepi8_mask(w), _mm512_setzero_si512(), x.v);
+  const __m512i pairs = _mm512_maddubs_epi16(_mm512_abs_epi8(w), signed_x);
+  const __m512i products = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  asm volatile("vpaddd %1, %0, %0" : "+v"(sum.v) : "v"(products));
   return sum;
 }
 inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }

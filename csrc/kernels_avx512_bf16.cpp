@@ -22,8 +22,9 @@ namespace avx512_bf16 {
 #include "simd_avx512.h"
 
 constexpr bool kHasBf16Dot = true;
-inline U16 dot_int16(U16 sum, U16 a, U16 b) {  // in place: see simd_avx2.h
-  asm volatile("vpdpwssd %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+constexpr bool kHasOffsetDot = true;
+inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {  // in place: see simd_avx2.h
+  asm volatile("vpdpbusd %2, %1, %0" : "+v"(sum.v) : "v"(offset_weights.v), "v"(x.v));
   return sum;
 }
 inline F16 dot_bf16(F16 sum, U16 a, U16 b) {

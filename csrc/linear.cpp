@@ -31,17 +31,8 @@ int64_t padded_k(int64_t k, DType dtype) {
 template <class Store>
 void for_each_weight(int64_t column, int64_t k, DType dtype, Store&& store) {
   const int64_t depth = depth_of(dtype);
-  const int64_t padded = padded_k(k, dtype);
-  for (int64_t begin = 0; begin < k; begin += kChunkK) {
-    const int64_t rows = std::min<int64_t>(kChunkK, padded - begin);
-    const int64_t base = begin * kPanelColumns +
-                         column / kSubPanelColumns * rows * kSubPanelColumns +
-                         column % kSubPanelColumns * depth;
-    const int64_t end = std::min(k, begin + kChunkK);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t row = i - begin;
-      store(i, base + row / depth * depth * kSubPanelColumns + row % depth);
-    }
+  for (int64_t i = 0; i < k; ++i) {
+    store(i, (i / depth * kPanelColumns + column) * depth + i % depth);
   }
 }
 
@@ -78,21 +69,15 @@ float quantize_channel(const float* weight, int64_t k, int8_t* out) {
   return scale;
 }
 
-struct PackedRows {
-  const float* words;
-  const float* scales;
-};
-
 // The layer's input rows, normalised, as the kernels want them. Valid until the thread's next call.
-PackedRows pack_rows(const LinearCall& call) {
+const float* pack_rows(const LinearCall& call) {
   static thread_local Scratch<float> words_scratch;
-  static thread_local Scratch<float> scales_scratch;
   const LinearWeight& weight = *call.weight;
   const int64_t k = weight.in_features;
-  const int64_t chunk_stride = call.num_rows * kChunkK;
-  float* words = words_scratch.reserve((k + kChunkK - 1) / kChunkK * chunk_stride);
-  float* scales = scales_scratch.reserve(call.num_rows);
   const Kernels& isa = kernels();
+  const int64_t row_words = isa.row_words(weight.dtype);
+  const int64_t chunk_stride = call.num_rows * row_words;
+  float* words = words_scratch.reserve((k + kChunkK - 1) / kChunkK * chunk_stride);
   parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
     static thread_local Scratch<float> normal_scratch;
     const float* x = call.x + row * k;
@@ -101,17 +86,16 @@ PackedRows pack_rows(const LinearCall& call) {
       isa.layer_norm(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
       x = normal;
     }
-    scales[row] = isa.pack_row(x, k, weight.dtype, words + row * kChunkK, chunk_stride);
+    isa.pack_row(x, k, weight.dtype, words + row * row_words, chunk_stride);
   });
-  return {words, scales};
+  return words;
 }
 
 LinearArgs linear_args(const LinearCall& call) {
   const LinearWeight& weight = *call.weight;
-  const PackedRows rows = pack_rows(call);
-  return {rows.words,         rows.scales,     call.num_rows,   weight.panels, weight.dtype,
-          weight.in_features, weight.scale,    weight.bias,     call.residual, call.activation,
-          call.out,           call.out_stride, call.num_columns};
+  return {pack_rows(call),    call.num_rows, weight.panels,   weight.dtype,
+          weight.in_features, weight.scale,  weight.bias,     call.residual,
+          call.activation,    call.out,      call.out_stride, call.num_columns};
 }
 
 bool is_worth_sharing(const LinearCall& call) {
@@ -171,7 +155,7 @@ void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int
     float* channel = channel_scratch.reserve(k);
     int8_t* quantized = quantized_scratch.reserve(k);
     int8_t* base = panels + panel * panel_size;
-    std::memset(base, 0, panel_size);
+    std::memset(base, -128, panel_size);  // zeros
     const int64_t first = panel * kPanelColumns;
     const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
     for (int64_t column = 0; column < columns; ++column) {
@@ -180,7 +164,7 @@ void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int
       }
       scale[first + column] = quantize_channel(channel, k, quantized);
       for_each_weight(column, k, DType::kInt8,
-                      [&](int64_t i, int64_t at) { base[at] = quantized[i]; });
+                      [&](int64_t i, int64_t at) { base[at] = quantized[i] ^ -128; });
     }
   });
 }
@@ -217,22 +201,17 @@ void linear(const LinearCall& call) {
   // More rows make a panel more work; never fewer than one panel, never so many that threads idle.
   const int64_t wanted =
       std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * call.num_rows));
-  const int64_t num_sharing = num_threads();
-  const int64_t per_task = std::min(wanted, std::max<int64_t>(1, panels / num_sharing));
+  const int64_t per_task = std::min(wanted, std::max<int64_t>(1, panels / num_threads()));
   const Kernels& isa = kernels();
   parallel_for((panels + per_task - 1) / per_task, is_worth_sharing(call), [&](int64_t task) {
     const int64_t end = std::min(panels, (task + 1) * per_task);
-    for (int64_t panel = task * per_task; panel < end; ++panel) {
-      const int64_t next = panel + 1 < end ? panel + 1 : end + (num_sharing - 1) * per_task;
-      isa.linear_panel(args, panel, next);
-    }
+    for (int64_t panel = task * per_task; panel < end; ++panel) isa.linear_panel(args, panel);
   });
 }
 
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
   const LinearArgs whole = linear_args(call);
   const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
-  const int64_t num_sharing = num_threads();
   const Kernels& isa = kernels();
   parallel_for(num_tiles, is_worth_sharing(call), [&](int64_t index) {
     static thread_local Scratch<float> tile_scratch;
@@ -244,10 +223,7 @@ void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
     args.num_columns = std::min(args.first_column + kTileColumns, call.num_columns);
     constexpr int64_t kTilePanels = kTileColumns / kPanelColumns;
     const int64_t end = num_panels(args.num_columns);
-    for (int64_t panel = index * kTilePanels; panel < end; ++panel) {
-      const int64_t next = panel + 1 < end ? panel + 1 : end + (num_sharing - 1) * kTilePanels;
-      isa.linear_panel(args, panel, next);
-    }
+    for (int64_t panel = index * kTilePanels; panel < end; ++panel) isa.linear_panel(args, panel);
     consume(context, args.first_column, args.num_columns - args.first_column, args.out);
   });
 }

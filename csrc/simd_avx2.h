@@ -166,17 +166,35 @@ inline F16 load_fp16(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
-inline U16 load_pairs(const uint16_t* p) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 16))};
+inline U16 load_words(const void* p) {
+  const auto* words = static_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(words), _mm256_loadu_si256(words + 1)};
 }
-inline __m256i widen_int8(const int8_t* p) {
-  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+inline __m256i narrow(U16 x) {
+  return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.lo, x.hi), 0xD8);
 }
-inline U16 load_int8_pairs(const int8_t* p) { return {widen_int8(p), widen_int8(p + 16)}; }
+inline void store_halves(uint16_t* p, U16 x) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  const __m256i halves =
+      _mm256_packus_epi32(_mm256_and_si256(x.lo, mask), _mm256_and_si256(x.hi, mask));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
+}
+inline void store_bytes(int8_t* p, U16 x) {
+  const __m256i halves = narrow(x);
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+}
+constexpr bool kHasOffsetDot = false;
+// Products of |w| and sign(w) x: neither they nor their sums in pairs leave 16 bits.
+inline __m256i dot_int8(__m256i offset_weights, __m256i x) {
+  const __m256i w = _mm256_xor_si256(offset_weights, _mm256_set1_epi8(-128));
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+  return _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
 // In place, in assembly: sums fill twelve of sixteen registers, and GCC would move and spill them.
-inline U16 dot_int16(U16 sum, U16 a, U16 b) {
-  const U16 products = {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)};
+inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
+  const U16 products = {dot_int8(offset_weights.lo, x.lo), dot_int8(offset_weights.hi, x.hi)};
   asm volatile("vpaddd %1, %0, %0" : "+x"(sum.lo) : "x"(products.lo));
   asm volatile("vpaddd %1, %0, %0" : "+x"(sum.hi) : "x"(products.hi));
   return sum;

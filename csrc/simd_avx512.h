@@ -1,6 +1,7 @@
 // Sixteen-lane vectors on AVX-512. Included inside an instruction set's namespace; simd_avx2.h and
 // simd_portable.h define the same names with the same meaning.
-// kHasBf16Dot, dot_bf16 and dot_int16 (sums of products of pairs) stand in the kernels_*.cpp.
+// kHasBf16Dot, dot_bf16 (sums of products of pairs), kHasOffsetDot and dot_int8 (of quads) stand in
+// the kernels_*.cpp.
 // The reductions of all add lanes (i, i + 8), then (i, i + 4), (i, i + 2), (i, i + 1).
 
 // Register blocks: up to kMaxBlockRows rows by column_vectors(rows) vectors of output columns.
@@ -95,11 +96,14 @@ inline F16 load_bf16(const uint16_t* p) {
 inline F16 load_fp16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-// Sixteen pairs of bf16: the first and the second of each.
-inline U16 load_pairs(const uint16_t* p) { return {_mm512_loadu_si512(p)}; }
-// Sixteen pairs of int8, widened to int16.
-inline U16 load_int8_pairs(const int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+// Sixteen words: pairs of bf16 or quads of int8, the first in the lowest bits.
+inline U16 load_words(const void* p) { return {_mm512_loadu_si512(p)}; }
+// The low half and the low byte of each word.
+inline void store_halves(uint16_t* p, U16 x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(x.v));
+}
+inline void store_bytes(int8_t* p, U16 x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 

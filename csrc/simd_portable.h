@@ -112,25 +112,30 @@ inline F16 load_fp16(const uint16_t* p) {
   for (int i = 0; i < 16; ++i) r.v[i] = fp16_to_float(p[i]);
   return r;
 }
-// On little-endian machines the first of a pair is the low half, as everywhere else.
-inline U16 load_pairs(const uint16_t* p) {
+// On little-endian machines the first of a pair or quad is in the lowest bits, as everywhere else.
+inline U16 load_words(const void* p) {
   U16 r;
   __builtin_memcpy(&r.v, p, 64);
   return r;
 }
-// Sixteen pairs of int8, widened to int16, the first of a pair in the low half.
-inline U16 load_int8_pairs(const int8_t* p) {
-  U16 r;
-  for (int i = 0; i < 16; ++i) {
-    const uint32_t low = static_cast<uint16_t>(p[2 * i]);
-    r.v[i] = low | static_cast<uint32_t>(p[2 * i + 1]) << 16;
-  }
-  return r;
+inline void store_halves(uint16_t* p, U16 x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<uint16_t>(x.v[i]);
 }
-inline U16 dot_int16(U16 sum, U16 a, U16 b) {
-  const auto low = [](U16 x) { return reinterpret_cast<Int16Lanes>(x.v << 16) >> 16; };
-  const auto high = [](U16 x) { return reinterpret_cast<Int16Lanes>(x.v) >> 16; };
-  return {sum.v + reinterpret_cast<Uint16Lanes>(low(a) * low(b) + high(a) * high(b))};
+inline void store_bytes(int8_t* p, U16 x) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(x.v[i]);
+}
+constexpr bool kHasOffsetDot = false;
+// Byte kByte of each word, signed.
+template <int kByte>
+inline Int16Lanes signed_byte(U16 x) {
+  return reinterpret_cast<Int16Lanes>(x.v << (24 - 8 * kByte)) >> 24;
+}
+inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
+  const U16 w = offset_weights ^ set1_u(0x80808080);
+  const Int16Lanes products =
+      signed_byte<0>(w) * signed_byte<0>(x) + signed_byte<1>(w) * signed_byte<1>(x) +
+      signed_byte<2>(w) * signed_byte<2>(x) + signed_byte<3>(w) * signed_byte<3>(x);
+  return {sum.v + reinterpret_cast<Uint16Lanes>(products)};
 }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }

@@ -64,11 +64,13 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor) -> None:
 
 
 def as_multiplied(x: Tensor, weight_dtype: torch.dtype) -> Tensor:
-    """Rows as the native linear multiplies them: int16 of the row's largest value with int8 weights, bf16 with
-    bf16 weights where the processor has that product, else as they are."""
+    """Rows as the native linear multiplies them: with int8 weights rounded to 127ths of the largest value of each
+    128, with bf16 weights to bf16 where the processor has that product, else as they are."""
     if weight_dtype == torch.int8:
-        largest = x.abs().amax(dim=1, keepdim=True)
-        return (x / largest * 32767).round() * (largest / 32767)
+        chunks = x.split(128, dim=1)
+        largest = [chunk.abs().amax(dim=1, keepdim=True).clamp_min(1e-37) for chunk in chunks]
+        rounded = [(c / size * 127).round() * (size / 127) for c, size in zip(chunks, largest, strict=True)]
+        return torch.cat(rounded, dim=1)
     if weight_dtype == torch.bfloat16 and _C.build_info()["instruction_set"] == "avx512_bf16":
         return x.bfloat16().float()
     return x
