@@ -114,22 +114,22 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
                                         const std::optional<Tensor>& scale,
                                         const std::optional<Tensor>& bias, int64_t in_features,
                                         int64_t out_features, int64_t vocab_size,
-                                        const Tensor& temperature, const Tensor& seeds,
-                                        const Tensor& positions) {
+                                        const Tensor& temperature, const Tensor& top_k,
+                                        const Tensor& top_p, const Tensor& min_p,
+                                        const Tensor& seeds, const Tensor& positions) {
   const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t count = hidden.size(0);
-  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
-  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
+  const DrawInputs inputs(temperature, top_k, top_p, min_p, seeds, count);
   const Tensor places = small_input(positions, "positions", at::kInt, {count});
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor error = at::empty({count}, at::kInt);
   py::gil_scoped_release release;
   head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
-            {t.data_ptr<float>(), keys.data_ptr<int64_t>(), places.data_ptr<int32_t>(),
-             tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
+            inputs.rows(places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(),
+                        error.data_ptr<int32_t>()));
   return {tokens, error};
 }
 

@@ -118,18 +118,18 @@ class PyDecoder {
                                   const Tensor& context_len, const Tensor& slots,
                                   const Tensor& block_table, const Tensor& logit_rows,
                                   const Tensor& kv_cache, int64_t vocab_size,
-                                  const Tensor& temperature, const Tensor& seeds) {
+                                  const Tensor& temperature, const Tensor& top_k,
+                                  const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
     const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
                         block_table, logit_rows, kv_cache);
     check_vocab_size(vocab_size, program_.head.out_features);
-    const int64_t count = inputs.view.num_sequences, num_rows = inputs.view.num_logit_rows;
-    const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
-    const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
+    const int64_t num_rows = inputs.view.num_logit_rows;
+    const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, inputs.view.num_sequences);
     Tensor tokens = at::empty({num_rows}, at::kInt);
     Tensor error = at::empty({num_rows}, at::kInt);
     py::gil_scoped_release release;
-    runner_->draw(inputs.view, vocab_size, t.data_ptr<float>(), keys.data_ptr<int64_t>(),
-                  tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>());
+    runner_->draw(inputs.view, vocab_size,
+                  keys.rows(nullptr, tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()));
     return {tokens, error};
   }
 

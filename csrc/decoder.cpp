@@ -99,25 +99,31 @@ void DecoderRunner::forward(const BatchView& batch, int64_t vocab_size, float* l
        logits, padded_vocab_size);
 }
 
-void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const float* temperature,
-                         const int64_t* seeds, int32_t* tokens, int32_t* error) {
+void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence) {
   const std::lock_guard lock(mutex_);
   run_layers(batch);
   const int64_t num_rows = batch.num_logit_rows;
   if (num_rows == 0) return;
-  int32_t* positions = draw_positions_.reserve(num_rows);
-  float* row_temperature = draw_temperature_.reserve(num_rows);
-  int64_t* row_seeds = draw_seeds_.reserve(num_rows);
+  int32_t* positions = draw_integers_.reserve(2 * num_rows);
+  int32_t* top_k = positions + num_rows;
+  float* temperature = draw_numbers_.reserve(3 * num_rows);
+  float* top_p = temperature + num_rows;
+  float* min_p = top_p + num_rows;
+  int64_t* seeds = draw_seeds_.reserve(num_rows);
   const int32_t* ends = batch.q_start + 1;
   for (int64_t r = 0; r < num_rows; ++r) {
     const int64_t token = batch.logit_rows[r];
     const int64_t owner = std::upper_bound(ends, ends + batch.num_sequences, token) - ends;
     positions[r] = batch.positions[token] + 1;
-    row_temperature[r] = temperature[owner];
-    row_seeds[r] = seeds[owner];
+    temperature[r] = by_sequence.temperature[owner];
+    top_k[r] = by_sequence.top_k[owner];
+    top_p[r] = by_sequence.top_p[owner];
+    min_p[r] = by_sequence.min_p[owner];
+    seeds[r] = by_sequence.seeds[owner];
   }
-  head_draw(logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
-            {row_temperature, row_seeds, positions, tokens, error});
+  head_draw(
+      logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
+      {temperature, top_k, top_p, min_p, seeds, positions, by_sequence.tokens, by_sequence.error});
 }
 
 }  // namespace specengine

@@ -76,9 +76,9 @@ class DecoderRunner {
   // logits: [num_logit_rows, padded_vocab_size]
   void forward(const BatchView& batch, int64_t vocab_size, float* logits,
                int64_t padded_vocab_size);
-  // Row r decides the position after token logit_rows[r]. temperature, seeds: [num_sequences].
-  void draw(const BatchView& batch, int64_t vocab_size, const float* temperature,
-            const int64_t* seeds, int32_t* tokens, int32_t* error);
+  // Row r decides the position after token logit_rows[r]. What `by_sequence` says of temperatures,
+  // filters and seeds it says of each sequence; its positions are not read.
+  void draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence);
 
  private:
   float* at(Register which) { return buffers_[static_cast<int>(which)].reserve(0); }
@@ -94,8 +94,8 @@ class DecoderRunner {
   std::mutex mutex_;  // buffers are shared between calls
   Scratch<float> buffers_[static_cast<int>(Register::kNumRegisters)];
   Scratch<float> gathered_;
-  Scratch<int32_t> draw_positions_;
-  Scratch<float> draw_temperature_;
+  Scratch<int32_t> draw_integers_;
+  Scratch<float> draw_numbers_;
   Scratch<int64_t> draw_seeds_;
 };
 

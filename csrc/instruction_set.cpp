@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 
 #include "kernels.h"
@@ -25,6 +26,9 @@ const Kernels* find(const char* name) {
 }
 
 const Kernels* find_best() {
+  if (const char* wanted = std::getenv("SPECENGINE_INSTRUCTION_SET")) {
+    if (const Kernels* found = find(wanted)) return found;
+  }
   for (const char* name : {"avx512_bf16", "avx512", "avx2"}) {
     if (const Kernels* found = find(name)) return found;
   }

@@ -132,7 +132,8 @@ extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kPortableKernels;
 
-// The kernels in use: the best the processor has, unless set_instruction_set chose another.
+// The kernels in use: the best the processor has, unless SPECENGINE_INSTRUCTION_SET names others or
+// set_instruction_set chose some.
 const Kernels& kernels();
 // "auto", "avx512_bf16", "avx512", "avx2" or "portable"; false when unknown or not supported here.
 bool set_instruction_set(const char* name);

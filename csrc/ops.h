@@ -68,9 +68,14 @@ void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const L
           int64_t vocab_size, float* logits, int64_t padded_vocab_size);
 
 // Each row's draw: argmax of the logits where its temperature is 0, else the race on the target's
-// stream at its position. error is 1 where a row holds a NaN or nothing finite.
+// stream at its position over what the row's filters keep. error is 1 where a row holds a NaN or
+// nothing finite. Only rows with a filter need their logits kept until all are known: in a buffer
+// of the thread's.
 struct DrawRows {
   const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
   const int64_t* seeds;
   const int32_t* positions;
   int32_t* tokens;
@@ -107,6 +112,15 @@ struct LogitRows {
 };
 
 enum StatsColumn { kStatMaximum, kStatThreshold, kStatLogNormaliser, kStatError, kNumStats };
+
+// The target's draw at one row of logits as filter_rows and sample_rows make it, and whether the
+// row is bad.
+struct FilteredDraw {
+  int32_t token;
+  bool is_bad;
+};
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
+                           float top_p, float min_p, const NoiseKey& key);
 
 void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
                  const float* top_p, const float* min_p, float* stats);

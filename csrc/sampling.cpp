@@ -218,6 +218,15 @@ int32_t draw_next(const Sequence& sequence, const DraftLaw& draft, int64_t i) {
 
 }  // namespace
 
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
+                           float top_p, float min_p, const NoiseKey& key) {
+  const bool is_greedy = !(temperature > 0.0f);
+  float stats[kNumStats];
+  filter_row(unfiltered(logits, vocab, temperature), is_greedy, top_k, top_p, min_p, stats);
+  return {draw(filtered(logits, vocab, temperature, stats), is_greedy, key),
+          stats[kStatError] != 0.0f};
+}
+
 void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
                  const float* top_p, const float* min_p, float* stats) {
   parallel_for(logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits,

@@ -101,7 +101,11 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class DrawKeys:
-    """What the draws of a batch depend on, by sequence: temperature `[B]` fp32 (0 = greedy), seeds `[B]` int64."""
+    """What the draws of a batch depend on, `[B]` each, by sequence: temperature fp32 (0 = greedy), the filters
+    top_k int32, top_p and min_p fp32 (see `specengine.kernels.reference.filter_rows`), seeds int64."""
 
     temperature: Tensor
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
     seeds: Tensor

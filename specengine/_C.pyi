@@ -127,6 +127,9 @@ class Decoder:
         kv_cache: Tensor,
         vocab_size: int,
         temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
         seeds: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
 
@@ -189,6 +192,9 @@ def head_draw(
     out_features: int,
     vocab_size: int,
     temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]: ...

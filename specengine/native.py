@@ -1,10 +1,14 @@
 """`backend="native"`: every op in C++ (`specengine._C`), for CPUs.
 
 Row-invariant by construction: an output row's bits depend on neither the rows computed with it nor the
-number of threads. Arguments are checked once, in the C++ bindings (`ValueError`).
+number of threads. They do depend on the instruction set, which is the best that the processor has: the environment
+variable SPECENGINE_INSTRUCTION_SET (avx512_bf16, avx512, avx2, portable) chooses another. Arguments are checked once,
+in the C++ bindings (`ValueError`).
 """
 
 from __future__ import annotations
+
+import os
 
 import torch
 from torch import Tensor
@@ -36,6 +40,11 @@ class NativeBackend:
     rejection_verify = staticmethod(_C.rejection_verify)
     token_logprobs = staticmethod(_C.token_logprobs)
     set_num_threads = staticmethod(_C.set_num_threads)
+
+    def __init__(self) -> None:
+        wanted = os.environ.get("SPECENGINE_INSTRUCTION_SET", "auto")
+        if wanted not in (known := ["auto", *_C.instruction_sets()]):
+            raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
 
     def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         out_features, in_features = weight.shape
@@ -83,11 +92,14 @@ class NativeBackend:
         weight: PackedLinear,
         vocab_size: int,
         temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
         seeds: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layer = _layer_arguments(norm, weight)
-        return _C.head_draw(hidden, *layer, vocab_size, temperature, seeds, positions)
+        return _C.head_draw(hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions)
 
     def compile(self, program: Program) -> NativeExecutor:
         return NativeExecutor(program)
@@ -119,9 +131,8 @@ class NativeExecutor:
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
-        return self._decoder.draw(
-            *_batch_arguments(batch), kv_cache, vocab_size, keys.temperature, keys.seeds
-        )
+        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *drawn)
 
 
 def _batch_arguments(

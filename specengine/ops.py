@@ -96,6 +96,9 @@ class Backend(Protocol):
         weight: PackedLinear,
         vocab_size: int,
         temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
         seeds: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
@@ -174,7 +177,8 @@ class Interpreter:
         hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
         positions = batch.positions[batch.logit_rows] + 1
         owner = torch.searchsorted(batch.q_start.long(), batch.logit_rows, right=True) - 1
-        drawn = (keys.temperature[owner], keys.seeds[owner], positions)
+        filters = (keys.top_k[owner], keys.top_p[owner], keys.min_p[owner])
+        drawn = (keys.temperature[owner], *filters, keys.seeds[owner], positions)
         return self._backend.head_draw(hidden, program.final_norm, program.head, vocab_size, *drawn)
 
     def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import tiny_models
 import torch
 from law_helpers import BACKEND, CheckpointFactory, EngineFactory, GreedyOracle, Tally
 
+from specengine import _C, metrics
 from specengine import engine as engine_module
-from specengine import metrics
 from specengine.drafters.base import Drafter
 from specengine.engine import Engine
 
@@ -65,6 +65,14 @@ def oracle() -> Callable[..., GreedyOracle]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(params=_C.instruction_sets())
+def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every one that the processor has, in turn; the default comes back afterwards."""
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set("auto")
 
 
 @pytest.fixture

@@ -304,7 +304,6 @@ def _build_batch(
         draft_limits=tuple(limits),
         has_rejection=is_rejection,
         is_all_rejection=is_rejection,
-        is_unfiltered=filters.top_k == 0 and filters.top_p == 1.0 and filters.min_p == 0.0,
         wants_logprobs=False,
     )
 

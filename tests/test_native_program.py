@@ -79,7 +79,13 @@ def test_one_call_gives_the_bits_of_single_ops(
         assert torch.equal(logits, single.forward(batch, theirs, VOCAB - 3))
         assert torch.equal(ours, theirs), "keys and values"
         count = batch.slots.numel()
-        keys = DrawKeys(torch.tensor([0.0, 0.8, 1.3])[:count], torch.tensor([-5, 2**62, 7])[:count])
+        keys = DrawKeys(
+            torch.tensor([0.0, 0.8, 1.3])[:count],
+            torch.tensor([5, 0, 9], dtype=torch.int32)[:count],
+            torch.tensor([0.5, 1.0, 0.9])[:count],
+            torch.tensor([0.1, 0.0, 0.02])[:count],
+            torch.tensor([-5, 2**62, 7])[:count],
+        )
         drawn = decoder.draw(batch, ours, VOCAB - 3, keys)
         for mine, other in zip(drawn, single.draw(batch, theirs, VOCAB - 3, keys), strict=True):
             assert torch.equal(mine, other)
@@ -128,7 +134,7 @@ def test_greedy_and_coupled_rounds_store_no_logits(
         raise AssertionError("logits were stored")
 
     monkeypatch.setattr(Decoder, "forward", refuse)
-    for sampling in ({}, SAMPLINGS["coupled"]):
+    for sampling in SAMPLINGS.values():
         engine.generate(make_prompt(5, 0, VOCAB), num_speculative_tokens=3, max_new_tokens=20, **sampling)
     with pytest.raises(AssertionError, match="logits were stored"):
         engine.generate(make_prompt(5, 0, VOCAB), logprobs=0, max_new_tokens=2)

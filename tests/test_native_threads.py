@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -71,6 +74,27 @@ def test_switches_refuse_what_they_do_not_know() -> None:
             _C.set_num_threads(count)
     with pytest.raises(ValueError, match="instruction set: 'sse9'"):
         _C.set_instruction_set("sse9")
-    info = _C.build_info()
-    assert info["instruction_set"] == _C.instruction_sets()[0]
     assert "portable" in _C.instruction_sets()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [("portable", "portable"), (None, _C.instruction_sets()[0]), ("sse9", "ValueError")],
+)
+def test_the_environment_chooses_the_instruction_set(wanted: str | None, expected: str) -> None:
+    program = """
+import torch
+from specengine import _C, native
+try:
+    native.NativeBackend()
+    print(_C.build_info()["instruction_set"])
+except ValueError as error:
+    assert "SPECENGINE_INSTRUCTION_SET='sse9'" in str(error)
+    print("ValueError")
+"""
+    environment = {**os.environ, "SPECENGINE_INSTRUCTION_SET": wanted or ""}
+    if wanted is None:
+        del environment["SPECENGINE_INSTRUCTION_SET"]
+    command = [sys.executable, "-c", program]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert output.stdout.split() == [expected]

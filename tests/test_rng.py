@@ -31,13 +31,6 @@ def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], answer: t
     assert tuple(int(word) for word in rng.philox4x32((c0, c1, c2, c3), (k0, k1))) == answer
 
 
-@pytest.fixture(params=_C.instruction_sets())
-def instruction_set(request: pytest.FixtureRequest):
-    _C.set_instruction_set(request.param)
-    yield request.param
-    _C.set_instruction_set("auto")
-
-
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 1000])
 @pytest.mark.usefixtures("instruction_set")
 def test_vocabulary_bits_agree(vocab_size: int) -> None:

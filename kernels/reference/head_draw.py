@@ -18,25 +18,26 @@ def head_draw(
     weight: PackedLinear,
     vocab_size: int,
     temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """argmax_v(z_v / T + g_v) with the target's noise, z = LayerNorm(hidden) W^T; greedy rows take argmax z.
+    """argmax_v(z_v / T + g_v) with the target's noise over the kept v, z = LayerNorm(hidden) W^T; greedy: argmax z.
 
-    What `head`, `filter_rows` (no filter) and `sample_rows` (target stream) give, bit for bit, with nothing of
-    the vocabulary's size stored.
+    What `head`, `filter_rows` and `sample_rows` (target stream) give, bit for bit, with no logits returned.
 
     hidden:      `[R, D]` fp32
     weight:      D -> at least vocab_size
     temperature: `[R]` fp32, 0 = greedy
+    top_k, top_p, min_p: `[R]` int32, fp32, fp32, as in `filter_rows`
     seeds:       `[R]` int64, the bits of the 64-bit seeds
     positions:   `[R]` int32, the absolute position of the token being decided
     returns      tokens `[R]` int32; errors `[R]` int32, 1 where a row holds a NaN or nothing finite
     """
     logits = head(hidden, norm, weight, vocab_size)
-    zero = torch.zeros_like(positions)
-    stats = filter_rows(
-        logits, temperature, zero, torch.ones_like(temperature), torch.zeros_like(temperature)
-    )
-    tokens, _ = sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, zero)
+    stats = filter_rows(logits, temperature, top_k, top_p, min_p)
+    base = torch.zeros_like(positions)
+    tokens, _ = sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
     return tokens, stats[:, STAT_ERROR].int()

@@ -106,7 +106,7 @@ class _Draft:
     ) -> None:
         """Feeds (start, q_len, num_logits), draws token `step` of the given rows and stages it."""
         position = part.seq_len + step
-        if part.is_unfiltered and not part.has_rejection:
+        if part.bias is None and not part.has_rejection:
             tokens, error = runner.draw(part, *fed)
         else:
             tokens, error = self._draw_from_logits(runner, part, rows, step, runner.forward(part, *fed))

@@ -43,11 +43,11 @@ class ModelRunner:
     def draw(
         self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`forward`, then the draw of each logit row by its sequence's temperature and seed; no logits are stored.
+        """`forward`, then the draw of each logit row by its sequence's parameters and seed; no logits are stored.
 
-        Returns tokens and error flags, `[sum(num_logits)]` int32 each. Filters and biases are not applied.
+        Returns tokens and error flags, `[sum(num_logits)]` int32 each. Biases are not applied.
         """
-        keys = DrawKeys(batch.temperature, batch.seeds)
+        keys = DrawKeys(batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds)
         return self.decoder.draw(self._build(batch, start, q_len, num_logits), *self._where(), keys)
 
     def _build(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> ForwardBatch:

@@ -42,7 +42,6 @@ class RunningBatch:
     bias:           sparse additions to the logits, or None
     lengths, draft_limits: seq_len and max_draft as the host knows them
     has_rejection, is_all_rejection: whether any / every row uses rejection mode
-    is_unfiltered:  whether no row's logits are biased or filtered before its draw
     wants_logprobs: whether any row's log-probabilities are wanted
     """
 
@@ -63,7 +62,6 @@ class RunningBatch:
     draft_limits: tuple[int, ...]
     has_rejection: bool
     is_all_rejection: bool
-    is_unfiltered: bool
     wants_logprobs: bool
 
     @property
@@ -74,7 +72,7 @@ class RunningBatch:
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
         may_reject = self.has_rejection and any(self.draft_limits)
-        return self.is_unfiltered and not self.wants_logprobs and not may_reject
+        return self.bias is None and not self.wants_logprobs and not may_reject
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included."""
@@ -176,7 +174,6 @@ class BatchState:
             draft_limits=limits,
             has_rejection=any(rejection),
             is_all_rejection=all(rejection),
-            is_unfiltered=bias is None and not any(each.has_filters for each in params),
             wants_logprobs=any(each.logprobs is not None for each in params),
         )
 

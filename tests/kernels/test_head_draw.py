@@ -18,23 +18,28 @@ WIDTH = 48
 HeadDraw = Callable[..., tuple[Tensor, Tensor]]
 
 
-def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Temperatures (every third row greedy), seeds of all 64 bits, positions."""
+def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, ...]:
+    """Temperatures (every third row greedy), filters (none on every second row), seeds of all 64 bits, positions."""
     generator = torch.Generator().manual_seed(seed)
     temperature = torch.rand(num_rows, generator=generator) + 0.3
     temperature[::3] = 0.0
+    top_k = torch.randint(0, 40, (num_rows,), generator=generator).int() * 3
+    top_p = 1.0 - 0.6 * torch.rand(num_rows, generator=generator)
+    min_p = 0.05 * torch.rand(num_rows, generator=generator)
+    top_k[::2], top_p[::2], min_p[::2] = 0, 1.0, 0.0
+    top_k[1::6], top_p[1::6], min_p[3::8] = 0, 1.0, 0.0
     seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
-    return temperature, seeds, torch.randint(0, 2**20, (num_rows,), generator=generator).int()
+    positions = torch.randint(0, 2**20, (num_rows,), generator=generator).int()
+    return temperature, top_k, top_p, min_p, seeds, positions
 
 
 def draw_from_logits(hidden: Tensor, layer: Layer, vocab_size: int, *drawn: Tensor) -> tuple[Tensor, Tensor]:
     """The three ops that head_draw replaces."""
-    temperature, seeds, positions = drawn
+    temperature, *filters, seeds, positions = drawn
     logits = NATIVE.head(hidden, layer.norm, layer.packed, vocab_size)
-    zero = torch.zeros_like(positions)
-    off = (zero, torch.ones_like(temperature), torch.zeros_like(temperature))
-    stats = NATIVE.filter_rows(logits, temperature, *off)
-    tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, zero)
+    stats = NATIVE.filter_rows(logits, temperature, *filters)
+    base = torch.zeros_like(positions)
+    tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
     return tokens, stats[:, STAT_ERROR].int()
 
 
@@ -97,11 +102,16 @@ def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged() -> None:
     hidden = random_rows(4, WIDTH)
     hidden[1] = -hidden[0]  # one of the two has the tie on top
     hidden[2, 3] = float("nan")
-    greedy = (torch.zeros(4), torch.zeros(4, dtype=torch.int64), torch.zeros(4, dtype=torch.int32))
+    zero = torch.zeros(4)
+    greedy = (zero, zero.int(), zero + 1, zero, zero.long(), zero.int())
     tokens, error = NATIVE.head_draw(hidden, layer.norm, packed, 400, *greedy)
     logits = NATIVE.head(hidden, layer.norm, packed, 400)
     assert torch.equal(tokens[:2].long(), logits[:2].argmax(dim=1))
     assert 7 in tokens[:2].tolist()
+    assert error.tolist() == [0, 0, 1, 0]
+    assert ((tokens >= 0) & (tokens < 400)).all()
+    filtered = (zero + 1, zero.int() + 1, zero + 1, zero, zero.long(), zero.int())
+    tokens, error = NATIVE.head_draw(hidden, layer.norm, packed, 400, *filtered)
     assert error.tolist() == [0, 0, 1, 0]
     assert ((tokens >= 0) & (tokens < 400)).all()
 
@@ -113,9 +123,16 @@ def test_a_vocabulary_larger_than_the_head_is_refused(vocab_size: int) -> None:
         NATIVE.head_draw(random_rows(1, WIDTH), layer.norm, layer.packed, vocab_size, *keys(1))
 
 
-def test_the_neighbours_noise_is_noticed() -> None:
-    def next_position(hidden, norm, weight, vocab_size, temperature, seeds, positions):
-        return NATIVE.head_draw(hidden, norm, weight, vocab_size, temperature, seeds, positions + 1)
+@pytest.mark.parametrize("fault", ["the noise of the next position", "no top-p"])
+def test_a_planted_fault_is_noticed(fault: str) -> None:
+    def faulty(hidden, norm, weight, vocab_size, *drawn):
+        temperature, top_k, top_p, min_p, seeds, positions = drawn
+        if fault == "no top-p":
+            top_p = torch.ones_like(top_p)
+        else:
+            positions = positions + 1
+        given = (temperature, top_k, top_p, min_p, seeds, positions)
+        return NATIVE.head_draw(hidden, norm, weight, vocab_size, *given)
 
     with pytest.raises(AssertionError):
-        check_bits(next_position, 500, torch.float32)
+        check_bits(faulty, 500, torch.float32)
