@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
-from specengine.config import BACKEND_NAMES, DTYPE_NAMES, EngineConfig, SamplingParams
+from specengine.config import (
+    BACKEND_NAMES,
+    DTYPE_NAMES,
+    WEIGHT_DTYPE_NAMES,
+    EngineConfig,
+    SamplingParams,
+)
 from specengine.errors import SpecEngineError
 
 if TYPE_CHECKING:
@@ -214,6 +220,9 @@ def generate(
     acceptance: Annotated[str, typer.Option(help="auto, coupled or rejection.")] = SamplingParams.acceptance,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = EngineConfig.device,
     dtype: Annotated[str, typer.Option(help=_available(DTYPE_NAMES))] = EngineConfig.dtype,
+    weight_dtype: Annotated[
+        str, typer.Option(help=f"The target's weights. {_available(WEIGHT_DTYPE_NAMES)}")
+    ] = EngineConfig.weight_dtype,
     draft_weight_dtype: Annotated[str, typer.Option(help="The draft's.")] = EngineConfig.draft_weight_dtype,
     backend: Annotated[str, typer.Option(help=_available(BACKEND_NAMES))] = EngineConfig.backend,
     num_threads: Annotated[int | None, _int_option(help="CPU threads. [default: one a core]")] = None,

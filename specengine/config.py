@@ -25,6 +25,7 @@ MAX_LOGIT_BIAS = 1e4
 ACCEPTANCE_MODES = ("auto", "coupled", "rejection")
 LATER_ACCEPTANCE_MODES = ("block", "typical", "threshold")
 DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
+WEIGHT_DTYPE_NAMES = (*DTYPE_NAMES, "int8")
 BACKEND_NAMES = ("auto", "native", "triton", "reference")
 
 
@@ -222,11 +223,6 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
-    def has_filters(self) -> bool:
-        """Whether top-k, top-p or min-p cut the distribution (greedy decoding is not affected)."""
-        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
-
-    @property
     def uses_rejection(self) -> bool:
         """Whether drafts are judged by rejection sampling (greedy decoding is a match either way)."""
         if self.is_greedy or self.acceptance == "coupled":
@@ -240,8 +236,10 @@ class EngineConfig:
 
     device:             "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1" …
     dtype:              "auto", "float32", "bfloat16" or "float16": of the weights, unless the next two say otherwise
-    weight_dtype, draft_weight_dtype: storage of the target's and the draft's weights
-    kv_dtype:           storage of keys and values; "auto" = the weights' dtype
+    weight_dtype, draft_weight_dtype: storage of the target's and the draft's weights; besides those, "int8":
+                        linear layers rounded to 8 bits with a scale per output channel, the rest in `dtype`. An int8
+                        draft changes speed only; an int8 target is another model, a little worse
+    kv_dtype:           storage of keys and values; "auto" = the weights' dtype (`dtype`, where they are int8)
     backend:            "auto" (native on a CPU, reference on CUDA), "native", "reference"
     block_size:         tokens a KV block holds
     num_blocks | kv_cache_bytes: size of the KV cache; by default as much as max_batch_size sequences of
@@ -276,8 +274,13 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("dtype", "weight_dtype", "draft_weight_dtype", "kv_dtype"):
-            object.__setattr__(self, name, check_dtype_name(name, getattr(self, name)))
+        for name, choices in (
+            ("dtype", DTYPE_NAMES),
+            ("weight_dtype", WEIGHT_DTYPE_NAMES),
+            ("draft_weight_dtype", WEIGHT_DTYPE_NAMES),
+            ("kv_dtype", DTYPE_NAMES),
+        ):
+            object.__setattr__(self, name, check_dtype_name(name, getattr(self, name), choices))
         check_choice("backend", self.backend, BACKEND_NAMES)
         check_int("block_size", self.block_size, 1, 1024)
         check_int("max_batch_size", self.max_batch_size, 1, 4096)
@@ -305,15 +308,15 @@ class EngineConfig:
             raise ValueError("deterministic=False is not available in this version; leave it at True")
 
 
-def check_dtype_name(name: str, value: object) -> str:
+def check_dtype_name(name: str, value: object, choices: Sequence[str]) -> str:
     """The canonical name of a dtype given as a name or a `torch.dtype`."""
     text = str(value).removeprefix("torch.")
     text = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}.get(text, text)
-    if text == "int8":
+    if text == "int8" and text not in choices:
         raise ValueError(
-            f"{name}='int8' is not available in this version; use one of {', '.join(DTYPE_NAMES)}"
+            f"{name}='int8' is for weight_dtype and draft_weight_dtype; {name} has {', '.join(choices)}"
         )
-    return check_choice(name, text, DTYPE_NAMES)
+    return check_choice(name, text, choices)
 
 
 def field_names(cls: type) -> tuple[str, ...]:

@@ -171,6 +171,30 @@ def test_every_row_with_a_draft_model_is_what_it_is_alone(
     tally.check()
 
 
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_up_to_64_rows_at_once_are_what_they_are_alone(
+    weight_dtype: str,
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    scripted: ScriptedDrafter,
+    tally: Tally,
+) -> None:
+    engine = build_engine(
+        checkpoint("gpt2", seed=6), scripted, max_batch_size=64, num_threads=2, weight_dtype=weight_dtype
+    )
+    num_free = engine.num_free_blocks
+    rows = make_rows(num_rows=64, seed=7)
+    alone = prepare(engine, scripted, rows)
+    order = random.Random(weight_dtype).sample(range(64), 64)
+    for size in (1, 2, 3, 5, 8, 13, 21, 34, 64):
+        chosen = order[:size]
+        prompts, params = [list(rows[at].prompt) for at in chosen], [rows[at].params for at in chosen]
+        for at, result in zip(chosen, engine.generate(prompts, params), strict=True):
+            assert_row(result, alone[at])
+    assert_idle(engine, num_free)
+    tally.check()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 30))
 @pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])

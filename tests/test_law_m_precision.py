@@ -23,6 +23,7 @@ from law_helpers import (
 from scripted_drafters import ScriptedDrafter
 from torch import Tensor
 
+from specengine import _C
 from specengine.engine import Engine
 
 pytestmark = pytest.mark.skipif(not HAS_BITS, reason="only the native backend promises bits")
@@ -34,6 +35,8 @@ PRECISIONS = [
     {"weight_dtype": "bfloat16", "kv_dtype": "bfloat16"},
     {"weight_dtype": "bfloat16", "kv_dtype": "float32"},
     {"weight_dtype": "float16", "kv_dtype": "float16"},
+    {"weight_dtype": "int8", "kv_dtype": "float32"},
+    {"weight_dtype": "int8", "dtype": "bfloat16", "kv_dtype": "auto"},
 ]
 MODES: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 9, "acceptance": "coupled", "top_p": 0.95}]
 
@@ -91,7 +94,7 @@ ODD_SHAPES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", ODD_SHAPES, ids=lambda shape: str(shape["hidden_size"]))
 def test_odd_shapes_give_plains_bits(
     shape: dict[str, Any],
@@ -115,7 +118,23 @@ def test_odd_shapes_give_plains_bits(
     tally.check()
 
 
-@pytest.mark.parametrize("draft_weight_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8"])
+def test_every_instruction_set_gives_plains_bits(
+    weight_dtype: str,
+    instruction_set: str,
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tally: Tally,
+) -> None:
+    shape = ODD_SHAPES[1]
+    drafter = ScriptedDrafter(vocab_size=shape["vocab_size"])
+    engine = build_engine(checkpoint("gpt2", seed=8, **shape), drafter, weight_dtype=weight_dtype)
+    check_bits(engine, drafter, ks=range(1, 17, 5), vocab_size=shape["vocab_size"])
+    assert _C.build_info()["instruction_set"] == instruction_set
+    tally.check()
+
+
+@pytest.mark.parametrize("draft_weight_dtype", ["float32", "bfloat16", "int8"])
 def test_a_draft_of_another_precision_gives_plains_bits(
     draft_weight_dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:

@@ -79,6 +79,7 @@ def load_model(
     source: ModelSource,
     *,
     dtype: torch.dtype | str = "auto",
+    has_int8_linears: bool = False,
     device: torch.device,
     backend: Backend,
     allow_pickle: bool = False,
@@ -92,6 +93,7 @@ def load_model(
                   if there is no such directory; or a `transformers` model in memory, whose weights are copied
     dtype:        of linear layers and tables (norms and biases are fp32). "auto": on CUDA the checkpoint's,
                   on a CPU bf16 if it has it natively and the checkpoint is 16-bit, else fp32
+    has_int8_linears: round linear layers, the head included, to int8 per output channel; `dtype` is the tables'
     allow_pickle: read `pytorch_model.bin` if there are no safetensors, with `weights_only=True`
     revision:     of a Hub model
     progress:     called with (bytes read, bytes in all) after every tensor
@@ -114,7 +116,13 @@ def load_model(
     checkpoint_dtype = _main_dtype(weights_from)
     chosen = choose_dtype(dtype, checkpoint_dtype, device, backend)
     weights = read_weights(
-        model, weights_from, dtype=chosen, device=device, backend=backend, progress=progress
+        model,
+        weights_from,
+        dtype=chosen,
+        has_int8_linears=has_int8_linears,
+        device=device,
+        backend=backend,
+        progress=progress,
     )
     return LoadedModel(name, Decoder(model.spec, weights, backend), tokenizer, checkpoint_dtype, directory)
 

@@ -34,6 +34,7 @@ def read_weights(
     source: TensorSource,
     *,
     dtype: torch.dtype,
+    has_int8_linears: bool,
     device: torch.device,
     backend: Backend,
     progress: Progress | None,
@@ -50,7 +51,7 @@ def read_weights(
     return _build(
         model,
         _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress),
-        _Packer(model.spec, dtype, device, backend),
+        _Packer(model.spec, dtype, has_int8_linears, device, backend),
     )
 
 
@@ -112,8 +113,11 @@ def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> Dec
     outer = model.architecture.read_outer(read, model.config)
     token_table = pack.table(outer.token_table)
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
-    # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
-    head = pack.backend.pack_linear(token_table if outer.head is None else pack.table(outer.head), None)
+    if outer.head is None and not pack.has_int8_linears:
+        # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
+        head = pack.backend.pack_linear(token_table, None)
+    else:
+        head = pack.linear(LinearTensors(outer.token_table if outer.head is None else outer.head, None))
     final_norm = pack.norm(outer.final_norm)
     del outer
     layers = tuple(
@@ -126,8 +130,16 @@ def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> Dec
 class _Packer:
     """Copies tensors to their device and dtype; nothing it returns shares memory with the checkpoint."""
 
-    def __init__(self, spec: DecoderSpec, dtype: torch.dtype, device: torch.device, backend: Backend) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        dtype: torch.dtype,
+        has_int8_linears: bool,
+        device: torch.device,
+        backend: Backend,
+    ) -> None:
         self.backend = backend
+        self.has_int8_linears = has_int8_linears
         self._spec = spec
         self._dtype = dtype
         self._device = device
@@ -144,6 +156,8 @@ class _Packer:
 
     def linear(self, tensors: LinearTensors) -> PackedLinear:
         bias = None if tensors.bias is None else self._copy(tensors.bias, torch.float32)
+        if self.has_int8_linears:  # rounded once, from what the checkpoint holds
+            return self.backend.pack_linear_int8(self._copy(tensors.weight, torch.float32), bias)
         return self.backend.pack_linear(self.table(tensors.weight), bias)
 
     def norm(self, tensors: NormTensors) -> Norm:
