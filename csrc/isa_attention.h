@@ -1,20 +1,20 @@
 // Attention of one sequence's rows over one key/value head. Included inside an instruction set's
 // namespace. A query vector visits KV tiles that start at absolute multiples of kAttentionTile;
-// each tile gives a partial (maximum, normaliser, weighted values), merged in index order. A
-// score is the sum over d, in order, and a weighted value the sum over the tile's tokens, in
-// order: how many queries share a register block changes nothing. A tile that is masked for a
-// query is left out, which is what merging (-inf, 0) would do.
+// each tile gives a partial (maximum, normaliser, weighted values), merged in index order. A score
+// is reduce_add of sixteen sums over every sixteenth d, in order, and a weighted value the sum over
+// the tile's tokens, in order: how many queries share a register block changes nothing. A tile that
+// is masked for a query is left out, which is what merging (-inf, 0) would do.
 
-// A score is the sum, in order, of sequential sums over chunks of this many elements.
-constexpr int64_t kChunkD = 64;
-// Queries of a register block.
+// Queries of a register block: each keeps two sums of a score, or vectors of a value.
+constexpr int kMaxScoreQueries = kNumRegisters < 6 ? 1 : kNumRegisters < 16 ? 3 : 6;
 constexpr int kMaxBlockQueries = 6;
-// Groups of 16 keys that are transposed before they are scored: they stay in the first cache.
-constexpr int kGroupsAtOnce = 4;
-// Values that every query takes before the next: likewise.
+// Values that every query takes before the next: they stay in the first cache.
 constexpr int kValuesAtOnce = 32;
+// Groups of sixteen keys between the one that is scored and the one that is asked for, in the first
+// tile.
+constexpr int kGroupsAhead = 2;
 
-// Vectors that a register block of that many queries takes at once.
+// Vectors of a value that a register block of that many queries takes at once.
 constexpr int block_vectors(int num_queries) {
   const int fitting = (kNumRegisters - 2) / num_queries;
   return fitting >= 4 ? 4 : fitting >= 2 ? 2 : 1;
@@ -28,20 +28,22 @@ inline F16 load_kv(const char* row, int64_t at) {
   return load_fp16(reinterpret_cast<const uint16_t*>(row) + at);
 }
 
-// Memory that is needed next, for prefetching while this tile is computed: where 16 keys each
-// begin, and the bytes to advance for each element of a score, which passes over all of them when
-// they are in one block.
-struct Ahead {
-  const char* const* group;
-  int64_t step;
-};
-
 // Where a tile's key rows are in the cache.
 struct TileRows {
   int count;
   const char* row[kAttentionTile];
-  const char* group[kAttentionTile / 16];  // every sixteenth
 };
+
+// Asks for `count` rows, or as many as there are, from `first` on, `offset` bytes further on:
+// values while keys are scored, the next tile's keys while values are weighed.
+inline void ask_for(const TileRows& tile, int first, int count, int64_t offset, int64_t row_bytes) {
+  const int end = first + count < tile.count ? first + count : tile.count;
+  for (int j = first; j < end; ++j) {
+    for (int64_t at = 0; at < row_bytes; at += 64) {
+      __builtin_prefetch(tile.row[j] + offset + at, 0, 2);
+    }
+  }
+}
 
 inline void locate_tile(const AttentionArgs& args, const int32_t* table, int64_t kv_head,
                         int64_t row_bytes, int64_t begin, int64_t end, TileRows& rows) {
@@ -55,9 +57,6 @@ inline void locate_tile(const AttentionArgs& args, const int32_t* table, int64_t
     const int64_t in_block = args.block_size - within;
     const int stop = in_block < rows.count - j ? j + static_cast<int>(in_block) : rows.count;
     for (; j < stop; ++j, row += row_bytes) rows.row[j] = row;
-  }
-  for (int g = 0; g < kAttentionTile / 16; ++g) {
-    rows.group[g] = rows.row[16 * g < rows.count ? 16 * g : 0];
   }
 }
 
@@ -118,72 +117,59 @@ struct Queries {
   float add[kMaxSharedQueries];
 };
 
-// keys[(g padded + d) 16 + t] = k_{16 (first + g) + t}[d].
+// Sixteen rows from `first` on as `padded` floats each; the last one again where there are fewer.
 template <DType T>
-inline void gather_keys(const TileRows& tile, int first, int64_t num_groups, int64_t head_dim,
-                        int64_t padded, float* converted, float* keys) {
-  for (int g = 0; g < num_groups; ++g, keys += 16 * padded) {
-    const float* rows[16];
-    for (int t = 0; t < 16; ++t) {
-      const int j = 16 * (first + g) + t;
-      const char* row = tile.row[j < tile.count ? j : tile.count - 1];
-      if (T == DType::kFloat32 && padded == head_dim) {
-        rows[t] = reinterpret_cast<const float*>(row);
-      } else {
-        convert_row<T>(row, head_dim, padded, converted + t * padded);
-        rows[t] = converted + t * padded;
+inline void locate_group(const TileRows& tile, int first, int64_t head_dim, int64_t padded,
+                         float* converted, const float* (&rows)[16]) {
+  for (int t = 0; t < 16; ++t) {
+    const char* row = tile.row[first + t < tile.count ? first + t : tile.count - 1];
+    if (T == DType::kFloat32 && padded == head_dim) {
+      rows[t] = reinterpret_cast<const float*>(row);
+    } else {
+      convert_row<T>(row, head_dim, padded, converted + t * padded);
+      rows[t] = converted + t * padded;
+    }
+  }
+}
+
+// scores[t] = q · k_t for one query and sixteen keys.
+inline void score_alone(const float* query, const float* const (&rows)[16], int64_t padded,
+                        float* scores) {
+  F16 sums[16];
+#pragma GCC unroll 16
+  for (int t = 0; t < 16; ++t) sums[t] = set1(0.0f);
+  for (int64_t d = 0; d < padded; d += 16) {
+    const F16 q = load(query + d);
+#pragma GCC unroll 16
+    for (int t = 0; t < 16; ++t) sums[t] = fma(q, load(rows[t] + d), sums[t]);
+  }
+  store(scores, reduce_add_each(sums));
+}
+
+// The same for kQueries queries and keys[16 d + t] = k_t[d]; the additions are those of reduce_add.
+template <int kQueries>
+inline void score_block(const float* query, const float* keys, int64_t padded, float* scores) {
+  F16 halves[8][kQueries];
+  for (int i = 0; i < 8; ++i) {
+    F16 low[kQueries], high[kQueries];
+#pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) low[q] = high[q] = set1(0.0f);
+    for (int64_t d = i; d < padded; d += 16) {
+      const F16 low_key = load(keys + 16 * d), high_key = load(keys + 16 * (d + 8));
+#pragma GCC unroll 8
+      for (int q = 0; q < kQueries; ++q) {
+        low[q] = fma(set1(query[q * padded + d]), low_key, low[q]);
+        high[q] = fma(set1(query[q * padded + d + 8]), high_key, high[q]);
       }
     }
-    transpose_rows(rows, padded, keys);
-    transpose_rows(rows + 8, padded, keys + 8);
-  }
-}
-
-// scores[q][16 g + t] = q · k_{16 g + t} over elements `begin` to before `end`, added to what is
-// there unless begin is 0.
-template <int kQueries, int kGroups>
-inline void score_block(const float* query, const float* keys, int64_t padded, int64_t begin,
-                        int64_t end, const Ahead& ahead, float* scores) {
-  F16 sums[kQueries][kGroups];
 #pragma GCC unroll 8
+    for (int q = 0; q < kQueries; ++q) halves[i][q] = low[q] + high[q];
+  }
   for (int q = 0; q < kQueries; ++q) {
-    for (int g = 0; g < kGroups; ++g) sums[q][g] = set1(0.0f);
-  }
-  for (int64_t d = begin; d < end; ++d) {
-    F16 key[kGroups];
-    for (int g = 0; g < kGroups; ++g) {
-      __builtin_prefetch(ahead.group[g] + d * ahead.step, 0, 2);
-      key[g] = load(keys + (g * padded + d) * 16);
-    }
-#pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) {
-      const F16 element = set1(query[q * padded + d]);
-      for (int g = 0; g < kGroups; ++g) sums[q][g] = fma(element, key[g], sums[q][g]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int q = 0; q < kQueries; ++q) {
-    for (int g = 0; g < kGroups; ++g) {
-      float* out = scores + q * kAttentionTile + 16 * g;
-      store(out, begin == 0 ? sums[q][g] : load(out) + sums[q][g]);
-    }
-  }
-}
-
-template <int kQueries, int kGroups = block_vectors(kQueries)>
-inline void score_groups(const float* query, const float* keys, int64_t num_groups,
-                         int64_t head_dim, int64_t padded, Ahead ahead, float* scores) {
-  int64_t g = 0;
-  for (; g + kGroups <= num_groups; g += kGroups, ahead.group += kGroups) {
-    for (int64_t d = 0; d < head_dim; d += kChunkD) {
-      score_block<kQueries, kGroups>(query, keys + g * padded * 16, padded, d,
-                                     d + kChunkD < head_dim ? d + kChunkD : head_dim, ahead,
-                                     scores + 16 * g);
-    }
-  }
-  if constexpr (kGroups > 1) {
-    score_groups<kQueries, kGroups / 2>(query, keys + g * padded * 16, num_groups - g, head_dim,
-                                        padded, ahead, scores + 16 * g);
+    F16 quarters[4];
+    for (int i = 0; i < 4; ++i) quarters[i] = halves[i][q] + halves[i + 4][q];
+    const F16 even = quarters[0] + quarters[2], odd = quarters[1] + quarters[3];
+    store(scores + q * kAttentionTile, even + odd);
   }
 }
 
@@ -220,9 +206,7 @@ inline void weigh_scores(Queries& queries, int q) {
 // from `first` on and kVectors vectors from element `at` on.
 template <DType T, int kQueries, int kVectors>
 inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
-                        const char* const* ahead, int64_t value_offset, int64_t at, int64_t begin,
-                        int64_t end) {
-  constexpr int64_t kBytes = T == DType::kFloat32 ? 4 : 2;
+                        int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
   const int64_t stride = queries.padded;
   const float* weights = queries.weights + first * kAttentionTile;
   float* memory = queries.sums + first * stride + at;
@@ -234,12 +218,7 @@ inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
   for (int64_t j = begin; j < end; ++j) {
     const char* row = tile.row[j] + value_offset;
     F16 value[kVectors];
-    for (int i = 0; i < kVectors; ++i) {
-      if (16 * kBytes * i % 64 == 0) {
-        __builtin_prefetch(ahead[j] + value_offset + (at + 16 * i) * kBytes, 0, 2);
-      }
-      value[i] = load_kv<T>(row, at + 16 * i);
-    }
+    for (int i = 0; i < kVectors; ++i) value[i] = load_kv<T>(row, at + 16 * i);
 #pragma GCC unroll 8
     for (int q = 0; q < kQueries; ++q) {
       const F16 weight = set1(weights[q * kAttentionTile + j]);
@@ -254,67 +233,51 @@ inline void weigh_block(const Queries& queries, int first, const TileRows& tile,
 
 template <DType T, int kQueries, int kVectors = block_vectors(kQueries)>
 inline void weigh_vectors(const Queries& queries, int first, const TileRows& tile,
-                          const char* const* ahead, int64_t value_offset, int64_t at, int64_t begin,
-                          int64_t end) {
+                          int64_t value_offset, int64_t at, int64_t begin, int64_t end) {
   for (; at + 16 * kVectors <= queries.padded; at += 16 * kVectors) {
-    weigh_block<T, kQueries, kVectors>(queries, first, tile, ahead, value_offset, at, begin, end);
+    weigh_block<T, kQueries, kVectors>(queries, first, tile, value_offset, at, begin, end);
   }
   if constexpr (kVectors > 1) {
-    weigh_vectors<T, kQueries, kVectors / 2>(queries, first, tile, ahead, value_offset, at, begin,
-                                             end);
+    weigh_vectors<T, kQueries, kVectors / 2>(queries, first, tile, value_offset, at, begin, end);
   }
 }
 
 // What the first of the queries sees they all see; the others take the rest each on their own.
 template <DType T, int kQueries>
 inline void weigh_values(const Queries& queries, int first, const TileRows& tile,
-                         const char* const* ahead, int64_t value_offset, int begin, int end) {
+                         int64_t value_offset, int begin, int end) {
   int shared = queries.seen[first] < end ? queries.seen[first] : end;
   if (shared < begin) shared = begin;
-  weigh_vectors<T, kQueries>(queries, first, tile, ahead, value_offset, 0, begin, shared);
+  weigh_vectors<T, kQueries>(queries, first, tile, value_offset, 0, begin, shared);
   for (int q = first + 1; q < first + kQueries; ++q) {
     const int seen = queries.seen[q] < end ? queries.seen[q] : end;
-    if (shared < seen)
-      weigh_vectors<T, 1>(queries, q, tile, tile.row, value_offset, 0, shared, seen);
+    if (shared < seen) weigh_vectors<T, 1>(queries, q, tile, value_offset, 0, shared, seen);
   }
 }
 
-// Calls visit(first, integral constant) for register blocks of the queries from `begin` on.
+// Calls visit(first, integral constant) for register blocks of up to kMax of the queries from
+// `begin` on.
 template <int kQueries>
 struct BlockOf {
   static constexpr int value = kQueries;
 };
-template <class Visit>
+template <int kMax, class Visit>
 inline void for_each_block(int begin, int end, const Visit& visit) {
-  for (; begin + kMaxBlockQueries <= end; begin += kMaxBlockQueries) {
-    visit(begin, BlockOf<kMaxBlockQueries>{});
-  }
-  switch (end - begin) {
-    case 1:
-      return visit(begin, BlockOf<1>{});
-    case 2:
-      return visit(begin, BlockOf<2>{});
-    case 3:
-      return visit(begin, BlockOf<3>{});
-    case 4:
-      return visit(begin, BlockOf<4>{});
-    case 5:
-      return visit(begin, BlockOf<5>{});
-  }
+  for (; begin + kMax <= end; begin += kMax) visit(begin, BlockOf<kMax>{});
+  if constexpr (kMax > 1) for_each_block<kMax - 1>(begin, end, visit);
 }
 
 template <DType T>
-inline void weigh_tile(Queries& queries, int first, const TileRows& tile, const TileRows& next,
-                       int64_t value_offset) {
+inline void weigh_tile(Queries& queries, int first, const TileRows& tile, int64_t value_offset,
+                       const TileRows& next, int64_t row_bytes) {
   for (int64_t d = first * queries.padded; d < queries.count * queries.padded; d += 16) {
     store(queries.sums + d, set1(0.0f));
   }
   for (int begin = 0; begin < tile.count; begin += kValuesAtOnce) {
     const int end = begin + kValuesAtOnce < tile.count ? begin + kValuesAtOnce : tile.count;
-    for_each_block(first, queries.count, [&](int q, auto block) {
-      const bool is_first = q == first && end <= next.count;
-      weigh_values<T, block.value>(queries, q, tile, is_first ? next.row : tile.row, value_offset,
-                                   begin, end);
+    ask_for(next, begin, kValuesAtOnce, 0, row_bytes);
+    for_each_block<kMaxBlockQueries>(first, queries.count, [&](int q, auto block) {
+      weigh_values<T, block.value>(queries, q, tile, value_offset, begin, end);
     });
   }
   for (int q = first; q < queries.count; ++q) {
@@ -348,7 +311,7 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
   queries.weights = queries.output + kMaxSharedQueries * padded;
   queries.sums = queries.weights + kMaxSharedQueries * kAttentionTile;
   float* keys = queries.sums + kMaxSharedQueries * padded;
-  float* converted = keys + 16 * kGroupsAtOnce * padded;
+  float* converted = keys + 16 * padded;
   float* values = converted + 16 * padded;
   // Element 0 of query q in args.query and args.out.
   const auto position = [&](int q) {
@@ -379,28 +342,33 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
       queries.seen[q] = seen < tile.count ? static_cast<int>(seen) : tile.count;
       if (seen <= 0) first = q + 1;
     }
-    const int num_groups = (tile.count + 15) / 16;
-    for (int group = 0; group < num_groups; group += kGroupsAtOnce) {
-      const int left = num_groups - group;
-      const int at_once = left < kGroupsAtOnce ? left : kGroupsAtOnce;
-      gather_keys<T>(tile, group, at_once, head_dim, padded, converted, keys);
-      for_each_block(first, queries.count, [&](int q, auto block) {
-        const TileRows& ahead = q == first && next.count > 0 ? next : tile;
-        score_groups<block.value>(queries.query + q * padded, keys, at_once, head_dim, padded,
-                                  {ahead.group + group, 16 * row_bytes / head_dim},
-                                  queries.weights + q * kAttentionTile + 16 * group);
+    for (int j = 0; j < tile.count; j += 16) {
+      if (begin == 0) ask_for(tile, j + 16 * kGroupsAhead, 16, 0, row_bytes);
+      ask_for(tile, j, 16, value_offset, row_bytes);
+      const float* rows[16];
+      locate_group<T>(tile, j, head_dim, padded, converted, rows);
+      if (queries.count - first == 1) {
+        score_alone(queries.query + first * padded, rows, padded,
+                    queries.weights + first * kAttentionTile + j);
+        continue;
+      }
+      transpose_rows(rows, padded, keys);
+      transpose_rows(rows + 8, padded, keys + 8);
+      for_each_block<kMaxScoreQueries>(first, queries.count, [&](int q, auto block) {
+        score_block<block.value>(queries.query + q * padded, keys, padded,
+                                 queries.weights + q * kAttentionTile + j);
       });
     }
     for (int q = first; q < queries.count; ++q) weigh_scores(queries, q);
     if (padded == head_dim) {
-      weigh_tile<T>(queries, first, tile, next, value_offset);
+      weigh_tile<T>(queries, first, tile, value_offset, next, row_bytes);
     } else {
       for (int j = 0; j < tile.count; ++j) {
         float* value = values + j * padded;
         convert_row<T>(tile.row[j] + value_offset, head_dim, padded, value);
         tile.row[j] = reinterpret_cast<const char*>(value);
       }
-      weigh_tile<DType::kFloat32>(queries, first, tile, tile, 0);
+      weigh_tile<DType::kFloat32>(queries, first, tile, 0, next, row_bytes);
     }
   }
   for (int q = 0; q < queries.count; ++q) {
