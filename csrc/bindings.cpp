@@ -2,6 +2,7 @@
 // passes raw pointers on with the interpreter's lock released.
 #include <tuple>
 
+#include "memory.h"
 #include "ops.h"
 #include "tensor_checks.h"
 #include "thread_pool.h"
@@ -15,32 +16,39 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-Tensor empty_panels(const Tensor& weight, DType dtype, at::ScalarType type) {
+Tensor empty_panels(const WeightView& weight, DType dtype, at::ScalarType type) {
+  const int64_t count = packed_elements(weight.out_features, weight.in_features, dtype);
+  const int64_t num_bytes = count * element_size(dtype);
+  if (num_bytes < kLargeBytes) return at::empty({count}, type);
+  void* memory = allocate_large(num_bytes);
+  const auto free = [num_bytes](void* data) { free_large(data, num_bytes); };
+  return at::from_blob(memory, {count}, free, at::TensorOptions(type));
+}
+
+WeightView weight_view(const Tensor& weight) {
+  const DType dtype = dtype_of(weight, "weight");
   if (weight.dim() != 2 || weight.size(0) < 1 || weight.size(1) < 1) {
     fail("weight: expected [out_features, in_features], got ", shape_of(weight));
   }
-  Tensor panels = at::empty({packed_elements(weight.size(0), weight.size(1), dtype)}, type);
-  advise_huge_pages(panels.data_ptr(), panels.nbytes());
-  return panels;
+  return {weight.data_ptr(), dtype,           weight.size(0), weight.size(1),
+          weight.stride(0),  weight.stride(1)};
 }
 
-Tensor pack_linear_op(const Tensor& weight) {
-  const DType dtype = dtype_of(weight, "weight");
-  Tensor panels = empty_panels(weight, dtype, weight.scalar_type());
-  const Tensor source = weight.contiguous();
+Tensor pack_linear_op(const Tensor& weight, at::ScalarType type) {
+  const WeightView view = weight_view(weight);
+  const DType dtype = dtype_of(type, "dtype");
+  Tensor panels = empty_panels(view, dtype, type);
   py::gil_scoped_release release;
-  pack_linear(source.data_ptr(), dtype, weight.size(0), weight.size(1), panels.data_ptr());
+  pack_linear(view, dtype, panels.data_ptr(), nullptr);
   return panels;
 }
 
 std::tuple<Tensor, Tensor> pack_linear_int8_op(const Tensor& weight) {
-  const DType dtype = dtype_of(weight, "weight");
-  Tensor panels = empty_panels(weight, DType::kInt8, at::kChar);
-  Tensor scale = at::empty({weight.size(0)}, at::kFloat);
-  const Tensor source = weight.contiguous();
+  const WeightView view = weight_view(weight);
+  Tensor panels = empty_panels(view, DType::kInt8, at::kChar);
+  Tensor scale = at::empty({view.out_features}, at::kFloat);
   py::gil_scoped_release release;
-  pack_linear_int8(source.data_ptr(), dtype, weight.size(0), weight.size(1),
-                   panels.data_ptr<int8_t>(), scale.data_ptr<float>());
+  pack_linear(view, DType::kInt8, panels.data_ptr(), scale.data_ptr<float>());
   return {panels, scale};
 }
 

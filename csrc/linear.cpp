@@ -1,7 +1,3 @@
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -22,53 +18,6 @@ constexpr int64_t kMinParallelRows = int64_t{1} << 14;
 constexpr int64_t kTaskBytes = int64_t{1} << 17;
 
 int64_t num_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
-int64_t padded_k(int64_t k, DType dtype) {
-  const int64_t depth = depth_of(dtype);
-  return (k + depth - 1) / depth * depth;
-}
-
-// Calls store(k, at) for every k of a panel's column, `at` where the weight lies in the panel.
-template <class Store>
-void for_each_weight(int64_t column, int64_t k, DType dtype, Store&& store) {
-  const int64_t depth = depth_of(dtype);
-  for (int64_t i = 0; i < k; ++i) {
-    store(i, (i / depth * kPanelColumns + column) * depth + i % depth);
-  }
-}
-
-template <class T>
-void pack_panels(const T* weight, int64_t n, int64_t k, DType dtype, T* out) {
-  const int64_t panel_size = padded_k(k, dtype) * kPanelColumns;
-  parallel_for(num_panels(n), n * k >= kMinParallelWork, [&](int64_t panel) {
-    T* base = out + panel * panel_size;
-    const int64_t columns = std::min<int64_t>(kPanelColumns, n - panel * kPanelColumns);
-    if (columns < kPanelColumns || k % depth_of(dtype) != 0) {
-      std::memset(static_cast<void*>(base), 0, sizeof(T) * panel_size);
-    }
-    for (int64_t column = 0; column < columns; ++column) {
-      const T* source = weight + (panel * kPanelColumns + column) * k;
-      for_each_weight(column, k, dtype, [&](int64_t i, int64_t at) { base[at] = source[i]; });
-    }
-  });
-}
-
-// One output channel to int8, ties to even (as the sum with 1.5 * 2^23 rounds); returns its scale.
-float quantize_channel(const float* weight, int64_t k, int8_t* out) {
-  float largest = 0.0f, poison = 0.0f;
-  for (int64_t i = 0; i < k; ++i) {
-    largest = std::max(largest, std::fabs(weight[i]));
-    poison += weight[i] * 0.0f;
-  }
-  const float scale = largest / 127.0f + poison;
-  const bool is_usable = scale > 0.0f;  // neither a zero channel nor one with NaN or infinity
-  for (int64_t i = 0; i < k; ++i) {
-    const float ratio = is_usable ? weight[i] / scale : 0.0f;
-    const float rounded = (ratio + 0x1.8p23f) - 0x1.8p23f;
-    out[i] = static_cast<int8_t>(std::clamp(rounded, -127.0f, 127.0f));
-  }
-  return scale;
-}
-
 // The layer's input rows, normalised, as the kernels want them. Valid until the thread's next call.
 const float* pack_rows(const LinearCall& call) {
   static thread_local Scratch<float> words_scratch;
@@ -130,56 +79,6 @@ void append_row(const float* projected, int64_t slot, int64_t part, const KvAppe
 
 }  // namespace
 
-int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype) {
-  return num_panels(out_features) * kPanelColumns * padded_k(in_features, dtype);
-}
-
-void pack_linear(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
-                 void* panels) {
-  if (dtype == DType::kFloat32) {
-    pack_panels(static_cast<const float*>(weight), out_features, in_features, dtype,
-                static_cast<float*>(panels));
-  } else {
-    pack_panels(static_cast<const uint16_t*>(weight), out_features, in_features, dtype,
-                static_cast<uint16_t*>(panels));
-  }
-}
-
-void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
-                      int8_t* panels, float* scale) {
-  const int64_t n = out_features, k = in_features;
-  const int64_t panel_size = padded_k(k, DType::kInt8) * kPanelColumns;
-  parallel_for(num_panels(n), n * k >= kMinParallelWork, [&](int64_t panel) {
-    static thread_local Scratch<float> channel_scratch;
-    static thread_local Scratch<int8_t> quantized_scratch;
-    float* channel = channel_scratch.reserve(k);
-    int8_t* quantized = quantized_scratch.reserve(k);
-    int8_t* base = panels + panel * panel_size;
-    std::memset(base, -128, panel_size);  // zeros
-    const int64_t first = panel * kPanelColumns;
-    const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
-    for (int64_t column = 0; column < columns; ++column) {
-      for (int64_t i = 0; i < k; ++i) {
-        channel[i] = load_float(weight, dtype, (first + column) * k + i);
-      }
-      scale[first + column] = quantize_channel(channel, k, quantized);
-      for_each_weight(column, k, DType::kInt8,
-                      [&](int64_t i, int64_t at) { base[at] = quantized[i] ^ -128; });
-    }
-  });
-}
-
-void advise_huge_pages(void* data, int64_t num_bytes) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + num_bytes) & ~(kHugePage - 1);
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#else
-  (void)data, (void)num_bytes;
-#endif
-}
-
 void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows, int64_t width,
            const void* token_table, const void* position_table, DType dtype, float* out) {
   parallel_for(num_rows, num_rows * width >= kMinParallelWork, [&](int64_t row) {
@@ -197,7 +96,7 @@ void linear(const LinearCall& call) {
   const LinearArgs args = linear_args(call);
   const int64_t panels = num_panels(call.num_columns);
   const int64_t panel_bytes =
-      padded_k(args.k, args.dtype) * kPanelColumns * element_size(args.dtype);
+      packed_elements(kPanelColumns, args.k, args.dtype) * element_size(args.dtype);
   // More rows make a panel more work; never fewer than one panel, never so many that threads idle.
   const int64_t wanted =
       std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * call.num_rows));

@@ -9,6 +9,22 @@
 
 namespace specengine {
 
+// --- pack_linear.cpp
+
+// An [out_features, in_features] weight as a checkpoint has it.
+struct WeightView {
+  const void* data;
+  DType dtype;
+  int64_t out_features, in_features;
+  int64_t out_stride, in_stride;
+};
+
+// Elements of the packed layout (kernels.h) of an [out_features, in_features] weight.
+int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype);
+// To int8 each output channel is rounded: scale = max |w| / 127, w / scale to the nearest integer,
+// ties to even; a channel that is not finite has the scale NaN. `scale` is for int8 only.
+void pack_linear(const WeightView& weight, DType dtype, void* panels, float* scale);
+
 // --- linear.cpp
 
 struct LinearWeight {
@@ -25,18 +41,6 @@ struct NormWeight {
   const float* bias;
   float eps;
 };
-
-// Elements of the packed layout (kernels.h) of an [out_features, in_features] weight.
-int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype);
-void pack_linear(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
-                 void* panels);
-// Quantises each row: scale = max |w| / 127, w / scale to the nearest integer, ties to even. A row
-// that is not finite has the scale NaN.
-void pack_linear_int8(const void* weight, DType dtype, int64_t out_features, int64_t in_features,
-                      int8_t* panels, float* scale);
-
-// Asks for 2 MiB pages under memory that was not touched yet; streaming weights then misses no TLB.
-void advise_huge_pages(void* data, int64_t num_bytes);
 
 void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows, int64_t width,
            const void* token_table, const void* position_table, DType dtype, float* out);

@@ -78,10 +78,8 @@ inline Tensor dense_input(const Tensor& tensor, const char* name, at::ScalarType
   return tensor;
 }
 
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  if (!tensor.device().is_cpu())
-    fail(name, ": expected a CPU tensor, got one on ", tensor.device());
-  switch (tensor.scalar_type()) {
+inline DType dtype_of(at::ScalarType type, const char* name) {
+  switch (type) {
     case at::kFloat:
       return DType::kFloat32;
     case at::kBFloat16:
@@ -89,8 +87,14 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     case at::kHalf:
       return DType::kFloat16;
     default:
-      fail(name, ": expected float32, bfloat16 or float16, got ", tensor.scalar_type());
+      fail(name, ": expected float32, bfloat16 or float16, got ", type);
   }
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  if (!tensor.device().is_cpu())
+    fail(name, ": expected a CPU tensor, got one on ", tensor.device());
+  return dtype_of(tensor.scalar_type(), name);
 }
 
 inline Activation activation_of(const std::string& name) {

@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -142,7 +143,7 @@ def expand_batch(
     num_logits: Tensor,
     block_size: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-def pack_linear(weight: Tensor) -> Tensor: ...
+def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 def pack_linear_int8(weight: Tensor) -> tuple[Tensor, Tensor]: ...
 def embed(
     token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None

@@ -46,10 +46,13 @@ class NativeBackend:
         if wanted not in (known := ["auto", *_C.instruction_sets()]):
             raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
         out_features, in_features = weight.shape
         packed_bias = None if bias is None else bias.float().contiguous()
-        return PackedLinear(_C.pack_linear(weight), packed_bias, in_features, out_features)
+        panels = _C.pack_linear(weight, dtype or weight.dtype)
+        return PackedLinear(panels, packed_bias, in_features, out_features)
 
     def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         out_features, in_features = weight.shape

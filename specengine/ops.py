@@ -49,8 +49,13 @@ class Backend(Protocol):
     def set_num_threads(self, num_threads: int) -> None:
         """CPU threads that the ops may use from now on."""
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """Packs `[N, K]` weights, kept in their dtype, for this backend's linears."""
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        """Packs `[N, K]` weights of any float dtype and strides, converted to `dtype` in memory of their own.
+
+        Without a `dtype` they keep theirs, and a backend that needs no layout of its own may keep the tensor.
+        """
 
     def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """The same, rounded to int8 per output channel (`specengine.kernels.reference.quantize_rows`)."""
@@ -218,7 +223,11 @@ class _ReferenceBackend(_OpsModule):
     def set_num_threads(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        if dtype is not None:
+            weight = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
         return PackedLinear(weight, None if bias is None else bias.float(), weight.shape[1], weight.shape[0])
 
     def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:

@@ -8,6 +8,8 @@ import os
 import pickle
 import shutil
 import struct
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -624,3 +626,42 @@ def test_dtypes_are_the_backends_or_an_error(pristine: Path, monkeypatch: pytest
 
 def test_tiny_configs_are_quick_to_build() -> None:
     assert gpt2.spec(gpt2.Config.model_validate(gpt2.TINY)).vocab_size == 64
+
+
+# --- memory ----------------------------------------------------------------------------------------------------
+
+_LOAD_AND_WEIGH = """
+import sys, torch
+from specengine.models import loader
+from specengine.ops import load_backend
+
+def high_water_mark():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
+
+cpu = torch.device("cpu")
+options = {"dtype": torch.float32, "device": cpu, "backend": load_backend("native", cpu)}
+loader.load_model(sys.argv[1], **options)  # tiny: whatever is imported and allocated once
+before = high_water_mark()
+model = loader.load_model(sys.argv[2], has_int8_linears=sys.argv[3] == "int8", **options)
+weights = model.decoder.weights
+linears = [x for layer in weights.layers for x in (layer.qkv, layer.attention_output, layer.mlp_up, layer.mlp_down)]
+tensors = [weights.token_table, weights.position_table, weights.head.weight, *(x.weight for x in linears)]
+print(high_water_mark() - before, sum(tensor.nbytes for tensor in tensors))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("weight_dtype", ["float32", "int8"])
+def test_a_loading_model_never_has_a_second_full_copy(
+    weight_dtype: str, pristine: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    large = tmp_path_factory.getbasetemp() / "large"
+    if not large.exists():
+        sizes = {"hidden_size": 512, "num_heads": 8, "num_layers": 24, "intermediate_size": 2048}
+        tiny_models.save_checkpoint(large, tiny_models.build_model("gpt2", vocab_size=4096, **sizes))
+    command = [sys.executable, "-c", _LOAD_AND_WEIGH, str(pristine / "gpt2"), str(large), weight_dtype]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    peak, packed = map(int, output.split())
+    layer, checkpoint_bytes = 4 * 12 * 512**2, (large / "model.safetensors").stat().st_size
+    assert packed > checkpoint_bytes // (4 if weight_dtype == "int8" else 1)
+    assert peak < packed + 3 * layer, f"{peak >> 20} MiB at the peak for {packed >> 20} MiB of weights"

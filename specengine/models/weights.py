@@ -19,6 +19,8 @@ from specengine.ops import Backend
 
 Progress = Callable[[int, int], None]
 
+_FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
+
 
 @dataclass(frozen=True)
 class ConfiguredModel:
@@ -156,9 +158,13 @@ class _Packer:
 
     def linear(self, tensors: LinearTensors) -> PackedLinear:
         bias = None if tensors.bias is None else self._copy(tensors.bias, torch.float32)
-        if self.has_int8_linears:  # rounded once, from what the checkpoint holds
-            return self.backend.pack_linear_int8(self._copy(tensors.weight, torch.float32), bias)
-        return self.backend.pack_linear(self.table(tensors.weight), bias)
+        # Packed from where the checkpoint has it, without a copy in between.
+        weight = tensors.weight.to(self._device)
+        weight = weight.float() if weight.dtype == torch.float64 else weight
+        if self.has_int8_linears:
+            return self.backend.pack_linear_int8(weight, bias)
+        self._check_range(weight)
+        return self.backend.pack_linear(weight, bias, self._dtype)
 
     def norm(self, tensors: NormTensors) -> Norm:
         weight, bias = tensors.weight, tensors.bias
@@ -168,10 +174,15 @@ class _Packer:
         return Norm(self._copy(weight, torch.float32), self._copy(bias, torch.float32), self._spec.norm_eps)
 
     def table(self, tensor: Tensor) -> Tensor:
-        converted = self._copy(tensor, self._dtype)
-        if self._dtype == torch.float16 and tensor.dtype != torch.float16 and not converted.isfinite().all():
+        self._check_range(tensor)
+        return self._copy(tensor, self._dtype)
+
+    def _check_range(self, tensor: Tensor) -> None:
+        if self._dtype != torch.float16 or tensor.dtype == torch.float16 or tensor.is_meta:
+            return
+        low, high = torch.aminmax(tensor)
+        if not (low > -_FLOAT16_OVERFLOW and high < _FLOAT16_OVERFLOW):
             raise ModelLoadError("dtype=torch.float16: a weight is beyond its range; use bfloat16 or float32")
-        return converted
 
     def _copy(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(device=self._device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
