@@ -1,5 +1,6 @@
 # Every target sets up what it needs in .venv, once; `make help` lists them.
-# PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from.
+# PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from, BENCH_FLAGS what
+# bench-generate measures.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -16,15 +17,23 @@ NATIVE_HASH := $(shell cat setup.py $(CSRC_FILES) | sha256sum | cut -c1-16)
 INSTALLED := $(VENV)/.installed-$(SETUP_HASH)
 TOOLS_INSTALLED := $(VENV)/.tools-$(SETUP_HASH)
 NATIVE_BUILT := $(VENV)/.native-$(NATIVE_HASH)
+# The other runtimes that bench-generate compares with live apart: they want an older transformers.
+BENCH_VENV := .venv-bench
+BENCH_PYTHON := $(BENCH_VENV)/bin/python
+BENCH_PIP := $(BENCH_PYTHON) -m pip --disable-pip-version-check --no-input -qq
+BENCH_INSTALL = $(BENCH_PIP) install $(PIP_FLAGS) -c benchmarks/constraints.txt
+BENCH_HASH := $(shell sed '/^\[tool\.pytest/,$$d' benchmarks/constraints.txt setup.py pyproject.toml | sha256sum | cut -c1-16)
+BENCH_INSTALLED := $(BENCH_VENV)/.installed-$(BENCH_HASH)
+BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow lint format bench sanitize install clean
+.PHONY: help demo test test-slow lint format bench bench-generate sanitize install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(NATIVE_BUILT)  ## Complete some Python with the bundled pair, with and without speculation
 	@$(BIN)/python tools/demo.py
@@ -37,6 +46,9 @@ test-slow: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The long versions of the tests
 
 bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 	@$(BIN)/pytest --benchmark-only
+
+bench-generate: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## End-to-end generation beside other runtimes (BENCH_FLAGS="--help")
+	@$(BENCH_PYTHON) benchmarks/bench_generate.py $(BENCH_FLAGS)
 
 lint: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## ruff, mypy, import-linter, clang-format; changes nothing
 	$(BIN)/ruff check
@@ -63,7 +75,7 @@ sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
 install: $(NATIVE_BUILT)  ## Only set up .venv: dependencies, the package in place, its extension
 
 clean:  ## Remove what was built, .venv included
-	rm -rf $(VENV) build specengine/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(BENCH_VENV) build specengine/_C*.so *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 $(INSTALLED):
 	@command -v $(PYTHON) > /dev/null || { echo "specengine: $(PYTHON) was not found; install Python 3.10 or newer" >&2; exit 1; }
@@ -86,6 +98,19 @@ $(TOOLS_INSTALLED): | $(INSTALLED)
 	@$(BIN)/python tools/requirements.py dev > $(VENV)/tools.txt
 	@$(INSTALL) -r $(VENV)/tools.txt
 	@rm -f $(VENV)/.tools-*
+	@touch $@
+
+# optimum-intel asks for torchvision, which nothing here uses, and transformers fails where there is one that was
+# built for another torch.
+$(BENCH_INSTALLED): | $(INSTALLED)
+	@echo "Setting up $(BENCH_VENV) (once; compiles llama.cpp, some minutes) ..."
+	@test -x $(BENCH_PYTHON) || $(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_INSTALL) torch numpy setuptools wheel ninja
+	@$(BIN)/python tools/requirements.py bench > $(BENCH_VENV)/requirements.txt
+	@$(BENCH_INSTALL) -r $(BENCH_VENV)/requirements.txt
+	@$(BENCH_PYTHON) -c "import torchvision" 2> /dev/null || $(BENCH_PIP) uninstall --yes torchvision
+	@$(BENCH_INSTALL) --no-build-isolation -e .
+	@rm -f $(BENCH_VENV)/.installed-*
 	@touch $@
 
 $(SANITIZED_BUILT): | $(TOOLS_INSTALLED)

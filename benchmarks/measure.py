@@ -14,17 +14,19 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 import specengine
 from specengine import _C
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 ROOT = Path(__file__).resolve().parent.parent
 ROTATED_BYTES = 256 << 20
@@ -131,6 +133,22 @@ def machine_name() -> str:
     return f"{(names or [platform.machine()])[0]}, {info['instruction_set']}, {info['num_threads']} threads"
 
 
+def append_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
+    """One JSON object a row and line, each with what it was measured on."""
+    changes = _output(["git", "status", "--porcelain", "--untracked-files=no"])
+    about = {
+        "machine": machine_name(),
+        "specengine": specengine.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": _output(["git", "rev-parse", "--short", "HEAD"]) + ("+changes" if changes else ""),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps({**row, **about}) + "\n" for row in rows)
+
+
 class Report:
     """The session's rows and its read bandwidth."""
 
@@ -224,18 +242,7 @@ class Report:
 
     def append_to(self, path: Path) -> None:
         """One JSON object a row and line."""
-        changes = _output(["git", "status", "--porcelain", "--untracked-files=no"])
-        about = {
-            "machine": machine_name(),
-            "specengine": specengine.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "commit": _output(["git", "rev-parse", "--short", "HEAD"]) + ("+changes" if changes else ""),
-            "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**as_json(row), **about}) + "\n" for row in self.rows)
+        append_rows(map(as_json, self.rows), path)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ features widened to `D`:
   the feature axis. LayerNorm removes the mean anyway, so nothing changes, and from here on the mean is 0.
 * Features `d..D` of the residual stream are 0: the mean stays 0 and the variance shrinks by `d / D`. LayerNorm
   weights are multiplied by `sqrt(d / D)` and its epsilon by `d / D`, which cancels exactly.
-* Extra heads, MLP columns and layers compute with random weights, and their output rows are 0.
+* Extra heads and MLP columns compute with random weights, and their output rows are 0. In extra layers half of the
+  values and MLP columns do; the other half is 0 and meets random output rows: no two matrices are alike, so that no
+  runtime that shares equal constants reads fewer bytes than a real checkpoint has.
 * The head is untied, for it needs the embedding as it was before centring.
 * Vocabulary rows beyond the source's read -60 from feature `d`, which is always 1 after the final norm (its bias).
 
@@ -33,7 +35,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 BUNDLED = Path(__file__).resolve().parent.parent / "specengine" / "bundled"
-RECIPE_VERSION = 1
+RECIPE_VERSION = 2
 PADDED_LOGIT = -60.0
 RANDOM_SCALE = 0.02
 TOKENIZER_FILES = (
@@ -202,18 +204,35 @@ class Widener:
         return _flatten(pairs)
 
     def silent_layer(self) -> Tensors:
-        """A block that costs what a block costs and adds 0: random readers, zero writers."""
+        """A block that costs what a block costs and adds 0: of whatever a writer multiplies, one factor is 0."""
         wide, inner = self.target.num_features, self.target.inner
         ones = torch.ones(wide, dtype=self.dtype)
+        values, value_bias = self.half_silent_reader(wide)
         pairs = {
             "ln_1": (ones.clone(), self.zeros(wide)),
-            "attn.c_attn": (self.random(wide, 3 * wide), self.random(3 * wide)),
-            "attn.c_proj": (self.zeros(wide, wide), self.zeros(wide)),
+            "attn.c_attn": (
+                torch.cat([self.random(wide, 2 * wide), values], dim=-1),
+                torch.cat([self.random(2 * wide), value_bias]),
+            ),
+            "attn.c_proj": self.half_silent_writer(wide),
             "ln_2": (ones.clone(), self.zeros(wide)),
-            "mlp.c_fc": (self.random(wide, inner), self.random(inner)),
-            "mlp.c_proj": (self.zeros(inner, wide), self.zeros(wide)),
+            "mlp.c_fc": self.half_silent_reader(inner),
+            "mlp.c_proj": self.half_silent_writer(inner),
         }
         return _flatten(pairs)
+
+    def half_silent_reader(self, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[D, columns]`, random; the first half of what it gives is 0."""
+        weight, bias = self.random(self.target.num_features, columns), self.random(columns)
+        weight[:, : columns // 2] = 0.0
+        bias[: columns // 2] = 0.0
+        return weight, bias
+
+    def half_silent_writer(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """`[rows, D]`, random for the half of its input that is 0, and 0 for the rest."""
+        weight = self.random(rows, self.target.num_features)
+        weight[rows // 2 :] = 0.0
+        return weight, self.zeros(self.target.num_features)
 
 
 def _pair(tensors: Tensors, name: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -101,24 +101,36 @@ def test_the_command_line_is_quick_to_say_no(tmp_path: Path) -> None:
 # Versions
 
 
-def constraints() -> dict[str, str]:
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def constraints(path: str) -> dict[str, str]:
+    lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
     pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(item.name): str(item.specifier).removeprefix("==") for item in pinned}
 
 
-def requirements() -> list[Requirement]:
-    groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+def requirements(*extras: str) -> list[Requirement]:
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
     found = [Requirement(text) for group in groups for text in group]
     return [requirement for requirement in found if requirement.name != "specengine"]
 
 
-def test_every_dependency_is_pinned_to_an_allowed_version() -> None:
-    pinned = constraints()
-    for requirement in requirements():
+def test_every_extra_is_checked() -> None:
+    assert set(PROJECT["optional-dependencies"]) == {"test", "dev", "bench"}
+
+
+@pytest.mark.parametrize(
+    ("path", "extras"), [("constraints.txt", ("test", "dev")), ("benchmarks/constraints.txt", ("bench",))]
+)
+def test_every_dependency_is_pinned_to_an_allowed_version(path: str, extras: tuple[str, ...]) -> None:
+    pinned = constraints(path)
+    for requirement in requirements(*extras):
         version = pinned.get(canonicalize_name(requirement.name))
-        assert version, f"{requirement.name} is not in constraints.txt"
+        assert version, f"{requirement.name} is not in {path}"
         assert requirement.specifier.contains(version), f"{requirement} does not allow {version}"
+
+
+def test_both_environments_have_one_torch() -> None:
+    """They load the same extension."""
+    assert constraints("constraints.txt")["torch"] == constraints("benchmarks/constraints.txt")["torch"]
 
 
 def test_every_package_is_shipped() -> None:

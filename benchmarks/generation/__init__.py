@@ -1,0 +1,1 @@
+"""What `bench_generate.py` is made of: the plan, the contest, its worker processes, and the table."""
