@@ -17,6 +17,66 @@ Register register_of(const std::string& name) {
   fail("register: '", name, "' is unknown");
 }
 
+// What ForwardBatch holds, from where each sequence starts, how many tokens it feeds and how many
+// logits it wants: token_ids, positions, kv_slots, q_start, context_len, logit_rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
+    const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
+    const Tensor& q_len, const Tensor& num_logits, int64_t block_size) {
+  check_shape(tokens, "tokens", at::kInt, {-1, -1});
+  check_shape(block_table, "block_table", at::kInt, {tokens.size(0), -1});
+  if (tokens.stride(1) != 1 || block_table.stride(1) != 1)
+    fail("tokens, block_table: expected rows with stride 1");
+  const Tensor rows = small_input(slots, "slots", at::kInt, {-1});
+  const int64_t count = rows.size(0);
+  const Tensor firsts = small_input(start, "start", at::kInt, {count});
+  const Tensor lengths = small_input(q_len, "q_len", at::kInt, {count});
+  const Tensor wanted = small_input(num_logits, "num_logits", at::kInt, {count});
+  const int32_t* slot = rows.data_ptr<int32_t>();
+  const int32_t* first = firsts.data_ptr<int32_t>();
+  const int32_t* length = lengths.data_ptr<int32_t>();
+  const int32_t* logits = wanted.data_ptr<int32_t>();
+  check_range(slot, count, "slots", 0, tokens.size(0));
+  if (block_size < 1) fail("block_size: ", block_size, " is below 1");
+  const int64_t capacity = std::min(tokens.size(1), block_table.size(1) * block_size);
+  int64_t num_tokens = 0, num_rows = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    if (first[b] < 0 || length[b] < 0 || int64_t{first[b]} + length[b] > capacity) {
+      fail("q_len: ", length[b], " tokens from ", first[b], " on do not fit ", capacity);
+    }
+    if (logits[b] < 0 || logits[b] > length[b])
+      fail("num_logits: ", logits[b], " at index ", b, " is outside 0 … ", length[b]);
+    num_tokens += length[b];
+    num_rows += logits[b];
+  }
+  Tensor token_ids = at::empty({num_tokens}, at::kInt),
+         positions = at::empty({num_tokens}, at::kInt);
+  Tensor kv_slots = at::empty({num_tokens}, at::kLong),
+         logit_rows = at::empty({num_rows}, at::kLong);
+  Tensor q_start = at::empty({count + 1}, at::kInt), context_len = at::empty({count}, at::kInt);
+  auto* ids = token_ids.data_ptr<int32_t>();
+  auto* places = positions.data_ptr<int32_t>();
+  auto* targets = kv_slots.data_ptr<int64_t>();
+  auto* chosen = logit_rows.data_ptr<int64_t>();
+  auto* starts = q_start.data_ptr<int32_t>();
+  auto* contexts = context_len.data_ptr<int32_t>();
+  int32_t at = 0;
+  starts[0] = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    const int32_t* ids_of = tokens.data_ptr<int32_t>() + slot[b] * tokens.stride(0);
+    const int32_t* blocks = block_table.data_ptr<int32_t>() + slot[b] * block_table.stride(0);
+    for (int32_t i = 0; i < length[b]; ++i, ++at) {
+      const int32_t position = first[b] + i;
+      ids[at] = ids_of[position];
+      places[at] = position;
+      targets[at] = blocks[position / block_size] * block_size + position % block_size;
+    }
+    for (int32_t i = logits[b]; i > 0; --i) *chosen++ = at - i;
+    starts[b + 1] = at;
+    contexts[b] = first[b] + length[b];
+  }
+  return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
+}
+
 class PyDecoder {
  public:
   PyDecoder(const Tensor& token_table, const std::optional<Tensor>& position_table,
@@ -133,6 +193,47 @@ class PyDecoder {
     return {tokens, error};
   }
 
+  // limits[b] draws in a row for each sequence, each fed to the next: sequence b feeds the tokens
+  // from start[b] on and draws those from seq_len[b] on, which are also written to `tokens`.
+  // Returns them and their error flags, [B, max limits].
+  std::tuple<Tensor, Tensor> draft(const Tensor& tokens, const Tensor& block_table,
+                                   const Tensor& slots, const Tensor& start, const Tensor& seq_len,
+                                   const Tensor& limits, const Tensor& kv_cache, int64_t vocab_size,
+                                   const Tensor& temperature, const Tensor& top_k,
+                                   const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
+    const Tensor limit = small_input(limits, "limits", at::kInt, {slots.numel()});
+    const Tensor length = small_input(seq_len, "seq_len", at::kInt, {slots.numel()});
+    const int64_t count = limit.size(0), block_size = kv_cache.dim() == 6 ? kv_cache.size(4) : 0;
+    const int32_t k = count == 0 ? 0 : std::max(0, limit.max().item<int32_t>());
+    Tensor drafted = at::zeros({count, k}, at::kInt), errors = at::zeros({count, k}, at::kInt);
+    for (int32_t step = 0; step < k; ++step) {
+      const Tensor rows = (limit > step).nonzero().flatten();
+      const auto take = [&](const Tensor& all) {
+        return rows.size(0) == count ? all : all.index_select(0, rows);
+      };
+      const Tensor at = take(slots), end = take(length) + step;
+      const Tensor first = step == 0 ? take(start) : end - 1;
+      const Tensor ones = at::ones_like(end);
+      const auto [ids, positions, kv_slots, q_start, context_len, logit_rows] =
+          expand_batch(tokens, block_table, at, first, end - first, ones, block_size);
+      const auto [drawn, error] = draw(
+          ids, positions, kv_slots, q_start, context_len, at, block_table, logit_rows, kv_cache,
+          vocab_size, take(temperature), take(top_k), take(top_p), take(min_p), take(seeds));
+      const auto slot = small_input(at, "slots", at::kInt, {-1});
+      for (int64_t i = 0; i < rows.size(0); ++i) {
+        const int64_t row = rows.data_ptr<int64_t>()[i];
+        const int32_t token = drawn.data_ptr<int32_t>()[i];
+        const int64_t place = end.data_ptr<int32_t>()[i];
+        if (place >= tokens.size(1))
+          fail("limits: token ", place, " does not fit ", tokens.size(1));
+        drafted.data_ptr<int32_t>()[row * k + step] = token;
+        errors.data_ptr<int32_t>()[row * k + step] = error.data_ptr<int32_t>()[i];
+        tokens.data_ptr<int32_t>()[slot.data_ptr<int32_t>()[i] * tokens.stride(0) + place] = token;
+      }
+    }
+    return {drafted, errors};
+  }
+
  private:
   // A checked batch; holds contiguous copies of small inputs alive.
   struct Inputs {
@@ -242,66 +343,6 @@ class PyDecoder {
   int64_t num_layers_ = 0;
 };
 
-// What ForwardBatch holds, from where each sequence starts, how many tokens it feeds and how many
-// logits it wants: token_ids, positions, kv_slots, q_start, context_len, logit_rows.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
-    const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
-    const Tensor& q_len, const Tensor& num_logits, int64_t block_size) {
-  check_shape(tokens, "tokens", at::kInt, {-1, -1});
-  check_shape(block_table, "block_table", at::kInt, {tokens.size(0), -1});
-  if (tokens.stride(1) != 1 || block_table.stride(1) != 1)
-    fail("tokens, block_table: expected rows with stride 1");
-  const Tensor rows = small_input(slots, "slots", at::kInt, {-1});
-  const int64_t count = rows.size(0);
-  const Tensor firsts = small_input(start, "start", at::kInt, {count});
-  const Tensor lengths = small_input(q_len, "q_len", at::kInt, {count});
-  const Tensor wanted = small_input(num_logits, "num_logits", at::kInt, {count});
-  const int32_t* slot = rows.data_ptr<int32_t>();
-  const int32_t* first = firsts.data_ptr<int32_t>();
-  const int32_t* length = lengths.data_ptr<int32_t>();
-  const int32_t* logits = wanted.data_ptr<int32_t>();
-  check_range(slot, count, "slots", 0, tokens.size(0));
-  if (block_size < 1) fail("block_size: ", block_size, " is below 1");
-  const int64_t capacity = std::min(tokens.size(1), block_table.size(1) * block_size);
-  int64_t num_tokens = 0, num_rows = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    if (first[b] < 0 || length[b] < 0 || int64_t{first[b]} + length[b] > capacity) {
-      fail("q_len: ", length[b], " tokens from ", first[b], " on do not fit ", capacity);
-    }
-    if (logits[b] < 0 || logits[b] > length[b])
-      fail("num_logits: ", logits[b], " at index ", b, " is outside 0 … ", length[b]);
-    num_tokens += length[b];
-    num_rows += logits[b];
-  }
-  Tensor token_ids = at::empty({num_tokens}, at::kInt),
-         positions = at::empty({num_tokens}, at::kInt);
-  Tensor kv_slots = at::empty({num_tokens}, at::kLong),
-         logit_rows = at::empty({num_rows}, at::kLong);
-  Tensor q_start = at::empty({count + 1}, at::kInt), context_len = at::empty({count}, at::kInt);
-  auto* ids = token_ids.data_ptr<int32_t>();
-  auto* places = positions.data_ptr<int32_t>();
-  auto* targets = kv_slots.data_ptr<int64_t>();
-  auto* chosen = logit_rows.data_ptr<int64_t>();
-  auto* starts = q_start.data_ptr<int32_t>();
-  auto* contexts = context_len.data_ptr<int32_t>();
-  int32_t at = 0;
-  starts[0] = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    const int32_t* ids_of = tokens.data_ptr<int32_t>() + slot[b] * tokens.stride(0);
-    const int32_t* blocks = block_table.data_ptr<int32_t>() + slot[b] * block_table.stride(0);
-    for (int32_t i = 0; i < length[b]; ++i, ++at) {
-      const int32_t position = first[b] + i;
-      ids[at] = ids_of[position];
-      places[at] = position;
-      targets[at] = blocks[position / block_size] * block_size + position % block_size;
-    }
-    for (int32_t i = logits[b]; i > 0; --i) *chosen++ = at - i;
-    starts[b + 1] = at;
-    contexts[b] = first[b] + length[b];
-  }
-  return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
-}
-
 }  // namespace
 }  // namespace specengine
 
@@ -317,5 +358,6 @@ void bind_decoder(pybind11::module_& m) {
       .def("norm_linear", &PyDecoder::norm_linear)
       .def("head", &PyDecoder::head)
       .def("forward", &PyDecoder::forward)
-      .def("draw", &PyDecoder::draw);
+      .def("draw", &PyDecoder::draw)
+      .def("draft", &PyDecoder::draft);
 }

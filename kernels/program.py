@@ -109,3 +109,23 @@ class DrawKeys:
     top_p: Tensor
     min_p: Tensor
     seeds: Tensor
+
+
+@dataclass(frozen=True)
+class DraftRows:
+    """What a draft of several tokens reads, B sequences; `[B]` int32 each unless said otherwise.
+
+    tokens:      `[S, max_seq_len]` int32, written: drawn tokens go behind the committed ones
+    block_table: `[S, max_blocks]` int32
+    slots:       rows of both
+    start:       position of the first token that is fed
+    seq_len:     committed tokens; the first draw decides this position
+    limits:      draws of each sequence
+    """
+
+    tokens: Tensor
+    block_table: Tensor
+    slots: Tensor
+    start: Tensor
+    seq_len: Tensor
+    limits: Tensor

@@ -133,6 +133,22 @@ class Decoder:
         min_p: Tensor,
         seeds: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
+    def draft(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        seq_len: Tensor,
+        limits: Tensor,
+        kv_cache: Tensor,
+        vocab_size: int,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
 
 def expand_batch(
     tokens: Tensor,

@@ -16,6 +16,7 @@ from torch import Tensor
 from specengine import _C
 from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.program import (
+    DraftRows,
     DrawKeys,
     ForwardBatch,
     LinearResidual,
@@ -136,6 +137,13 @@ class NativeExecutor:
     ) -> tuple[Tensor, Tensor]:
         drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
         return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *drawn)
+
+    def draft(
+        self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
+        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        return self._decoder.draft(*where, kv_cache, vocab_size, *drawn)
 
 
 def _batch_arguments(

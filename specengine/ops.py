@@ -17,6 +17,7 @@ from torch import Tensor
 from specengine.errors import BackendUnavailableError
 from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.program import (
+    DraftRows,
     DrawKeys,
     ForwardBatch,
     LinearResidual,
@@ -38,6 +39,14 @@ class Executor(Protocol):
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them."""
+
+    def draft(
+        self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor] | None:
+        """`draw` again and again, each token fed to the next: tokens and error flags `[B, max limits]` int32.
+
+        None where the executor has no such call; whoever wants it then draws one by one.
+        """
 
 
 class Backend(Protocol):
@@ -185,6 +194,9 @@ class Interpreter:
         filters = (keys.top_k[owner], keys.top_p[owner], keys.min_p[owner])
         drawn = (keys.temperature[owner], *filters, keys.seeds[owner], positions)
         return self._backend.head_draw(hidden, program.final_norm, program.head, vocab_size, *drawn)
+
+    def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
+        return None
 
     def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         ops, program = self._backend, self._program

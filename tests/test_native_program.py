@@ -21,7 +21,7 @@ from law_helpers import (
 from scripted_drafters import ScriptedDrafter
 
 from specengine import _C, Engine, SamplingParams
-from specengine.kernels.program import DrawKeys, ForwardBatch
+from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, build_program
 from specengine.ops import Interpreter
 from specengine.runtime import batch as runtime_batch
@@ -138,6 +138,51 @@ def test_greedy_and_coupled_rounds_store_no_logits(
         engine.generate(make_prompt(5, 0, VOCAB), num_speculative_tokens=3, max_new_tokens=20, **sampling)
     with pytest.raises(AssertionError, match="logits were stored"):
         engine.generate(make_prompt(5, 0, VOCAB), logprobs=0, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_draft_in_one_call_is_the_draft_of_single_draws(
+    sampling: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def generate() -> list[Any]:
+        engine = build_engine(checkpoint("gpt2", seed=5), checkpoint("gpt2", seed=5, noise=0.1))
+        prompts = [make_prompt(length, length, VOCAB) for length in (3, 15, 17)]
+        params = [
+            SamplingParams(
+                max_new_tokens=30, ignore_eos=True, num_speculative_tokens=k, **SAMPLINGS[sampling]
+            )
+            for k in (5, 0, 2)
+        ]
+        return engine.generate(prompts, params)
+
+    one_call = generate()
+    monkeypatch.setattr(Decoder, "draft", lambda *_: None)
+    for ours, theirs in zip(one_call, generate(), strict=True):
+        assert_same(ours, theirs)
+        assert ours.metrics.speculative_decoding == theirs.metrics.speculative_decoding
+    assert 0 < one_call[0].metrics.speculative_decoding.draft_acceptance_rate < 1
+
+
+def test_a_draft_that_does_not_fit_is_refused(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    decoder = build_engine(checkpoint("gpt2", seed=2))._target.decoder
+    ones = torch.ones(1, dtype=torch.int32)
+    rows = DraftRows(
+        tokens=torch.ones(1, 6, dtype=torch.int32),
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        slots=0 * ones,
+        start=0 * ones,
+        seq_len=4 * ones,
+        limits=3 * ones,
+    )
+    keys = DrawKeys(torch.zeros(1), 0 * ones, torch.ones(1), torch.zeros(1), torch.zeros(1).long())
+    kv_cache = new_kv_cache(decoder, torch.float32)
+    with pytest.raises(ValueError, match="limits: token 6 does not fit 6"):
+        decoder.draft(rows, kv_cache, VOCAB, keys)
+    for name, value in (("slots", 1), ("start", 5), ("seq_len", 40)):
+        with pytest.raises(ValueError):
+            decoder.draft(replace(rows, **{name: value * ones}), kv_cache, VOCAB, keys)
 
 
 def test_batches_expand_as_on_any_other_device() -> None:

@@ -35,24 +35,35 @@ class DraftModelDrafter:
         ]
         num_tokens = torch.tensor(limits, dtype=torch.int32, device=batch.seq_len.device)
         k = max(limits, default=0)
-        draft = _Draft(batch, k, self.runner.vocab_size)
         if k == 0:
-            return draft.proposal(num_tokens)
+            return DraftProposal(num_tokens.new_zeros(batch.size, 0), num_tokens)
         start = self._catch_up(batch, limits)
-        for step in range(k):
-            rows = [row for row, limit in enumerate(limits) if limit > step]
-            part = batch.take(rows)
-            end = part.seq_len + step
-            first = start[rows] if step == 0 else end - 1
-            draft.draw(self.runner, part, rows, step, (first, end - first, torch.ones_like(end)))
+        if batch.bias is None and not batch.has_rejection:
+            tokens, error = self.runner.draft(batch, start, limits)
+            proposal = DraftProposal(tokens, _up_to_errors(num_tokens, error))
+        else:
+            proposal = self._draft_from_logits(batch, start, limits, num_tokens)
         self._advance(batch, limits)
-        return draft.proposal(num_tokens)
+        return proposal
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         """Nothing to do: rollback is a minimum, and the block manager takes it."""
 
     def release(self, sequence_id: int) -> None:
         """Nothing to do: the state is KV, which the block manager frees."""
+
+    def _draft_from_logits(
+        self, batch: RunningBatch, start: Tensor, limits: list[int], num_tokens: Tensor
+    ) -> DraftProposal:
+        draft = _Draft(batch, max(limits))
+        for step in range(max(limits)):
+            rows = [row for row, limit in enumerate(limits) if limit > step]
+            part = batch.take(rows)
+            end = part.seq_len + step
+            first = start[rows] if step == 0 else end - 1
+            logits = self.runner.forward(part, first, end - first, torch.ones_like(end))
+            draft.draw(self.runner, part, rows, step, logits)
+        return draft.proposal(num_tokens)
 
     def _context_limit(self, length: int, limit: int) -> int:
         """The last draft forward feeds position length + k - 2, which the draft's context must hold."""
@@ -86,37 +97,23 @@ class DraftModelDrafter:
                 manager.set_computed(slot, index, length + limit - 1)
 
 
-class _Draft:
-    """The proposal under construction: tokens, and in rejection mode the rows they were drawn from."""
+def _up_to_errors(num_tokens: Tensor, error: Tensor) -> Tensor:
+    """Rows stop before the first draft distribution that is not one (a NaN, say)."""
+    return torch.minimum(num_tokens, (error == 0).int().cumprod(dim=1).sum(dim=1).int())
 
-    def __init__(self, batch: RunningBatch, k: int, vocab_size: int) -> None:
-        device, size = batch.seq_len.device, batch.size
-        self._batch = batch
-        self.tokens = torch.zeros(size, k, dtype=torch.int32, device=device)
-        self.is_bad = torch.zeros(size, k, dtype=torch.bool, device=device)
+
+class _Draft:
+    """The proposal under construction from logits: tokens, and in rejection mode the rows they were drawn from."""
+
+    def __init__(self, batch: RunningBatch, k: int) -> None:
+        self.tokens = batch.slots.new_zeros(batch.size, k)
+        self.error = torch.zeros_like(self.tokens)
         self.law: _Law | None = None
 
     def draw(
-        self,
-        runner: ModelRunner,
-        part: RunningBatch,
-        rows: list[int],
-        step: int,
-        fed: tuple[Tensor, Tensor, Tensor],
-    ) -> None:
-        """Feeds (start, q_len, num_logits), draws token `step` of the given rows and stages it."""
-        position = part.seq_len + step
-        if part.bias is None and not part.has_rejection:
-            tokens, error = runner.draw(part, *fed)
-        else:
-            tokens, error = self._draw_from_logits(runner, part, rows, step, runner.forward(part, *fed))
-        self.tokens[rows, step] = tokens
-        self.is_bad[rows, step] = error != 0
-        part.tokens[part.slots.long(), position.long()] = tokens
-
-    def _draw_from_logits(
         self, runner: ModelRunner, part: RunningBatch, rows: list[int], step: int, logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> None:
+        """Draws token `step` of the given rows from their logits and stages it."""
         position = part.seq_len + step
         ones = torch.ones_like(part.seq_len)
         logits = apply_bias(logits, part, row_starts(ones), ones, position)
@@ -126,11 +123,12 @@ class _Draft:
             if self.law is None:
                 self.law = _Law.empty(self.tokens.shape, logits)
             self.law.record(rows, step, log_probs, logits, stats)
-        return tokens, stats[:, STAT_ERROR]
+        self.tokens[rows, step] = tokens
+        self.error[rows, step] = stats[:, STAT_ERROR].int()
+        part.tokens[part.slots.long(), position.long()] = tokens
 
     def proposal(self, limits: Tensor) -> DraftProposal:
-        """Rows stop before the first draft distribution that is not one (a NaN, say)."""
-        num_tokens = torch.minimum(limits, (~self.is_bad).int().cumprod(dim=1).sum(dim=1).int())
+        num_tokens = _up_to_errors(limits, self.error)
         if self.law is None:
             return DraftProposal(self.tokens, num_tokens)
         return DraftProposal(self.tokens, num_tokens, self.law.log_probs, self.law.logits, self.law.stats)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.program import (
+    DraftRows,
     DrawKeys,
     ForwardBatch,
     LinearResidual,
@@ -103,6 +104,12 @@ class Decoder:
         Returns tokens `[R]` int32, and `[R]` int32 that is 1 where the logits were not a distribution.
         """
         return self._executor.draw(batch, kv_cache, vocab_size, keys)
+
+    def draft(
+        self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor] | None:
+        """Several draws in a row in one call, where the backend has it; see `specengine.ops.Executor`."""
+        return self._executor.draft(rows, kv_cache, vocab_size, keys)
 
 
 def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from specengine.kernels.program import DrawKeys, ForwardBatch
+from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder
 from specengine.ops import Backend
 from specengine.runtime.batch import build_forward_batch
@@ -47,8 +48,30 @@ class ModelRunner:
 
         Returns tokens and error flags, `[sum(num_logits)]` int32 each. Biases are not applied.
         """
-        keys = DrawKeys(batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds)
-        return self.decoder.draw(self._build(batch, start, q_len, num_logits), *self._where(), keys)
+        return self.decoder.draw(self._build(batch, start, q_len, num_logits), *self._where(), _keys(batch))
+
+    def draft(self, batch: RunningBatch, start: Tensor, limits: list[int]) -> tuple[Tensor, Tensor]:
+        """limits[b] draws in a row for each sequence, which first feeds its tokens from start[b] (`[B]` int32) on.
+
+        Draws are staged behind the committed tokens, where the next forward reads them. Returns tokens and error
+        flags, `[B, max(limits)]` int32 each, 0 beyond a sequence's limit.
+        """
+        wanted = torch.tensor(limits, dtype=torch.int32, device=start.device)
+        rows = DraftRows(batch.tokens, batch.block_table, batch.slots, start, batch.seq_len, wanted)
+        drafted = self.decoder.draft(rows, *self._where(), _keys(batch))
+        if drafted is not None:
+            return drafted
+        tokens = batch.slots.new_zeros(batch.size, max(limits))
+        error = torch.zeros_like(tokens)
+        for step in range(max(limits)):
+            chosen = [row for row, limit in enumerate(limits) if limit > step]
+            part = batch.take(chosen)
+            end = part.seq_len + step
+            first = start[chosen] if step == 0 else end - 1
+            drawn, is_bad = self.draw(part, first, end - first, torch.ones_like(end))
+            tokens[chosen, step], error[chosen, step] = drawn, is_bad
+            part.tokens[part.slots.long(), end.long()] = drawn
+        return tokens, error
 
     def _build(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> ForwardBatch:
         where = (batch.slots, start, q_len, num_logits)
@@ -58,3 +81,7 @@ class ModelRunner:
 
     def _where(self) -> tuple[Tensor, int]:
         return self.kv_cache.tensors[self.model_index], self.vocab_size
+
+
+def _keys(batch: RunningBatch) -> DrawKeys:
+    return DrawKeys(batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds)
