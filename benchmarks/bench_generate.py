@@ -4,7 +4,7 @@
     python benchmarks/bench_generate.py --pairs distilgpt2:gpt2-medium --dtypes bf16 --markdown
 
 For every pair and dtype each contestant lives in a process of its own, and every repetition gives each of them a turn
-with every prompt: plain decoding, speculative decoding with several draft lengths, and a longer prompt. Prompt time
+with every prompt: plain decoding, speculative decoding with several draft lengths, a longer prompt. Prompt time
 (until the first token) and decode time are apart. A contestant that is not installed, or cannot do something, has a
 row with the reason. Ours must generate the tokens of our plain decoding however it decodes, or nothing is reported.
 
@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import torch  # noqa: F401 - before specengine's extension, which needs its libraries
 from generation import contest, table
-from generation.plan import DTYPES, PAIRS, PROMPT_LENGTH, Options, Pair, read_prompts
+from generation.plan import DTYPES, MODES, PAIRS, PROMPT_LENGTH, Options, Pair, read_prompts
 from generation.protocol import MODULES
 from generation.rows import Row
 from measure import ROOT, Report, append_rows, machine_name
@@ -102,6 +102,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
     add("--pairs", type=listed(pair), default=joined(PAIRS), help="draft:target, comma-separated")
     add("--dtypes", type=listed(chosen(DTYPES)), default=joined(DTYPES), help="of the target's weights")
     add("--contestants", type=listed(chosen(MODULES)), default=joined(MODULES), help="who takes part")
+    add(
+        "--modes",
+        type=listed(chosen(dict.fromkeys(MODES))),
+        default=joined(MODES),
+        help="what they do; without plain there is nothing to compare with",
+    )
     add("--k", type=listed(draft_length), default=joined(defaults.k), help="our draft lengths")
     add(
         "--peer-k",
@@ -142,6 +148,7 @@ def build_options(given: argparse.Namespace) -> Options:
         pairs=given.pairs,
         dtypes=tuple(DTYPES.get(name, name) for name in given.dtypes),
         contestants=tuple(name for name in MODULES if name in given.contestants),
+        modes=given.modes,
         k=given.k,
         peer_k=given.peer_k,
         draft_dtype=None if given.draft_dtype == "same" else given.draft_dtype,

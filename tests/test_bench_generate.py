@@ -86,12 +86,16 @@ def test_everybody_has_the_same_prompts_of_one_length() -> None:
 
 def test_the_entries_are_every_mode_of_every_contestant() -> None:
     modes = [(entry.contestant, entry.mode) for entry in plan.build_entries(OPTIONS, PROMPTS)]
-    ours = ["plain", "speculative, k=2", "speculative, k=4", "plain, batch 8", "prefill, 9 tokens"]
+    ours = ["plain", "plain, batch 8", "speculative, k=2", "speculative, k=4", "prefill, 9 tokens"]
     assert [mode for name, mode in modes if name == "ours"] == ours
     peers = ["plain", "speculative, k=3", "prefill, 9 tokens"]
     assert [mode for name, mode in modes if name == "llama.cpp"] == peers
     every = plan.build_entries(replace(OPTIONS, contestants=("transformers",), peer_k=(2, 3, 4)), PROMPTS)
     assert [entry.task.num_speculative_tokens for entry in every] == [0, None, 3, 0]
+    few = plan.build_entries(replace(OPTIONS, modes=("prefill", "plain")), PROMPTS)
+    names = [(entry.contestant, entry.mode) for entry in few]
+    expected = [(name, mode) for mode in ("plain", "prefill, 9 tokens") for name in OPTIONS.contestants]
+    assert names == expected, "equal modes side by side"
 
 
 def test_a_forward_reads_the_published_number_of_weights() -> None:
@@ -109,7 +113,7 @@ def test_turns_alternate_and_go_to_and_fro() -> None:
     workers = {name: FakeWorker(calls, name) for name in OPTIONS.contestants}
     build_contest(workers).take_turns(2)
     assert calls[: len(calls) // 2] == list(reversed(calls[len(calls) // 2 :]))
-    assert calls[:3] == ["ours k=0 2x4", "ours k=2 2x4", "ours k=4 2x4"]
+    assert calls[:4] == ["ours k=0 2x4", "llama.cpp k=0 2x4", "ours k=0 8x4", "ours k=2 2x4"]
 
 
 def test_who_cannot_do_something_has_a_row_with_the_reason() -> None:
@@ -153,7 +157,7 @@ def test_a_row_has_the_numbers_of_its_turns() -> None:
     running = build_contest({name: FakeWorker([], name) for name in OPTIONS.contestants})
     running.take_turns(3)
     rows = contest.build_rows(running.records, "a→b", "bfloat16", OPTIONS)
-    plain, _, best = rows[:3]
+    plain, _, _, best = rows[:4]
     assert plain.tokens_per_second == pytest.approx(10)
     assert plain.ratio_to_plain == pytest.approx(1)
     assert plain.prompt_ms == pytest.approx(500)

@@ -177,13 +177,14 @@ def run(
 
 
 def build_rows(records: list[Record], pair: str, dtype: str, options: Options) -> list[Row]:
-    """A row an entry; each contestant's fastest speculative one is marked."""
+    """A row an entry, by contestant, prefill last; each contestant's fastest speculative one is marked."""
     plain = next((record for record in records if record.entry.is_baseline and record.turns), None)
     prefill = next(
         (r for r in records if r.entry.contestant == OURS and r.entry.kind == "prefill" and r.turns), None
     )
     rows = [build_row(record, pair, dtype, options, plain, prefill) for record in records]
-    return mark_best(rows)
+    place = options.contestants.index
+    return mark_best(sorted(rows, key=lambda row: (row.kind == "prefill", place(row.contestant))))
 
 
 def mark_best(rows: list[Row]) -> list[Row]:

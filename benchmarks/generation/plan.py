@@ -19,6 +19,7 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
 Q8_0_BYTES = 34 / 32  # llama.cpp's 8 bits: an fp16 scale for 32 weights
 DRAFT_ROOM = 64
+MODES = ("plain", "batch", "speculative", "prefill")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Options:
     pairs: tuple[Pair, ...] = PAIRS
     dtypes: tuple[str, ...] = tuple(BYTES_PER_WEIGHT)
     contestants: tuple[str, ...] = tuple(MODULES)
+    modes: tuple[str, ...] = MODES
     k: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     peer_k: tuple[int, ...] = (2, 4, 6)
     draft_dtype: str | None = "int8"
@@ -112,20 +114,26 @@ def draft_lengths(contestant: str, options: Options) -> tuple[int | None, ...]:
 
 
 def build_entries(options: Options, prompts: Prompts) -> list[Entry]:
-    """Everything that is measured of one pair and dtype, in the order of turns."""
-    entries = []
-    for contestant in options.contestants:
-        plain = Task(prompts.short, options.max_new_tokens)
-        entries.append(Entry(contestant, "generate", plain))
-        entries += [
-            Entry(contestant, "generate", Task(prompts.short, options.max_new_tokens, k))
-            for k in draft_lengths(contestant, options)
-        ]
-        if contestant == OURS:
-            batch = Task(prompts.batch, options.max_new_tokens, is_batch=True)
-            entries.append(Entry(contestant, "batch", batch))
-    entries += [Entry(name, "prefill", Task([prompts.long], 1)) for name in options.contestants]
-    return entries
+    """Everything that is measured of one pair and dtype, in the order of turns.
+
+    What is compared most takes turns side by side: the bandwidth of a shared machine moves within minutes.
+    """
+    length = options.max_new_tokens
+    plain = [Entry(name, "generate", Task(prompts.short, length)) for name in options.contestants]
+    speculative = [
+        Entry(name, "generate", Task(prompts.short, length, k))
+        for name in options.contestants
+        for k in draft_lengths(name, options)
+    ]
+    batch = Entry(OURS, "batch", Task(prompts.batch, length, is_batch=True))
+    prefill = [Entry(name, "prefill", Task([prompts.long], 1)) for name in options.contestants]
+    by_mode = {
+        "plain": plain,
+        "batch": [batch] if OURS in options.contestants else [],
+        "speculative": speculative,
+        "prefill": prefill,
+    }
+    return [entry for mode in MODES if mode in options.modes for entry in by_mode[mode]]
 
 
 def read_prompts(num_prompts: int) -> Prompts:
