@@ -1,5 +1,6 @@
 // The Python face of DecoderRunner: weights are checked once, when an op is added; a batch is
 // checked on every call, for its numbers index memory.
+#include <algorithm>
 #include <tuple>
 
 #include "decoder.h"
@@ -204,16 +205,20 @@ class PyDecoder {
     const Tensor limit = small_input(limits, "limits", at::kInt, {slots.numel()});
     const Tensor length = small_input(seq_len, "seq_len", at::kInt, {slots.numel()});
     const int64_t count = limit.size(0), block_size = kv_cache.dim() == 6 ? kv_cache.size(4) : 0;
-    const int32_t k = count == 0 ? 0 : std::max(0, limit.max().item<int32_t>());
+    const auto* first_limit = limit.data_ptr<int32_t>();
+    const auto* last_limit = first_limit + count;
+    const int32_t k = count == 0 ? 0 : std::max(0, *std::max_element(first_limit, last_limit));
+    const int32_t num_common = count == 0 ? 0 : *std::min_element(first_limit, last_limit);
+    const Tensor everybody = at::arange(count, at::kLong),
+                 ones_of_all = at::ones({count}, at::kInt);
     Tensor drafted = at::zeros({count, k}, at::kInt), errors = at::zeros({count, k}, at::kInt);
     for (int32_t step = 0; step < k; ++step) {
-      const Tensor rows = (limit > step).nonzero().flatten();
-      const auto take = [&](const Tensor& all) {
-        return rows.size(0) == count ? all : all.index_select(0, rows);
-      };
+      const bool is_all = step < num_common;
+      const Tensor rows = is_all ? everybody : (limit > step).nonzero().flatten();
+      const auto take = [&](const Tensor& all) { return is_all ? all : all.index_select(0, rows); };
       const Tensor at = take(slots), end = take(length) + step;
       const Tensor first = step == 0 ? take(start) : end - 1;
-      const Tensor ones = at::ones_like(end);
+      const Tensor ones = take(ones_of_all);
       const auto [ids, positions, kv_slots, q_start, context_len, logit_rows] =
           expand_batch(tokens, block_table, at, first, end - first, ones, block_size);
       const auto [drawn, error] = draw(

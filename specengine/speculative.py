@@ -62,12 +62,16 @@ def match(
         return RoundOutcome(
             drawn[:, None], torch.zeros_like(num_draft), num_draft, drawn_error, None, row_start
         )
-    column = torch.arange(k + 1, device=drawn.device)
-    row = (row_start[:, None] + column).clamp_max(drawn.numel() - 1)
-    tokens, error = drawn[row], drawn_error[row]
-    is_match = (tokens[:, :k] == proposal.tokens) & (column[:k] < num_draft[:, None])
-    num_accepted = is_match.int().cumprod(dim=1).sum(dim=1, dtype=torch.int32)
-    is_bad = (error * (column <= num_accepted[:, None])).amax(dim=1)
+    if drawn.numel() == num_draft.numel() * (k + 1):  # everybody drafted k: the rows are a rectangle
+        tokens, error = drawn.view(-1, k + 1), drawn_error.view(-1, k + 1)
+        is_match = tokens[:, :k] == proposal.tokens
+    else:
+        column = torch.arange(k + 1, device=drawn.device)
+        row = (row_start[:, None] + column).clamp_max(drawn.numel() - 1)
+        tokens, error = drawn[row], drawn_error[row]
+        is_match = (tokens[:, :k] == proposal.tokens) & (column[:k] < num_draft[:, None])
+    num_accepted = is_match.cumprod(dim=1).sum(dim=1, dtype=torch.int32)
+    is_bad = error.cummax(dim=1).values.gather(1, num_accepted[:, None].long())[:, 0]
     return RoundOutcome(tokens, num_accepted, num_draft, is_bad, None, row_start)
 
 

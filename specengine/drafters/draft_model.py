@@ -99,7 +99,7 @@ class DraftModelDrafter:
 
 def _up_to_errors(num_tokens: Tensor, error: Tensor) -> Tensor:
     """Rows stop before the first draft distribution that is not one (a NaN, say)."""
-    return torch.minimum(num_tokens, (error == 0).int().cumprod(dim=1).sum(dim=1).int())
+    return torch.minimum(num_tokens, (error == 0).cumprod(dim=1).sum(dim=1, dtype=torch.int32))
 
 
 class _Draft:

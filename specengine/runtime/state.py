@@ -132,11 +132,14 @@ class BatchState:
         self.min_p = torch.zeros(num_slots, dtype=torch.float32, device=device)
         self.seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
         self.uses_rejection = torch.zeros(num_slots, dtype=torch.bool, device=device)
+        self._selected_slots: list[int | None] | None = None
+        self._selection: tuple[Tensor, Tensor, dict[str, Tensor]]
 
     def admit(self, sequence: Sequence) -> None:
         """Fills the row of a sequence that has just been given a slot."""
         slot, params = sequence.slot, sequence.params
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        self._selected_slots = None
         ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
         self.tokens[slot, : ids.numel()] = ids.to(self.device)
         self.seq_len[slot] = sequence.num_tokens
@@ -150,8 +153,7 @@ class BatchState:
     def select(self, sequences: Iterable[Sequence], block_table: Tensor, *, may_draft: bool) -> RunningBatch:
         """The rows of `sequences`, in order; `may_draft=False` is a round with k = 0."""
         chosen = list(sequences)
-        slots = torch.tensor([sequence.slot for sequence in chosen], dtype=torch.int32, device=self.device)
-        index = slots.long()
+        slots, index, constants = self._select_slots([sequence.slot for sequence in chosen])
         limits = tuple(sequence.max_draft_tokens if may_draft else 0 for sequence in chosen)
         params = [sequence.params for sequence in chosen]
         rejection = [each.uses_rejection for each in params]
@@ -161,12 +163,6 @@ class BatchState:
             slots=slots,
             seq_len=self.seq_len[index],
             max_draft=torch.tensor(limits, dtype=torch.int32, device=self.device),
-            temperature=self.temperature[index],
-            top_k=self.top_k[index],
-            top_p=self.top_p[index],
-            min_p=self.min_p[index],
-            seeds=self.seeds[index],
-            uses_rejection=self.uses_rejection[index],
             tokens=self.tokens,
             block_table=block_table,
             bias=bias,
@@ -175,7 +171,18 @@ class BatchState:
             has_rejection=any(rejection),
             is_all_rejection=all(rejection),
             wants_logprobs=any(each.logprobs is not None for each in params),
+            **constants,
         )
+
+    def _select_slots(self, slots: list[int | None]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """The slots as int32 and int64, and those rows of what only `admit` changes; the last answer is kept."""
+        if slots != self._selected_slots:
+            of_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
+            index = of_slots.long()
+            names = ("temperature", "top_k", "top_p", "min_p", "seeds", "uses_rejection")
+            self._selection = of_slots, index, {name: getattr(self, name)[index] for name in names}
+            self._selected_slots = slots
+        return self._selection
 
     def stage(self, batch: RunningBatch, drafted: Tensor) -> None:
         """Writes drafted tokens `[B, k]` behind the committed ones, where the next forward reads them."""
