@@ -11,7 +11,7 @@ from specengine import rng
 from specengine.drafters.base import DraftProposal
 from specengine.kernels.reference.filter_rows import STAT_ERROR
 from specengine.runtime.batch import row_starts
-from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.model_runner import ModelRunner, draft_steps
 from specengine.runtime.state import RunningBatch, apply_bias
 
 
@@ -56,13 +56,8 @@ class DraftModelDrafter:
         self, batch: RunningBatch, start: Tensor, limits: list[int], num_tokens: Tensor
     ) -> DraftProposal:
         draft = _Draft(batch, max(limits))
-        for step in range(max(limits)):
-            rows = [row for row, limit in enumerate(limits) if limit > step]
-            part = batch.take(rows)
-            end = part.seq_len + step
-            first = start[rows] if step == 0 else end - 1
-            logits = self.runner.forward(part, first, end - first, torch.ones_like(end))
-            draft.draw(self.runner, part, rows, step, logits)
+        for step, rows, part, fed in draft_steps(batch, start, limits):
+            draft.draw(self.runner, part, rows, step, self.runner.forward(part, *fed))
         return draft.proposal(num_tokens)
 
     def _context_limit(self, length: int, limit: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -63,14 +65,10 @@ class ModelRunner:
             return drafted
         tokens = batch.slots.new_zeros(batch.size, max(limits))
         error = torch.zeros_like(tokens)
-        for step in range(max(limits)):
-            chosen = [row for row, limit in enumerate(limits) if limit > step]
-            part = batch.take(chosen)
-            end = part.seq_len + step
-            first = start[chosen] if step == 0 else end - 1
-            drawn, is_bad = self.draw(part, first, end - first, torch.ones_like(end))
+        for step, chosen, part, fed in draft_steps(batch, start, limits):
+            drawn, is_bad = self.draw(part, *fed)
             tokens[chosen, step], error[chosen, step] = drawn, is_bad
-            part.tokens[part.slots.long(), end.long()] = drawn
+            part.tokens[part.slots.long(), part.seq_len.long() + step] = drawn
         return tokens, error
 
     def _build(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> ForwardBatch:
@@ -81,6 +79,18 @@ class ModelRunner:
 
     def _where(self) -> tuple[Tensor, int]:
         return self.kv_cache.tensors[self.model_index], self.vocab_size
+
+
+def draft_steps(
+    batch: RunningBatch, start: Tensor, limits: list[int]
+) -> Iterator[tuple[int, list[int], RunningBatch, tuple[Tensor, Tensor, Tensor]]]:
+    """Drafting step by step: the step, the rows that still draft, their batch, and what `draw` or `forward` feeds."""
+    for step in range(max(limits)):
+        rows = [row for row, limit in enumerate(limits) if limit > step]
+        part = batch.take(rows)
+        end = part.seq_len + step
+        first = start[rows] if step == 0 else end - 1
+        yield step, rows, part, (first, end - first, torch.ones_like(end))
 
 
 def _keys(batch: RunningBatch) -> DrawKeys:
