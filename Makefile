@@ -70,7 +70,7 @@ sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
 	@libraries="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED)/tree LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0; \
 	(cd build && ../$(BIN)/python -c "import torch; from specengine import _C; assert 'sanitized' in _C.__file__, _C.__file__") && \
-	$(BIN)/pytest -p no:cacheprovider tests/test_paged_kv_cache.py tests/kernels
+	$(BIN)/pytest -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/kernels
 
 install: $(NATIVE_BUILT)  ## Only set up .venv: dependencies, the package in place, its extension
 

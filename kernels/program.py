@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from specengine.kernels.packed import Norm, PackedLinear
@@ -53,7 +54,27 @@ class NormLinear:
     out: Register
 
 
-Op = NormQkv | PagedAttention | LinearResidual | NormLinear
+@dataclass(frozen=True)
+class ParallelNormLinear:
+    """`NormQkv` and expanded = activation(LayerNorm(hidden) W^T + b), where attention and MLP both read hidden."""
+
+    layer: int
+    norm: Norm
+    weight: PackedLinear
+    mlp_norm: Norm
+    mlp_weight: PackedLinear
+    activation: str
+
+
+@dataclass(frozen=True)
+class ParallelLinearResidual:
+    """hidden = hidden + attended W^T + b + expanded Wm^T + bm."""
+
+    weight: PackedLinear
+    mlp_weight: PackedLinear
+
+
+Op = NormQkv | PagedAttention | LinearResidual | NormLinear | ParallelNormLinear | ParallelLinearResidual
 
 
 @dataclass(frozen=True)
@@ -102,13 +123,17 @@ class ForwardBatch:
 @dataclass(frozen=True)
 class DrawKeys:
     """What the draws of a batch depend on, `[B]` each, by sequence: temperature fp32 (0 = greedy), the filters
-    top_k int32, top_p and min_p fp32 (see `specengine.kernels.reference.filter_rows`), seeds int64."""
+    top_k int32, top_p and min_p fp32 (see `specengine.kernels.reference.filter_rows`), seeds int64.
+
+    has_filters: whether any of the sequences has a filter, as the host knows it
+    """
 
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
     min_p: Tensor
     seeds: Tensor
+    has_filters: bool
 
 
 @dataclass(frozen=True)
@@ -129,3 +154,16 @@ class DraftRows:
     start: Tensor
     seq_len: Tensor
     limits: Tensor
+
+
+def row_keys(keys: DrawKeys, batch: ForwardBatch) -> DrawKeys:
+    """The keys of each logit row's sequence, `[R]` each."""
+    owner = torch.searchsorted(batch.q_start, batch.logit_rows.int(), right=True) - 1
+    return DrawKeys(
+        keys.temperature[owner],
+        keys.top_k[owner],
+        keys.top_p[owner],
+        keys.min_p[owner],
+        keys.seeds[owner],
+        keys.has_filters,
+    )

@@ -223,6 +223,11 @@ class SamplingParams:
         return self.temperature == 0.0
 
     @property
+    def has_filters(self) -> bool:
+        """Whether top-k, top-p or min-p keep some tokens from being drawn."""
+        return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+    @property
     def uses_rejection(self) -> bool:
         """Whether drafts are judged by rejection sampling (greedy decoding is a match either way)."""
         if self.is_greedy or self.acceptance == "coupled":
@@ -240,7 +245,7 @@ class EngineConfig:
                         linear layers rounded to 8 bits with a scale per output channel, the rest in `dtype`. An int8
                         draft changes speed only; an int8 target is another model, a little worse
     kv_dtype:           storage of keys and values; "auto" = the weights' dtype (`dtype`, where they are int8)
-    backend:            "auto" (native on a CPU, reference on CUDA), "native", "reference"
+    backend:            "auto" (native on a CPU, Triton on CUDA), "native", "triton", "reference"
     block_size:         tokens a KV block holds
     num_blocks | kv_cache_bytes: size of the KV cache; by default as much as max_batch_size sequences of
                         max_seq_len can use, at most 4 GiB on a CPU, half of the free memory on a GPU

@@ -23,7 +23,10 @@ from specengine.kernels.program import (
     NormLinear,
     NormQkv,
     PagedAttention,
+    ParallelLinearResidual,
+    ParallelNormLinear,
     Program,
+    row_keys,
 )
 
 
@@ -33,6 +36,7 @@ class NativeBackend:
     name = "native"
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
+    expand_batch = staticmethod(_C.expand_batch)
     embed = staticmethod(_C.embed)
     paged_attention = staticmethod(_C.paged_attention)
     filter_rows = staticmethod(_C.filter_rows)
@@ -83,11 +87,43 @@ class NativeBackend:
             rotary,
         )
 
+    def parallel_norm_linear(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        mlp_norm: Norm,
+        mlp_weight: PackedLinear,
+        activation: str,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        query = self.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
+        return query, self.norm_linear(hidden, mlp_norm, mlp_weight, activation)
+
+    def parallel_linear_residual(
+        self,
+        attended: Tensor,
+        weight: PackedLinear,
+        expanded: Tensor,
+        mlp_weight: PackedLinear,
+        residual: Tensor,
+    ) -> Tensor:
+        return self.linear_residual(expanded, mlp_weight, self.linear_residual(attended, weight, residual))
+
     def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return _C.linear_residual(x, *_linear_arguments(weight), residual)
 
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
         return _C.head(hidden, *_layer_arguments(norm, weight), vocab_size)
+
+    def head_stats(
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.head(hidden, norm, weight, vocab_size)
+        return logits, self.filter_rows(logits, temperature, *_no_filters(temperature))
 
     def head_draw(
         self,
@@ -96,13 +132,15 @@ class NativeBackend:
         weight: PackedLinear,
         vocab_size: int,
         temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
         seeds: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]:
         layer = _layer_arguments(norm, weight)
+        if top_k is None or top_p is None or min_p is None:
+            top_k, top_p, min_p = _no_filters(temperature)
         return _C.head_draw(hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions)
 
     def compile(self, program: Program) -> NativeExecutor:
@@ -127,10 +165,24 @@ class NativeExecutor:
             elif isinstance(op, NormLinear):
                 layer = _layer_arguments(op.norm, op.weight)
                 add.norm_linear(op.source, *layer, op.activation, op.out)
+            elif isinstance(op, ParallelNormLinear):
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+                layer = _layer_arguments(op.mlp_norm, op.mlp_weight)
+                add.norm_linear("hidden", *layer, op.activation, "expanded")
+            elif isinstance(op, ParallelLinearResidual):
+                add.linear_residual("attended", *_linear_arguments(op.weight), "hidden", "residual")
+                add.linear_residual("expanded", *_linear_arguments(op.mlp_weight), "residual", "hidden")
         add.head(*_layer_arguments(program.final_norm, program.head))
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         return self._decoder.forward(*_batch_arguments(batch), kv_cache, vocab_size)
+
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.forward(batch, kv_cache, vocab_size)
+        rows = row_keys(keys, batch)
+        return logits, _C.filter_rows(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -144,6 +196,12 @@ class NativeExecutor:
         where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
         drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
         return self._decoder.draft(*where, kv_cache, vocab_size, *drawn)
+
+
+def _no_filters(temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """top_k, top_p and min_p of rows without filters."""
+    off = torch.zeros_like(temperature)
+    return off.int(), off + 1, off
 
 
 def _batch_arguments(

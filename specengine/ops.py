@@ -7,6 +7,9 @@ promises mathematics only. Signatures, shapes and formulas are documented once, 
 
 from __future__ import annotations
 
+import importlib
+import os
+import sys
 from dataclasses import replace
 from types import ModuleType
 from typing import Protocol, cast
@@ -24,8 +27,11 @@ from specengine.kernels.program import (
     NormLinear,
     NormQkv,
     PagedAttention,
+    ParallelLinearResidual,
+    ParallelNormLinear,
     Program,
     Register,
+    row_keys,
 )
 
 
@@ -34,6 +40,11 @@ class Executor(Protocol):
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         """The logits of `batch.logit_rows`, `[R, V]` fp32 as the `head` op gives them."""
+
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what the `filter_rows` op gives for these logits: `[R, V]` and `[R, 4]` fp32."""
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -72,6 +83,17 @@ class Backend(Protocol):
     def compile(self, program: Program) -> Executor:
         """The program as this backend runs it."""
 
+    def expand_batch(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        q_len: Tensor,
+        num_logits: Tensor,
+        block_size: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
     def embed(
         self, token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
     ) -> Tensor: ...
@@ -89,6 +111,20 @@ class Backend(Protocol):
         rotary: Tensor | None,
     ) -> Tensor: ...
 
+    def parallel_norm_linear(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        mlp_norm: Norm,
+        mlp_weight: PackedLinear,
+        activation: str,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
     def paged_attention(
         self,
         query: Tensor,
@@ -101,7 +137,20 @@ class Backend(Protocol):
 
     def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
 
+    def parallel_linear_residual(
+        self,
+        attended: Tensor,
+        weight: PackedLinear,
+        expanded: Tensor,
+        mlp_weight: PackedLinear,
+        residual: Tensor,
+    ) -> Tensor: ...
+
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor: ...
+
+    def head_stats(
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
 
     def head_draw(
         self,
@@ -110,9 +159,9 @@ class Backend(Protocol):
         weight: PackedLinear,
         vocab_size: int,
         temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
         seeds: Tensor,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
@@ -184,15 +233,27 @@ class Interpreter:
         hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
         return self._backend.head(hidden, program.final_norm, program.head, vocab_size)
 
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        program, ops = self._program, self._backend
+        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
+        of_rows = row_keys(keys, batch)
+        if not keys.has_filters:
+            return ops.head_stats(hidden, program.final_norm, program.head, vocab_size, of_rows.temperature)
+        logits = ops.head(hidden, program.final_norm, program.head, vocab_size)
+        filters = (of_rows.temperature, of_rows.top_k, of_rows.top_p, of_rows.min_p)
+        return logits, ops.filter_rows(logits, *filters)
+
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         program = self._program
         hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
         positions = batch.positions[batch.logit_rows] + 1
-        owner = torch.searchsorted(batch.q_start.long(), batch.logit_rows, right=True) - 1
-        filters = (keys.top_k[owner], keys.top_p[owner], keys.min_p[owner])
-        drawn = (keys.temperature[owner], *filters, keys.seeds[owner], positions)
+        of_rows = row_keys(keys, batch)
+        filters = (of_rows.top_k, of_rows.top_p, of_rows.min_p) if keys.has_filters else (None, None, None)
+        drawn = (of_rows.temperature, *filters, of_rows.seeds, positions)
         return self._backend.head_draw(hidden, program.final_norm, program.head, vocab_size, *drawn)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
@@ -206,11 +267,21 @@ class Interpreter:
             if isinstance(op, NormQkv):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
                 values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places)
+            elif isinstance(op, ParallelNormLinear):
+                places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
+                layers = (op.norm, op.weight, op.mlp_norm, op.mlp_weight, op.activation)
+                values["query"], values["expanded"] = ops.parallel_norm_linear(
+                    values["hidden"], *layers, *places
+                )
             elif isinstance(op, PagedAttention):
                 ragged = (batch.block_table, batch.slots, batch.q_start, batch.context_len)
                 values["attended"] = ops.paged_attention(values["query"], kv_cache[op.layer], *ragged)
             elif isinstance(op, LinearResidual):
                 values[op.out] = ops.linear_residual(values[op.source], op.weight, values[op.residual])
+            elif isinstance(op, ParallelLinearResidual):
+                values["hidden"] = ops.parallel_linear_residual(
+                    values["attended"], op.weight, values["expanded"], op.mlp_weight, values["hidden"]
+                )
             elif isinstance(op, NormLinear):
                 values[op.out] = ops.norm_linear(values[op.source], op.norm, op.weight, op.activation)
         return values["hidden"]
@@ -231,6 +302,40 @@ class _OpsModule:
         return Interpreter(cast(Backend, self), program)
 
 
+class _TritonBackend:
+    """Every op from the module of its name in `specengine.kernels`."""
+
+    name = "triton"
+    supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    def __getattr__(self, op: str) -> object:
+        if op.startswith("_"):
+            raise AttributeError(op)
+        function = getattr(importlib.import_module(f"specengine.kernels.{op}"), op)
+        setattr(self, op, function)
+        return function
+
+    def set_num_threads(self, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        from specengine.kernels.device.linear import pack_rows
+
+        return pack_rows(_as_floats(weight, dtype), bias)
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        from specengine.kernels.device.linear import pack_rows
+        from specengine.kernels.reference import quantize_rows
+
+        quantized, scale = quantize_rows(_as_floats(weight, None))
+        return replace(pack_rows(quantized, bias), scale=scale)
+
+    def compile(self, program: Program) -> Executor:
+        return Interpreter(cast(Backend, self), program)
+
+
 class _ReferenceBackend(_OpsModule):
     def set_num_threads(self, num_threads: int) -> None:
         torch.set_num_threads(num_threads)
@@ -238,25 +343,33 @@ class _ReferenceBackend(_OpsModule):
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
     ) -> PackedLinear:
-        if dtype is not None:
-            weight = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        weight = _as_floats(weight, dtype)
         return PackedLinear(weight, None if bias is None else bias.float(), weight.shape[1], weight.shape[0])
 
     def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         from specengine.kernels.reference import quantize_rows
 
-        quantized, scale = quantize_rows(weight)
-        packed = self.pack_linear(quantized, bias)
-        return replace(packed, scale=scale)
+        quantized, scale = quantize_rows(_as_floats(weight, None))
+        packed_bias = None if bias is None else bias.float()
+        return PackedLinear(quantized, packed_bias, weight.shape[1], weight.shape[0], scale)
+
+
+def _as_floats(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """`[N, K]` weights, checked; with a `dtype` converted to it in memory of their own."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"weight: expected [N, K] of floats, got {list(weight.shape)} {weight.dtype}")
+    if dtype is None:
+        return weight
+    return weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def load_backend(name: str, device: torch.device) -> Backend:
-    """The backend `auto`, `native`, `triton` or `reference` for a device; `auto` is native on a CPU, else reference.
+    """The backend `auto`, `native`, `triton` or `reference` for a device; `auto` is Triton on CUDA, native on a CPU.
 
     Raises `BackendUnavailableError` when it cannot run there, `ValueError` for an unknown name.
     """
     if name == "auto":
-        name = "native" if device.type == "cpu" else "reference"
+        name = {"cpu": "native", "cuda": "triton"}.get(device.type, "reference")
     if name == "reference":
         from specengine.kernels import reference
 
@@ -265,18 +378,36 @@ def load_backend(name: str, device: torch.device) -> Backend:
     if name == "native":
         return _load_native(device)
     if name == "triton":
-        raise BackendUnavailableError(
-            "backend='triton': the Triton kernels are not part of this version; "
-            "use backend='native' on a CPU or backend='reference' on any device"
-        )
+        return _load_triton(device)
     raise ValueError(f"backend: {name!r} is unknown; expected auto, native, triton or reference")
 
 
 def _load_native(device: torch.device) -> Backend:
     if device.type != "cpu":
         raise BackendUnavailableError(
-            f"backend='native' runs on a CPU, not on device={str(device)!r}; use backend='reference' there"
+            f"backend='native' runs on a CPU, not on device={str(device)!r}; use backend='triton' or 'reference' there"
         )
     from specengine import native
 
     return cast(Backend, native.NativeBackend())
+
+
+def _load_triton(device: torch.device) -> Backend:
+    if device.type not in ("cpu", "cuda"):
+        raise BackendUnavailableError(f"backend='triton' runs on CUDA, not on device={str(device)!r}")
+    # Without a GPU the kernels run in Triton's interpreter, which must be asked for before Triton is imported.
+    wants_interpreter = device.type == "cpu"
+    if wants_interpreter and "triton" not in sys.modules:
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        from specengine.kernels.device.launch import IS_INTERPRETED
+    except ImportError as error:
+        raise BackendUnavailableError(
+            "backend='triton' needs the package triton (3.6 or newer): pip install triton"
+        ) from error
+    if wants_interpreter and not IS_INTERPRETED:
+        raise BackendUnavailableError(
+            "backend='triton' on a CPU runs in Triton's interpreter, but Triton was already imported without it; "
+            "set the environment variable TRITON_INTERPRET=1 before Python starts"
+        )
+    return cast(Backend, _TritonBackend())

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from specengine.drafters.base import Drafter, DraftProposal
+from specengine.kernels.reference.expand_batch import row_owners
 from specengine.ops import Backend
-from specengine.runtime.batch import row_owners, row_starts
+from specengine.runtime.batch import row_starts
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.state import BatchState, RunningBatch, apply_bias
 
@@ -50,7 +51,12 @@ def judge(proposal: DraftProposal, batch: RunningBatch, target: ModelRunner) -> 
     where = (batch, batch.seq_len - 1, num_rows, num_rows)
     if batch.is_decided_by_draws:
         return match(*target.draw(*where), row_starts(num_rows), proposal, batch)
-    return verify(target.backend, target.forward(*where), row_starts(num_rows), proposal, batch)
+    stats = None
+    if batch.bias is None:
+        logits, stats = target.forward_stats(*where)
+    else:
+        logits = target.forward(*where)
+    return verify(target.backend, logits, row_starts(num_rows), proposal, batch, stats)
 
 
 def match(
@@ -76,18 +82,24 @@ def match(
 
 
 def verify(
-    backend: Backend, logits: Tensor, row_start: Tensor, proposal: DraftProposal, batch: RunningBatch
+    backend: Backend,
+    logits: Tensor,
+    row_start: Tensor,
+    proposal: DraftProposal,
+    batch: RunningBatch,
+    stats: Tensor | None = None,
 ) -> RoundOutcome:
     """Judges a proposal by the target's logits: row row_start[b] + i decides position seq_len[b] + i.
 
     Greedy and coupled sequences, and those without a draft, match the target's own draw; the others use
-    rejection sampling.
+    rejection sampling. stats: `[R, 4]` of the logits (`filter_rows`) where they are known and nobody has a bias.
     """
     num_draft = proposal.num_tokens
     biased = apply_bias(logits, batch, row_start, num_draft + 1, batch.seq_len)
-    owner = row_owners(num_draft + 1)
-    filters = (batch.temperature[owner], batch.top_k[owner], batch.top_p[owner], batch.min_p[owner])
-    stats = backend.filter_rows(biased, *filters)
+    if stats is None:
+        owner = row_owners(num_draft + 1)
+        filters = (batch.temperature[owner], batch.top_k[owner], batch.top_p[owner], batch.min_p[owner])
+        stats = backend.filter_rows(biased, *filters)
     outcome = RoundOutcome(
         tokens=batch.seq_len.new_zeros(batch.size, proposal.tokens.shape[1] + 1),
         num_accepted=torch.zeros_like(num_draft),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kernel_cases
 import pytest
 import tiny_models
 import torch
@@ -15,8 +16,17 @@ from specengine import _C, metrics
 from specengine import engine as engine_module
 from specengine.drafters.base import Drafter
 from specengine.engine import Engine
+from specengine.ops import Backend
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, the tests of Triton kernels are tests of it: `pytest -m gpu` runs them."""
+    for item in items:
+        if torch.cuda.is_available() and item.get_closest_marker("triton"):
+            item.add_marker("gpu")
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +85,26 @@ def instruction_set(request: pytest.FixtureRequest) -> Iterator[str]:
     _C.set_instruction_set("auto")
 
 
+_ON_TRITON = pytest.param("triton", marks=pytest.mark.triton)
+
+
+@pytest.fixture(params=["native", _ON_TRITON])
+def ops(request: pytest.FixtureRequest) -> Backend:
+    """The backends that promise bits: native on its default instruction set, and Triton."""
+    return kernel_cases.NATIVE if request.param == "native" else kernel_cases.TRITON
+
+
+@pytest.fixture(params=[*_C.instruction_sets(), _ON_TRITON])
+def every_ops(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Native on each instruction set in turn, and Triton."""
+    if request.param == "triton":
+        yield kernel_cases.TRITON
+        return
+    _C.set_instruction_set(request.param)
+    yield kernel_cases.NATIVE
+    _C.set_instruction_set("auto")
+
+
 @pytest.fixture
 def build_engine() -> Iterator[EngineFactory]:
     """build_engine(model, drafter_or_draft_path=None, **config): an engine of the laws' backend, closed at the end.
@@ -86,7 +116,7 @@ def build_engine() -> Iterator[EngineFactory]:
     def build(model: Any, drafter: Drafter | Path | None = None, **config: Any) -> Engine:
         defaults: dict[str, Any] = {
             "backend": BACKEND,
-            "device": "cpu",
+            "device": str(kernel_cases.DEVICE) if BACKEND == "triton" else "cpu",
             "dtype": "float32",
             "block_size": 4,
             "max_batch_size": 8,

@@ -155,9 +155,11 @@ class RowVariantBackend:
     def __init__(self, backend: Any) -> None:
         self._backend = backend
 
-    def head(self, hidden: torch.Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> torch.Tensor:
-        logits: torch.Tensor = self._backend.head(hidden, norm, weight, vocab_size)
-        return logits if len(hidden) == 1 else logits * (1 + 2**-22)
+    def head_stats(
+        self, hidden: torch.Tensor, norm: Norm, weight: PackedLinear, *rest: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, stats = self._backend.head_stats(hidden, norm, weight, *rest)
+        return logits if len(hidden) == 1 else logits * (1 + 2**-22), stats
 
     def __getattr__(self, op: str) -> Callable[..., Any]:
         return getattr(self._backend, op)

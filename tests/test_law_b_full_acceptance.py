@@ -113,7 +113,14 @@ def test_the_law_notices_a_draft_law_that_is_not_the_targets(
     twins: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rejection compares p with q: a last bit of difference is enough to reject now and then."""
-    forward = twins._drafter.runner.forward  # type: ignore[union-attr]
-    monkeypatch.setattr(twins._drafter.runner, "forward", lambda *args: forward(*args) * 1.01)  # type: ignore[union-attr]
+    runner = twins._drafter.runner  # type: ignore[union-attr]
+    forward_stats = runner.forward_stats
+
+    def scaled(batch: Any, *fed: Any) -> Any:
+        logits = forward_stats(batch, *fed)[0] * 1.01
+        filters = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
+        return logits, runner.backend.filter_rows(logits, *filters)
+
+    monkeypatch.setattr(runner, "forward_stats", scaled)
     with pytest.raises(AssertionError):
         check_everything_is_accepted(twins, [4], [REJECTION], num_tokens=200)

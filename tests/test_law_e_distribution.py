@@ -22,6 +22,7 @@ from torch import Tensor
 from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
+from specengine.ops import Backend
 from specengine.runtime import model_runner
 from specengine.runtime.batch import row_starts
 from specengine.runtime.kv_cache import TARGET
@@ -305,6 +306,7 @@ def _build_batch(
         has_rejection=is_rejection,
         is_all_rejection=is_rejection,
         wants_logprobs=False,
+        has_filters=True,
     )
 
 
@@ -421,10 +423,10 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """q as it was before the filters."""
     verify, backend = speculative.verify, engine._target.backend
 
-    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, batch: RunningBatch) -> Any:
+    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any) -> Any:
         if proposal.logits is not None:
             rows = proposal.logits.flatten(0, 1)
-            temperature = batch.temperature.repeat_interleave(proposal.tokens.shape[1])
+            temperature = rest[0].temperature.repeat_interleave(proposal.tokens.shape[1])
             zeros = torch.zeros_like(temperature)
             stats = backend.filter_rows(rows, temperature, zeros.int(), torch.ones_like(zeros), zeros)
             tokens = proposal.tokens.flatten().long()[:, None]
@@ -432,7 +434,7 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
             proposal = replace(
                 proposal, log_probs=log_probs.view_as(proposal.tokens), stats=stats.view_as(proposal.stats)
             )
-        return verify(ops, logits, starts, proposal, batch)
+        return verify(ops, logits, starts, proposal, *rest)
 
     patch.setattr(speculative, "verify", mutant)
 
@@ -491,11 +493,11 @@ def judged_by_the_next_row(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 def draft_law_of_the_row_before(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     verify = speculative.verify
 
-    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, batch: RunningBatch) -> Any:
+    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any) -> Any:
         if proposal.logits is not None:
             moved = (proposal.log_probs.roll(1, 1), proposal.logits.roll(1, 1), proposal.stats.roll(1, 1))
             proposal = DraftProposal(proposal.tokens, proposal.num_tokens, *moved)
-        return verify(ops, logits, starts, proposal, batch)
+        return verify(ops, logits, starts, proposal, *rest)
 
     patch.setattr(speculative, "verify", mutant)
 
@@ -519,9 +521,10 @@ def one_stream_for_draft_and_residual(engine: Engine, patch: pytest.MonkeyPatch)
 
 def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """Positions that a forward has computed once are not written again: rejected drafts stay in the target's KV."""
-    build, forward, reached = model_runner.build_forward_batch, engine._target.forward, {}
+    build, reached = model_runner.build_forward_batch, {}
 
     def stale(
+        backend: Backend,
         tokens: Tensor,
         table: Tensor,
         slots: Tensor,
@@ -530,18 +533,22 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         *rest: Tensor,
         **sizes: int,
     ) -> Any:
-        batch = build(tokens, table, slots, start, q_len, *rest, **sizes)
+        batch = build(backend, tokens, table, slots, start, q_len, *rest, **sizes)
         known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
         reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))
         is_known = batch.positions < known.repeat_interleave(q_len)
         return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_known, -1))
 
-    def mutant(*given: Any) -> Tensor:
-        with pytest.MonkeyPatch.context() as inner:
-            inner.setattr(model_runner, "build_forward_batch", stale)
-            return forward(*given)
+    def mutant(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            with pytest.MonkeyPatch.context() as inner:
+                inner.setattr(model_runner, "build_forward_batch", stale)
+                return forward(*given)
 
-    patch.setattr(engine._target, "forward", mutant)
+        return run
+
+    for name in ("forward", "forward_stats"):
+        patch.setattr(engine._target, name, mutant(getattr(engine._target, name)))
 
 
 def no_mutation(engine: Engine, patch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ class Trap:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Decoder, "forward"), (speculative, "verify"), (engine_module.Engine, "_gather_logprobs")],
+    [(Decoder, "forward_stats"), (speculative, "verify"), (engine_module.Engine, "_gather_logprobs")],
     ids=["forward", "verify", "logprobs"],
 )
 def test_an_interruption_inside_a_step_loses_nothing(

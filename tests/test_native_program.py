@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_cases import NATIVE
 from law_helpers import (
     CheckpointFactory,
     EngineFactory,
@@ -20,11 +21,11 @@ from law_helpers import (
 )
 from scripted_drafters import ScriptedDrafter
 
-from specengine import _C, Engine, SamplingParams
+from specengine import Engine, SamplingParams
 from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, build_program
 from specengine.ops import Interpreter
-from specengine.runtime import batch as runtime_batch
+from specengine.runtime.batch import build_forward_batch
 
 ARCHITECTURES = ("gpt2", "opt", "gpt_neox")
 VOCAB = 64
@@ -43,7 +44,8 @@ def ragged_batch(q_lens: list[int], starts: list[int], num_logits: list[int]) ->
     blocks = torch.randperm(num_slots * max_blocks, generator=generator)
     tokens = torch.randint(0, VOCAB, (num_slots, max_blocks * BLOCK_SIZE), generator=generator)
     slots = torch.randperm(num_slots, generator=generator)[: len(q_lens)]
-    return runtime_batch.build_forward_batch(
+    return build_forward_batch(
+        NATIVE,
         tokens.int(),
         blocks.view(num_slots, max_blocks).int(),
         slots.int(),
@@ -85,6 +87,7 @@ def test_one_call_gives_the_bits_of_single_ops(
             torch.tensor([0.5, 1.0, 0.9])[:count],
             torch.tensor([0.1, 0.0, 0.02])[:count],
             torch.tensor([-5, 2**62, 7])[:count],
+            has_filters=True,
         )
         drawn = decoder.draw(batch, ours, VOCAB - 3, keys)
         for mine, other in zip(drawn, single.draw(batch, theirs, VOCAB - 3, keys), strict=True):
@@ -176,28 +179,13 @@ def test_a_draft_that_does_not_fit_is_refused(
         seq_len=4 * ones,
         limits=3 * ones,
     )
-    keys = DrawKeys(torch.zeros(1), 0 * ones, torch.ones(1), torch.zeros(1), torch.zeros(1).long())
+    keys = DrawKeys(torch.zeros(1), 0 * ones, torch.ones(1), torch.zeros(1), torch.zeros(1).long(), False)
     kv_cache = new_kv_cache(decoder, torch.float32)
     with pytest.raises(ValueError, match="limits: token 6 does not fit 6"):
         decoder.draft(rows, kv_cache, VOCAB, keys)
     for name, value in (("slots", 1), ("start", 5), ("seq_len", 40)):
         with pytest.raises(ValueError):
             decoder.draft(replace(rows, **{name: value * ones}), kv_cache, VOCAB, keys)
-
-
-def test_batches_expand_as_on_any_other_device() -> None:
-    tokens = torch.arange(3 * 64, dtype=torch.int32).view(3, 64)
-    table = torch.randperm(12, generator=torch.Generator().manual_seed(0)).view(3, 4).int()
-    given = [torch.tensor(each, dtype=torch.int32) for each in ([2, 0], [14, 0], [3, 17], [2, 17])]
-    for ours, theirs in zip(
-        _C.expand_batch(tokens, table, *given, 16),
-        runtime_batch._expand(tokens, table, *given, 16),
-        strict=True,
-    ):
-        assert ours.dtype == theirs.dtype
-        assert torch.equal(ours, theirs)
-    nothing = [torch.zeros(0, dtype=torch.int32)] * 4
-    assert _C.expand_batch(tokens, table, *nothing, 16)[3].tolist() == [0]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ def head_draw(
     weight: PackedLinear,
     vocab_size: int,
     temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
     seeds: Tensor,
     positions: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -31,12 +31,16 @@ def head_draw(
     hidden:      `[R, D]` fp32
     weight:      D -> at least vocab_size
     temperature: `[R]` fp32, 0 = greedy
-    top_k, top_p, min_p: `[R]` int32, fp32, fp32, as in `filter_rows`
+    top_k, top_p, min_p: `[R]` int32, fp32, fp32, as in `filter_rows`; None, all three, where no row has a filter
     seeds:       `[R]` int64, the bits of the 64-bit seeds
     positions:   `[R]` int32, the absolute position of the token being decided
     returns      tokens `[R]` int32; errors `[R]` int32, 1 where a row holds a NaN or nothing finite
     """
     logits = head(hidden, norm, weight, vocab_size)
+    off = torch.zeros_like(temperature)
+    top_k = off.int() if top_k is None else top_k
+    top_p = off + 1 if top_p is None else top_p
+    min_p = off if min_p is None else min_p
     stats = filter_rows(logits, temperature, top_k, top_p, min_p)
     base = torch.zeros_like(positions)
     tokens, _ = sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)

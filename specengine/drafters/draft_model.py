@@ -57,8 +57,20 @@ class DraftModelDrafter:
     ) -> DraftProposal:
         draft = _Draft(batch, max(limits))
         for step, rows, part, fed in draft_steps(batch, start, limits):
-            draft.draw(self.runner, part, rows, step, self.runner.forward(part, *fed))
+            draft.draw(self.runner, part, rows, step, *self._logits(part, step, fed))
         return draft.proposal(num_tokens)
+
+    def _logits(
+        self, part: RunningBatch, step: int, fed: tuple[Tensor, Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The logits that step `step` of a draft draws from, biases included, and their statistics."""
+        if part.bias is None:
+            return self.runner.forward_stats(part, *fed)
+        ones = torch.ones_like(part.seq_len)
+        logits = self.runner.forward(part, *fed)
+        logits = apply_bias(logits, part, row_starts(ones), ones, part.seq_len + step)
+        filters = (part.temperature, part.top_k, part.top_p, part.min_p)
+        return logits, self.runner.backend.filter_rows(logits, *filters)
 
     def _context_limit(self, length: int, limit: int) -> int:
         """The last draft forward feeds position length + k - 2, which the draft's context must hold."""
@@ -106,13 +118,16 @@ class _Draft:
         self.law: _Law | None = None
 
     def draw(
-        self, runner: ModelRunner, part: RunningBatch, rows: list[int], step: int, logits: Tensor
+        self,
+        runner: ModelRunner,
+        part: RunningBatch,
+        rows: list[int],
+        step: int,
+        logits: Tensor,
+        stats: Tensor,
     ) -> None:
         """Draws token `step` of the given rows from their logits and stages it."""
         position = part.seq_len + step
-        ones = torch.ones_like(part.seq_len)
-        logits = apply_bias(logits, part, row_starts(ones), ones, position)
-        stats = runner.backend.filter_rows(logits, part.temperature, part.top_k, part.top_p, part.min_p)
         tokens, log_probs = _draw(runner, part, logits, stats, position)
         if part.has_rejection:
             if self.law is None:

@@ -17,8 +17,9 @@ from specengine.kernels.program import (
     NormQkv,
     Op,
     PagedAttention,
+    ParallelLinearResidual,
+    ParallelNormLinear,
     Program,
-    Register,
 )
 from specengine.ops import Backend
 
@@ -96,6 +97,12 @@ class Decoder:
         """
         return self._executor.forward(batch, kv_cache, vocab_size)
 
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and each logit row's statistics `[R, 4]` as the `filter_rows` op gives them."""
+        return self._executor.forward_stats(batch, kv_cache, vocab_size, keys)
+
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
@@ -113,17 +120,9 @@ class Decoder:
 
 
 def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:
-    """The one forward, as a list of ops: five a layer."""
-    ops: list[Op] = []
-    for index, layer in enumerate(weights.layers):
-        mlp_input: Register = "hidden" if spec.parallel_residual else "residual"
-        ops += [
-            NormQkv(index, layer.attention_norm, layer.qkv),
-            PagedAttention(index),
-            LinearResidual("attended", layer.attention_output, residual="hidden", out="residual"),
-            NormLinear(mlp_input, layer.mlp_norm, layer.mlp_up, spec.activation, out="expanded"),
-            LinearResidual("expanded", layer.mlp_down, residual="residual", out="hidden"),
-        ]
+    """The one forward, as a list of ops: five a layer, three where attention and MLP are parallel."""
+    build_layer = _parallel_layer if spec.parallel_residual else _sequential_layer
+    ops = [op for index, layer in enumerate(weights.layers) for op in build_layer(spec, index, layer)]
     device = weights.token_table.device
     return Program(
         num_heads=spec.num_heads,
@@ -136,6 +135,25 @@ def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:
         final_norm=weights.final_norm,
         head=weights.head,
     )
+
+
+def _sequential_layer(spec: DecoderSpec, index: int, layer: LayerWeights) -> list[Op]:
+    return [
+        NormQkv(index, layer.attention_norm, layer.qkv),
+        PagedAttention(index),
+        LinearResidual("attended", layer.attention_output, residual="hidden", out="residual"),
+        NormLinear("residual", layer.mlp_norm, layer.mlp_up, spec.activation, out="expanded"),
+        LinearResidual("expanded", layer.mlp_down, residual="residual", out="hidden"),
+    ]
+
+
+def _parallel_layer(spec: DecoderSpec, index: int, layer: LayerWeights) -> list[Op]:
+    attention, mlp = (layer.attention_norm, layer.qkv), (layer.mlp_norm, layer.mlp_up)
+    return [
+        ParallelNormLinear(index, *attention, *mlp, spec.activation),
+        PagedAttention(index),
+        ParallelLinearResidual(layer.attention_output, layer.mlp_down),
+    ]
 
 
 def build_rotary_table(spec: DecoderSpec, device: torch.device) -> Tensor:

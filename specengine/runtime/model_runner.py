@@ -43,6 +43,13 @@ class ModelRunner:
         """
         return self.decoder.forward(self._build(batch, start, q_len, num_logits), *self._where())
 
+    def forward_stats(
+        self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and each logit row's statistics under its sequence's temperature and filters, `[rows, 4]`."""
+        where = (self._build(batch, start, q_len, num_logits), *self._where())
+        return self.decoder.forward_stats(*where, _keys(batch))
+
     def draw(
         self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -73,9 +80,8 @@ class ModelRunner:
 
     def _build(self, batch: RunningBatch, start: Tensor, q_len: Tensor, num_logits: Tensor) -> ForwardBatch:
         where = (batch.slots, start, q_len, num_logits)
-        return build_forward_batch(
-            batch.tokens, batch.block_table, *where, block_size=self.kv_cache.block_size
-        )
+        tables = (batch.tokens, batch.block_table)
+        return build_forward_batch(self.backend, *tables, *where, block_size=self.kv_cache.block_size)
 
     def _where(self) -> tuple[Tensor, int]:
         return self.kv_cache.tensors[self.model_index], self.vocab_size
@@ -94,4 +100,5 @@ def draft_steps(
 
 
 def _keys(batch: RunningBatch) -> DrawKeys:
-    return DrawKeys(batch.temperature, batch.top_k, batch.top_p, batch.min_p, batch.seeds)
+    filters = (batch.top_k, batch.top_p, batch.min_p)
+    return DrawKeys(batch.temperature, *filters, batch.seeds, batch.has_filters)

@@ -43,6 +43,7 @@ class RunningBatch:
     lengths, draft_limits: seq_len and max_draft as the host knows them
     has_rejection, is_all_rejection: whether any / every row uses rejection mode
     wants_logprobs: whether any row's log-probabilities are wanted
+    has_filters: whether any row has top-k, top-p or min-p
     """
 
     sequence_ids: tuple[int, ...]
@@ -63,6 +64,7 @@ class RunningBatch:
     has_rejection: bool
     is_all_rejection: bool
     wants_logprobs: bool
+    has_filters: bool
 
     @property
     def size(self) -> int:
@@ -171,6 +173,7 @@ class BatchState:
             has_rejection=any(rejection),
             is_all_rejection=all(rejection),
             wants_logprobs=any(each.logprobs is not None for each in params),
+            has_filters=any(each.has_filters for each in params),
             **constants,
         )
 

@@ -6,12 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, Layer, random_layer, random_rows
+from kernel_cases import DTYPES, NATIVE, TRITON, Layer, random_layer, random_rows
 from torch import Tensor
 
 from specengine import _C, rng
 from specengine.kernels import reference
 from specengine.kernels.reference.filter_rows import STAT_ERROR
+from specengine.ops import Backend
 
 NUM_ROWS = 17
 WIDTH = 48
@@ -33,21 +34,41 @@ def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, ...]:
     return temperature, top_k, top_p, min_p, seeds, positions
 
 
-def draw_from_logits(hidden: Tensor, layer: Layer, vocab_size: int, *drawn: Tensor) -> tuple[Tensor, Tensor]:
+def without_filters(drawn: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    temperature, *_, seeds, positions = drawn
+    return temperature, None, None, None, seeds, positions
+
+
+def draw_from_logits(
+    ops: Backend, hidden: Tensor, layer: Layer, vocab_size: int, *drawn: Tensor
+) -> tuple[Tensor, Tensor]:
     """The three ops that head_draw replaces."""
     temperature, *filters, seeds, positions = drawn
-    logits = NATIVE.head(hidden, layer.norm, layer.packed, vocab_size)
-    stats = NATIVE.filter_rows(logits, temperature, *filters)
+    if filters[0] is None:
+        off = torch.zeros_like(temperature)
+        filters = [off.int(), off + 1, off]
+    logits = ops.head(hidden, layer.norm, layer.packed, vocab_size)
+    stats = ops.filter_rows(logits, temperature, *filters)
     base = torch.zeros_like(positions)
-    tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
+    tokens, _ = ops.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
     return tokens, stats[:, STAT_ERROR].int()
 
 
-def check_bits(op: HeadDraw, vocab_size: int, dtype: torch.dtype, *, extra: int = 0) -> None:
-    layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False)
+def check_bits(
+    ops: Backend,
+    vocab_size: int,
+    dtype: torch.dtype,
+    *,
+    extra: int = 0,
+    has_filters: bool = True,
+    op: HeadDraw | None = None,
+) -> None:
+    layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False, ops=ops)
     hidden, drawn = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
-    tokens, error = op(hidden, layer.norm, layer.packed, vocab_size, *drawn)
-    expected, _ = draw_from_logits(hidden, layer, vocab_size, *drawn)
+    if not has_filters:
+        drawn = without_filters(drawn)
+    tokens, error = (op or ops.head_draw)(hidden, layer.norm, layer.packed, vocab_size, *drawn)
+    expected, _ = draw_from_logits(ops, hidden, layer, vocab_size, *drawn)
     assert torch.equal(tokens, expected)
     assert not error.any()
 
@@ -57,19 +78,33 @@ def check_bits(op: HeadDraw, vocab_size: int, dtype: torch.dtype, *, extra: int 
 @pytest.mark.usefixtures("instruction_set")
 def test_the_bits_of_the_ops_it_replaces(vocab_size: int, dtype: torch.dtype) -> None:
     for extra in (0, 7):
-        check_bits(NATIVE.head_draw, vocab_size, dtype, extra=extra)
+        check_bits(NATIVE, vocab_size, dtype, extra=extra)
+        check_bits(NATIVE, vocab_size, dtype, extra=extra, has_filters=False)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [*((size, torch.float32) for size in (1, 127, 128, 500)), (129, torch.bfloat16), (300, torch.float16)],
+)
+def test_the_bits_of_the_ops_it_replaces_on_triton(vocab_size: int, dtype: torch.dtype) -> None:
+    check_bits(TRITON, vocab_size, dtype, extra=7, has_filters=False)
 
 
 @pytest.mark.parametrize("vocab_size", [8191, 50257])
 @pytest.mark.usefixtures("instruction_set")
 def test_large_vocabularies(vocab_size: int) -> None:
-    check_bits(NATIVE.head_draw, vocab_size, torch.bfloat16)
+    check_bits(NATIVE, vocab_size, torch.bfloat16)
 
 
-def test_the_draws_of_the_reference() -> None:
-    layer = random_layer(WIDTH, 700, torch.float32, has_bias=False)
-    hidden, drawn = random_rows(64, WIDTH), keys(64)
-    tokens, error = NATIVE.head_draw(hidden, layer.norm, layer.packed, 699, *drawn)
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_the_draws_of_the_reference(ops: Backend, has_filters: bool) -> None:
+    layer = random_layer(WIDTH, 700, torch.float32, has_bias=False, ops=ops)
+    count = 64 if ops is NATIVE else 17
+    hidden, drawn = random_rows(count, WIDTH), keys(count)
+    if not has_filters:
+        drawn = without_filters(drawn)
+    tokens, error = ops.head_draw(hidden, layer.norm, layer.packed, 699, *drawn)
     exact, exact_error = reference.head_draw(hidden.double(), layer.norm, layer.plain, 699, *drawn)
     assert torch.equal(tokens, exact), "no two tokens of these rows are closer than fp32 can tell"
     assert torch.equal(error, exact_error)
@@ -93,46 +128,65 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
         _C.set_num_threads(with_default)
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged() -> None:
-    layer = random_layer(WIDTH, 400, torch.float32, has_bias=False)
+def test_padded_rows_are_left_alone_and_keys_return_to_zero() -> None:
+    layer = random_layer(WIDTH, 300, torch.float32, has_bias=False, ops=TRITON)
+    hidden, drawn = random_rows(20, WIDTH), without_filters(keys(20))
+    limit = torch.tensor([5], dtype=torch.int32)
+    few = [None if each is None else each[:5] for each in drawn]
+    poisoned = torch.cat((hidden[:5], torch.full_like(hidden[5:], float("nan"))))
+    for _ in range(2):
+        tokens, error = TRITON.head_draw(poisoned, layer.norm, layer.packed, 300, *drawn, num_rows=limit)
+        expected, _ = TRITON.head_draw(hidden[:5], layer.norm, layer.packed, 300, *few)
+        assert torch.equal(tokens[:5], expected)
+        assert not error[:5].any()
+
+
+def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged(every_ops: Backend) -> None:
+    layer = random_layer(WIDTH, 400, torch.float32, has_bias=False, ops=every_ops)
     weight = layer.plain.weight.clone()
     weight[130] = weight[300] = weight[7] = weight.sum(dim=0) * 3  # the same logit in three tiles
-    packed = NATIVE.pack_linear(weight, None)
+    packed = every_ops.pack_linear(weight, None)
     hidden = random_rows(4, WIDTH)
     hidden[1] = -hidden[0]  # one of the two has the tie on top
     hidden[2, 3] = float("nan")
     zero = torch.zeros(4)
     greedy = (zero, zero.int(), zero + 1, zero, zero.long(), zero.int())
-    tokens, error = NATIVE.head_draw(hidden, layer.norm, packed, 400, *greedy)
-    logits = NATIVE.head(hidden, layer.norm, packed, 400)
+    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, *greedy)
+    logits = every_ops.head(hidden, layer.norm, packed, 400)
     assert torch.equal(tokens[:2].long(), logits[:2].argmax(dim=1))
     assert 7 in tokens[:2].tolist()
     assert error.tolist() == [0, 0, 1, 0]
     assert ((tokens >= 0) & (tokens < 400)).all()
+    unfiltered = every_ops.head_draw(hidden, layer.norm, packed, 400, *without_filters(greedy))
+    for ours, theirs in zip(unfiltered, (tokens, error), strict=True):
+        assert torch.equal(ours, theirs)
     filtered = (zero + 1, zero.int() + 1, zero + 1, zero, zero.long(), zero.int())
-    tokens, error = NATIVE.head_draw(hidden, layer.norm, packed, 400, *filtered)
+    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, *filtered)
     assert error.tolist() == [0, 0, 1, 0]
     assert ((tokens >= 0) & (tokens < 400)).all()
 
 
 @pytest.mark.parametrize("vocab_size", [0, 129])
-def test_a_vocabulary_larger_than_the_head_is_refused(vocab_size: int) -> None:
-    layer = random_layer(WIDTH, 128, torch.float32)
+def test_a_vocabulary_larger_than_the_head_is_refused(ops: Backend, vocab_size: int) -> None:
+    layer = random_layer(WIDTH, 128, torch.float32, ops=ops)
     with pytest.raises(ValueError, match=f"vocab_size: {vocab_size}"):
-        NATIVE.head_draw(random_rows(1, WIDTH), layer.norm, layer.packed, vocab_size, *keys(1))
+        ops.head_draw(random_rows(1, WIDTH), layer.norm, layer.packed, vocab_size, *keys(1))
 
 
-@pytest.mark.parametrize("fault", ["the noise of the next position", "no top-p"])
-def test_a_planted_fault_is_noticed(fault: str) -> None:
+@pytest.mark.parametrize(
+    "fault", ["the noise of the next position", "no top-p", "the noise of one row for all"]
+)
+def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
     def faulty(hidden, norm, weight, vocab_size, *drawn):
         temperature, top_k, top_p, min_p, seeds, positions = drawn
         if fault == "no top-p":
             top_p = torch.ones_like(top_p)
-        else:
+        elif fault == "the noise of the next position":
             positions = positions + 1
+        else:
+            seeds = seeds[:1].expand_as(seeds).contiguous()
         given = (temperature, top_k, top_p, min_p, seeds, positions)
-        return NATIVE.head_draw(hidden, norm, weight, vocab_size, *given)
+        return ops.head_draw(hidden, norm, weight, vocab_size, *given)
 
     with pytest.raises(AssertionError):
-        check_bits(faulty, 500, torch.float32)
+        check_bits(ops, 500, torch.float32, op=faulty)

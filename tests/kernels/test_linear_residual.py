@@ -15,57 +15,62 @@ from kernel_cases import (
 )
 
 from specengine.kernels import reference
+from specengine.ops import Backend
 
 SHAPES = [(1, 1, 1), (5, 33, 50), (6, 3072, 96), (2, 128, 1024), (65, 100, 70)]
 
 
-def check_linear_residual(op, shape: tuple[int, int, int], dtype: torch.dtype, has_bias: bool) -> None:
+def check_linear_residual(
+    ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype, has_bias: bool, op=None
+) -> None:
     num_rows, width, num_columns = shape
-    layer = random_layer(width, num_columns, dtype, has_bias)
+    layer = random_layer(width, num_columns, dtype, has_bias, ops=ops)
     x, residual = random_rows(num_rows, width), random_rows(num_rows, num_columns, seed=9)
     copies = x.clone(), residual.clone()
     exact = reference.linear_residual(x.double(), layer.plain, residual.double())
-    expected = honest("linear_residual")(x, layer.plain, residual)
+    expected = honest("linear_residual", ops)(x, layer.plain, residual)
     units = 2 if dtype == torch.int8 else 1  # two scales, of the row and of the column
-    assert_earned(op(x, layer.packed, residual), expected, exact, units)
+    assert_earned((op or ops.linear_residual)(x, layer.packed, residual), expected, exact, units)
     assert torch.equal(x, copies[0])
     assert torch.equal(residual, copies[1])
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.usefixtures("instruction_set")
-def test_error_is_at_most_twice_the_honest_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_error_is_at_most_twice_the_honest_reference(
+    every_ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     for has_bias in (True, False):
-        check_linear_residual(NATIVE.linear_residual, shape, dtype, has_bias)
+        check_linear_residual(every_ops, shape, dtype, has_bias)
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.usefixtures("instruction_set")
-def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
-    layer = random_layer(301, 130, dtype)
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, dtype: torch.dtype) -> None:
+    layer = random_layer(301, 130, dtype, ops=every_ops)
 
     def op(rows: torch.Tensor) -> torch.Tensor:
-        return NATIVE.linear_residual(rows, layer.packed, rows[:, :130].contiguous())
+        return every_ops.linear_residual(rows, layer.packed, rows[:, :130].contiguous())
 
-    assert_row_invariant(op, random_rows(64, 301))
+    assert_row_invariant(
+        op, random_rows(64 if every_ops is NATIVE else 20, 301), is_thorough=every_ops is NATIVE
+    )
 
 
-def test_wrong_arguments_are_named() -> None:
-    layer = random_layer(32, 48, torch.float32)
+def test_wrong_arguments_are_named(ops: Backend) -> None:
+    layer = random_layer(32, 48, torch.float32, ops=ops)
     with pytest.raises(ValueError, match="residual: expected"):
-        NATIVE.linear_residual(random_rows(2, 32), layer.packed, random_rows(3, 48))
+        ops.linear_residual(random_rows(2, 32), layer.packed, random_rows(3, 48))
     with pytest.raises(ValueError, match="x: expected"):
-        NATIVE.linear_residual(random_rows(2, 33), layer.packed, random_rows(2, 48))
+        ops.linear_residual(random_rows(2, 33), layer.packed, random_rows(2, 48))
 
 
-def test_a_dropped_residual_or_a_shifted_row_is_noticed() -> None:
+def test_a_dropped_residual_or_a_shifted_row_is_noticed(ops: Backend) -> None:
     def dropped(x, weight, residual):
-        return NATIVE.linear_residual(x, weight, torch.zeros_like(residual))
+        return ops.linear_residual(x, weight, torch.zeros_like(residual))
 
     def shifted(x, weight, residual):
-        return NATIVE.linear_residual(x, weight, residual.roll(1, dims=0).contiguous())
+        return ops.linear_residual(x, weight, residual.roll(1, dims=0).contiguous())
 
     for fault in (dropped, shifted):
         with pytest.raises(AssertionError):
-            check_linear_residual(fault, (5, 33, 50), torch.float32, has_bias=True)
+            check_linear_residual(ops, (5, 33, 50), torch.float32, has_bias=True, op=fault)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from kernel_cases import (
     NATIVE,
     NEGATIVE_INFINITY,
+    TRITON,
     VOCABULARIES,
     random_logits,
     random_seeds,
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from specengine import _C, rng
 from specengine.kernels import reference
+from specengine.ops import Backend
 
 UNTOUCHED = -77
 
@@ -57,13 +60,13 @@ class Case:
         )
 
 
-def plain_tokens(case: Case) -> Tensor:
+def plain_tokens(case: Case, ops: Backend = NATIVE) -> Tensor:
     """What sample_rows draws at every row i of every sequence: `[B, k + 1]` (rows beyond num_draft: row 0)."""
     count, k = case.draft_tokens.shape
     offset = torch.arange(k + 1)[None].minimum(case.num_draft[:, None])
     rows = (case.row_start[:, None] + offset).flatten().long()
     positions = (case.seq_len[:, None] + offset).flatten().int()
-    tokens, _ = NATIVE.sample_rows(
+    tokens, _ = ops.sample_rows(
         case.logits[rows],
         case.stats[rows],
         case.temperature.repeat_interleave(k + 1),
@@ -125,69 +128,79 @@ def check_match_verify(op, case: Case) -> None:
 
 
 @pytest.mark.parametrize(("count", "k", "vocab_size"), [(4000, 5, 8), (4000, 3, 129), (2000, 8, 40)])
-def test_ten_thousand_random_cases(count: int, k: int, vocab_size: int) -> None:
-    check_match_verify(NATIVE.match_verify, build_case(count, k, vocab_size))
+def test_ten_thousand_random_cases(ops: Backend, count: int, k: int, vocab_size: int) -> None:
+    check_match_verify(ops.match_verify, build_case(count if ops is NATIVE else count // 200, k, vocab_size))
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize(("count", "k", "vocab_size"), [(800, 5, 8), (800, 3, 129), (400, 8, 40)])
+def test_two_thousand_random_cases_in_triton(count: int, k: int, vocab_size: int) -> None:
+    check_match_verify(TRITON.match_verify, build_case(count, k, vocab_size, seed=1))
 
 
 @pytest.mark.parametrize("vocab_size", [2, 129, 300])
-@pytest.mark.usefixtures("instruction_set")
-def test_equals_the_reference(vocab_size: int) -> None:
-    case = build_case(60, 4, vocab_size)
-    for actual, expected in zip(case.run(NATIVE.match_verify), case.run(reference.match_verify), strict=True):
+def test_equals_the_reference(every_ops: Backend, vocab_size: int) -> None:
+    case = build_case(60 if every_ops is NATIVE else 12, 4, vocab_size)
+    for actual, expected in zip(
+        case.run(every_ops.match_verify), case.run(reference.match_verify), strict=True
+    ):
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_all_vocabularies(vocab_size: int) -> None:
-    case = build_case(12, 3, vocab_size, seed=3)
-    tokens, num_accepted, _ = case.run(NATIVE.match_verify)
-    drawn = plain_tokens(case)
+def test_all_vocabularies(ops: Backend, vocab_size: int) -> None:
+    """And the draws are those of the backend's own sample_rows."""
+    case = build_case(12 if ops is NATIVE else 3, 3, vocab_size, seed=3)
+    tokens, num_accepted, _ = case.run(ops.match_verify)
+    drawn = plain_tokens(case, ops)
     for b in case.is_selected.nonzero()[:, 0].tolist():
         n = int(num_accepted[b])
         assert torch.equal(tokens[b, : n + 1], drawn[b, : n + 1])
         assert n == case.num_draft[b] or drawn[b, n] != case.draft_tokens[b, n]
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_perfect_drafts_are_accepted_and_wrong_ones_stop_where_they_are_wrong() -> None:
-    case = build_case(40, 6, 500)
+def test_perfect_drafts_are_accepted_and_wrong_ones_stop_where_they_are_wrong(every_ops: Backend) -> None:
+    count = 40 if every_ops is NATIVE else 10
+    case = build_case(count, 6, 500)
     case = replace(
-        case, num_draft=torch.full_like(case.num_draft, 1), is_selected=torch.ones(40, dtype=torch.bool)
+        case, num_draft=torch.full_like(case.num_draft, 1), is_selected=torch.ones(count, dtype=torch.bool)
     )
     case = replace(case, draft_tokens=plain_tokens(case)[:, :6].contiguous())
-    tokens, num_accepted, _ = case.run(NATIVE.match_verify)
+    tokens, num_accepted, _ = case.run(every_ops.match_verify)
     assert (num_accepted == 1).all()
     assert torch.equal(tokens[:, :2], plain_tokens(case)[:, :2])
     wrong = replace(case, draft_tokens=((case.draft_tokens + 1) % 500).int())
-    tokens, num_accepted, _ = wrong.run(NATIVE.match_verify)
+    tokens, num_accepted, _ = wrong.run(every_ops.match_verify)
     assert (num_accepted == 0).all()
     assert torch.equal(tokens[:, 0], plain_tokens(case)[:, 0])
     assert (tokens[:, 1:] == UNTOUCHED).all()
 
 
-def test_a_sequence_keeps_its_result_in_every_batch() -> None:
-    case = build_case(64, 5, 200)
-    together = case.run(NATIVE.match_verify)
+def test_a_sequence_keeps_its_result_in_every_batch(ops: Backend) -> None:
+    count = 64 if ops is NATIVE else 8
+    case = build_case(count, 5, 200)
+    together = case.run(ops.match_verify)
     generator = torch.Generator().manual_seed(0)
-    for size in (1, 2, 7, 64):
-        chosen = torch.randperm(64, generator=generator)[:size]
-        for part, whole in zip(case.take(chosen).run(NATIVE.match_verify), together, strict=True):
+    for size in (1, 2, 7, count):
+        chosen = torch.randperm(count, generator=generator)[:size]
+        for part, whole in zip(case.take(chosen).run(ops.match_verify), together, strict=True):
             assert torch.equal(part, whole[chosen])
     _C.set_num_threads(1)
-    for part, whole in zip(case.run(NATIVE.match_verify), together, strict=True):
+    for part, whole in zip(case.run(ops.match_verify), together, strict=True):
         assert torch.equal(part, whole)
     _C.set_num_threads(2)
 
 
-def test_no_draft_is_plain_decoding() -> None:
+def test_no_draft_is_plain_decoding(ops: Backend) -> None:
     case = build_case(30, 4, 128)
     case = replace(case, num_draft=torch.zeros_like(case.num_draft), draft_tokens=case.draft_tokens[:, :0])
-    tokens, num_accepted, _ = case.run(NATIVE.match_verify)
+    tokens, num_accepted, _ = case.run(ops.match_verify)
     assert (num_accepted[case.is_selected] == 0).all()
     assert torch.equal(tokens[case.is_selected], plain_tokens(case)[case.is_selected])
 
 
-def test_bad_rows_set_the_error_only_where_they_were_used() -> None:
+def test_bad_rows_set_the_error_only_where_they_were_used(ops: Backend) -> None:
     logits = random_logits(4, 300)
     logits[1] = float("nan")
     logits[3] = NEGATIVE_INFINITY
@@ -206,68 +219,124 @@ def test_bad_rows_set_the_error_only_where_they_were_used() -> None:
     )
     drawn = plain_tokens(case)
     stopped = replace(case, draft_tokens=(drawn[:, :1] + 1) % 300)
-    tokens, num_accepted, error = stopped.run(NATIVE.match_verify)
+    tokens, num_accepted, error = stopped.run(ops.match_verify)
     assert error.tolist() == [0, 0]
     used = replace(case, draft_tokens=drawn[:, :1].contiguous())
-    tokens, num_accepted, error = used.run(NATIVE.match_verify)
+    tokens, num_accepted, error = used.run(ops.match_verify)
     assert num_accepted.tolist() == [1, 1]
     assert error.tolist() == [1, 1]
     assert ((tokens >= 0) & (tokens < 300)).all()
 
 
 @pytest.mark.parametrize("token", [-1, 300, 383, 384, 2**31 - 1, -(2**31)])
-def test_a_draft_token_outside_the_vocabulary_is_never_accepted(token: int) -> None:
-    case = build_case(20, 3, 300)
+def test_a_draft_token_outside_the_vocabulary_is_never_accepted(ops: Backend, token: int) -> None:
+    case = build_case(20 if ops is NATIVE else 4, 3, 300)
     padded = torch.nn.functional.pad(case.logits, (0, 84), value=NEGATIVE_INFINITY)
     case = replace(case, logits=padded, draft_tokens=torch.full_like(case.draft_tokens, token))
-    _, num_accepted, _ = case.run(NATIVE.match_verify)
+    _, num_accepted, _ = case.run(ops.match_verify)
     assert (num_accepted[case.is_selected] == 0).all()
 
 
-def test_strided_rows_and_wrong_arguments() -> None:
+def test_strided_rows_and_wrong_arguments(ops: Backend) -> None:
     case = build_case(10, 3, 64)
     wide = torch.full((case.logits.shape[0], 100), 1e9)
     wide[:, :64] = case.logits
-    strided = replace(case, logits=wide[:, :64])
-    for actual, expected in zip(strided.run(NATIVE.match_verify), case.run(NATIVE.match_verify), strict=True):
+    strided = replace(case, logits=wide[:, :64], draft_tokens=case.draft_tokens.T.contiguous().T)
+    for actual, expected in zip(strided.run(ops.match_verify), case.run(ops.match_verify), strict=True):
         assert torch.equal(actual, expected)
-    everyone = torch.ones(10, dtype=torch.bool)
     wrong = {
-        "row_start: rows 999": {"row_start": torch.full_like(case.row_start, 999), "is_selected": everyone},
-        "num_draft: 4": {"num_draft": torch.full_like(case.num_draft, 4), "is_selected": everyone},
-        "num_draft: -1": {"num_draft": torch.full_like(case.num_draft, -1), "is_selected": everyone},
         "seeds: expected": {"seeds": case.seeds.int()},
         "draft_tokens: expected": {"draft_tokens": case.draft_tokens.long()},
         "stats: expected": {"stats": case.stats[:-1]},
+        "is_selected: expected": {"is_selected": case.is_selected.int()},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            replace(case, **change).run(NATIVE.match_verify)
+            replace(case, **change).run(ops.match_verify)
 
 
-@pytest.mark.parametrize("fault", ["position", "row", "accepts one too many"])
-def test_a_planted_fault_is_noticed(fault: str) -> None:
-    def faulty(
-        logits, stats, row_start, num_draft, draft_tokens, temperature, seeds, seq_len, is_selected, *outputs
-    ):
+OUT_OF_RANGE = {
+    "row_start: rows 999": ("row_start", 999),
+    "num_draft: 4": ("num_draft", 4),
+    "num_draft: -1": ("num_draft", -1),
+}
+
+
+@pytest.mark.parametrize("message", OUT_OF_RANGE)
+def test_values_out_of_range(ops: Backend, message: str) -> None:
+    """Native names them; Triton, which cannot look, reads and writes nothing that is not there."""
+    name, value = OUT_OF_RANGE[message]
+    case = replace(build_case(10, 3, 64), is_selected=torch.ones(10, dtype=torch.bool))
+    case = replace(case, **{name: torch.full_like(case.num_draft, value)})
+    if ops is NATIVE:
+        with pytest.raises(ValueError, match=message):
+            case.run(ops.match_verify)
+        return
+    tokens, num_accepted, _ = case.run(ops.match_verify)
+    assert ((num_accepted >= 0) & (num_accepted <= case.num_draft.clamp(0, 3))).all()
+    is_written = torch.arange(4)[None] <= num_accepted[:, None]
+    assert ((tokens[is_written] >= 0) & (tokens[is_written] < 64)).all()
+    assert (tokens[~is_written] == UNTOUCHED).all()
+
+
+def faulty(ops: Backend, fault: str):
+    """The backend's match_verify with a fault."""
+
+    def op(*arguments):
+        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
+        values = dict(zip(names, arguments, strict=True))
         if fault == "position":
-            seq_len = seq_len + 1
+            values["seq_len"] = values["seq_len"] + 1
+        if fault == "seed":
+            values["seeds"] = values["seeds"] & 0xFFFFFFFF
         if fault == "row":
-            row_start = (row_start - 1).clamp_min(0)
-        NATIVE.match_verify(
-            logits,
-            stats,
-            row_start,
-            num_draft,
-            draft_tokens,
-            temperature,
-            seeds,
-            seq_len,
-            is_selected,
-            *outputs,
-        )
+            values["row_start"] = (values["row_start"] - 1).clamp_min(0)
+        if fault == "unselected rows":
+            values["is_selected"] = torch.ones_like(values["is_selected"])
+        ops.match_verify(*values.values())
         if fault == "accepts one too many":
-            outputs[1][is_selected] = (outputs[1] + 1).minimum(num_draft)[is_selected]
+            chosen, num_accepted = values["is_selected"], values["num_accepted"]
+            num_accepted[chosen] = (num_accepted + 1).minimum(values["num_draft"])[chosen]
 
+    return op
+
+
+@pytest.mark.parametrize("fault", ["position", "seed", "row", "unselected rows", "accepts one too many"])
+def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
+    case = build_case(200 if ops is NATIVE else 12, 4, 64)
     with pytest.raises(AssertionError):
-        check_match_verify(faulty, build_case(200, 4, 64))
+        check_match_verify(faulty(ops, fault), case)
+
+
+@pytest.fixture
+def shared_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Tensor]:
+    """The zeroed memory of Triton's match_verify, the same for every call."""
+    kept: dict[torch.dtype, Tensor] = {}
+
+    def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return kept.setdefault(dtype, torch.zeros(4096, dtype=dtype, device=device))
+
+    monkeypatch.setattr(importlib.import_module("specengine.kernels.match_verify"), "zeroed", zeroed)
+    return kept
+
+
+@pytest.mark.triton
+def test_the_workspace_is_zero_again_whoever_was_selected(
+    shared_workspace: dict[torch.dtype, Tensor],
+) -> None:
+    case = build_case(5, 2, 8200, seed=5)
+    for is_selected in (case.is_selected, ~case.is_selected, torch.zeros(5, dtype=torch.bool)):
+        chosen = replace(case, is_selected=is_selected)
+        for actual, expected in zip(
+            chosen.run(TRITON.match_verify), chosen.run(NATIVE.match_verify), strict=True
+        ):
+            assert torch.equal(actual, expected)
+        assert not any(memory.any() for memory in shared_workspace.values())
+
+
+@pytest.mark.triton
+def test_an_ignored_tail_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("specengine.kernels.match_verify")
+    monkeypatch.setattr(module, "ceil_div", lambda value, divisor: value // divisor)
+    with pytest.raises(AssertionError):
+        check_match_verify(TRITON.match_verify, build_case(8, 2, 12000))

@@ -10,6 +10,7 @@ from kernel_cases import (
     DTYPES,
     INSTRUCTION_SETS,
     NATIVE,
+    TRITON,
     WEIGHT_DTYPES,
     as_multiplied,
     assert_earned,
@@ -22,42 +23,46 @@ from kernel_cases import (
 from specengine.kernels import reference
 from specengine.kernels.packed import PackedLinear
 from specengine.kernels.reference.norm_linear import apply_activation
+from specengine.ops import Backend
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 # Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
 SHAPES = [(1, 1, 1), (3, 33, 50), (7, 129, 200), (6, 768, 256), (100, 300, 130), (2, 4096, 64)]
 
 
-def check_norm_linear(op, shape: tuple[int, int, int], dtype: torch.dtype, activation: str) -> None:
+def check_norm_linear(
+    ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype, activation: str, op=None
+) -> None:
     num_rows, width, num_columns = shape
-    layer = random_layer(width, num_columns, dtype)
+    layer = random_layer(width, num_columns, dtype, ops=ops)
     hidden = random_rows(num_rows, width)
     before = hidden.clone()
     exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, activation)
-    expected = honest("norm_linear")(hidden, layer.norm, layer.plain, activation)
+    expected = honest("norm_linear", ops)(hidden, layer.norm, layer.plain, activation)
     units = 2 if dtype == torch.int8 else 1  # two scales, of the row and of the column
-    assert_earned(op(hidden, layer.norm, layer.packed, activation), expected, exact, units)
+    actual = (op or ops.norm_linear)(hidden, layer.norm, layer.packed, activation)
+    assert_earned(actual, expected, exact, units)
     assert torch.equal(hidden, before)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.usefixtures("instruction_set")
-def test_error_is_at_most_twice_the_honest_reference(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_error_is_at_most_twice_the_honest_reference(
+    every_ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
     for activation in ACTIVATIONS:
-        check_norm_linear(NATIVE.norm_linear, shape, dtype, activation)
+        check_norm_linear(every_ops, shape, dtype, activation)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.usefixtures("instruction_set")
-def test_activation_is_accurate_over_its_whole_range(activation: str) -> None:
+def test_activation_is_accurate_over_its_whole_range(every_ops: Backend, activation: str) -> None:
     """A zero weight leaves the bias: every float of interest goes through the activation alone."""
     points = torch.cat(
         [torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0])]
     )
-    layer = random_layer(4, points.numel(), torch.float32)
+    layer = random_layer(4, points.numel(), torch.float32, ops=every_ops)
     packed = PackedLinear(torch.zeros_like(layer.packed.weight), points, 4, points.numel())
-    actual = NATIVE.norm_linear(torch.ones(1, 4), layer.norm, packed, activation)[0]
+    actual = every_ops.norm_linear(torch.ones(1, 4), layer.norm, packed, activation)[0]
     exact = apply_activation(points.double(), activation)
     assert_earned(actual, apply_activation(points, activation), exact)
     error = (actual.double() - exact).abs()
@@ -66,24 +71,25 @@ def test_activation_is_accurate_over_its_whole_range(activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-@pytest.mark.usefixtures("instruction_set")
-def test_a_row_keeps_its_bits_whatever_is_computed_with_it(dtype: torch.dtype) -> None:
-    for width, num_columns in [(96, 200), (1024, 512)]:
-        layer = random_layer(width, num_columns, dtype)
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, dtype: torch.dtype) -> None:
+    is_native = every_ops is NATIVE
+    for width, num_columns in [(96, 200), (1024, 512 if is_native else 128)]:
+        layer = random_layer(width, num_columns, dtype, ops=every_ops)
         assert_row_invariant(
-            lambda rows, layer=layer: NATIVE.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh"),
-            random_rows(64, width),
+            lambda rows, layer=layer: every_ops.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh"),
+            random_rows(64 if is_native else 18, width),
+            is_thorough=is_native,
         )
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
-def test_more_rows_than_one_pass_holds(dtype: torch.dtype) -> None:
-    layer = random_layer(160, 70, dtype)
-    hidden = random_rows(521, 160)
-    together = NATIVE.norm_linear(hidden, layer.norm, layer.packed, "relu")
-    apart = [NATIVE.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(7)]
+def test_more_rows_than_one_pass_holds(ops: Backend, dtype: torch.dtype) -> None:
+    layer = random_layer(160, 70, dtype, ops=ops)
+    hidden = random_rows(521 if ops is NATIVE else 50, 160)
+    together = ops.norm_linear(hidden, layer.norm, layer.packed, "relu")
+    apart = [ops.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(7)]
     assert torch.equal(together, torch.cat(apart))
-    assert NATIVE.norm_linear(hidden[:0], layer.norm, layer.packed, "relu").shape == (0, 70)
+    assert ops.norm_linear(hidden[:0], layer.norm, layer.packed, "relu").shape == (0, 70)
 
 
 def test_fused_instruction_sets_agree_on_every_bit() -> None:
@@ -101,42 +107,56 @@ def test_fused_instruction_sets_agree_on_every_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_large_offsets_do_not_cancel_in_the_norm() -> None:
-    layer = random_layer(256, 64, torch.float32)
+def test_large_offsets_do_not_cancel_in_the_norm(ops: Backend) -> None:
+    layer = random_layer(256, 64, torch.float32, ops=ops)
     hidden = random_rows(4, 256) + 1000.0
     exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, "none")
     expected = reference.norm_linear(hidden, layer.norm, layer.plain, "none")
-    assert_earned(NATIVE.norm_linear(hidden, layer.norm, layer.packed, "none"), expected, exact)
+    assert_earned(ops.norm_linear(hidden, layer.norm, layer.packed, "none"), expected, exact)
 
 
-def test_wrong_arguments_are_named() -> None:
-    layer = random_layer(32, 48, torch.float32)
+def test_wrong_arguments_are_named(ops: Backend) -> None:
+    layer = random_layer(32, 48, torch.float32, ops=ops)
     hidden = random_rows(2, 32)
     with pytest.raises(ValueError, match="activation: 'swish'"):
-        NATIVE.norm_linear(hidden, layer.norm, layer.packed, "swish")
+        ops.norm_linear(hidden, layer.norm, layer.packed, "swish")
     with pytest.raises(ValueError, match="hidden: expected"):
-        NATIVE.norm_linear(hidden[:, :31].contiguous(), layer.norm, layer.packed, "none")
-    with pytest.raises(ValueError, match="hidden: expected a contiguous"):
-        NATIVE.norm_linear(random_rows(2, 64)[:, ::2], layer.norm, layer.packed, "none")
+        ops.norm_linear(hidden[:, :31].contiguous(), layer.norm, layer.packed, "none")
+    with pytest.raises(ValueError, match=r"hidden: expected .*contiguous"):
+        ops.norm_linear(random_rows(2, 64)[:, ::2], layer.norm, layer.packed, "none")
     with pytest.raises(ValueError, match="hidden: expected"):
-        NATIVE.norm_linear(hidden.double(), layer.norm, layer.packed, "none")
+        ops.norm_linear(hidden.double(), layer.norm, layer.packed, "none")
     with pytest.raises(ValueError, match=r"weight: .* is not a packed 48 x 32"):
-        NATIVE.norm_linear(hidden, layer.norm, PackedLinear(torch.zeros(7), None, 32, 48), "none")
+        ops.norm_linear(hidden, layer.norm, PackedLinear(torch.zeros(7), None, 32, 48), "none")
     with pytest.raises(ValueError, match="weight: expected"):
-        NATIVE.pack_linear(torch.zeros(3, 3, dtype=torch.int32), None)
+        ops.pack_linear(torch.zeros(3, 3, dtype=torch.int32), None)
     with pytest.raises(ValueError, match="weight: expected"):
-        NATIVE.pack_linear_int8(torch.zeros(3, 3, dtype=torch.int8), None)
-    rounded = random_layer(32, 48, torch.int8).packed
-    with pytest.raises(ValueError, match="scale: int8 weights have one, others none; weight is Char"):
-        NATIVE.norm_linear(hidden, layer.norm, replace(rounded, scale=None), "none")
-    with pytest.raises(ValueError, match="scale: int8 weights have one, others none; weight is Float"):
-        NATIVE.norm_linear(hidden, layer.norm, replace(layer.packed, scale=rounded.scale), "none")
+        ops.pack_linear_int8(torch.zeros(3, 3, dtype=torch.int8), None)
+    rounded = random_layer(32, 48, torch.int8, ops=ops).packed
+    with pytest.raises(
+        ValueError, match=r"scale: int8 weights have one, others none; weight is .*(Char|int8)"
+    ):
+        ops.norm_linear(hidden, layer.norm, replace(rounded, scale=None), "none")
+    with pytest.raises(
+        ValueError, match=r"scale: int8 weights have one, others none; weight is .*(Float|float32)"
+    ):
+        ops.norm_linear(hidden, layer.norm, replace(layer.packed, scale=rounded.scale), "none")
     with pytest.raises(ValueError, match="scale: expected"):
-        NATIVE.norm_linear(hidden, layer.norm, replace(rounded, scale=torch.ones(47)), "none")
+        ops.norm_linear(hidden, layer.norm, replace(rounded, scale=torch.ones(47)), "none")
+
+
+def test_padded_rows_are_left_alone() -> None:
+    layer = random_layer(64, 150, torch.float32, ops=TRITON)
+    hidden, limit = random_rows(40, 64), torch.tensor([5], dtype=torch.int32)
+    hidden[5:] = float("nan")
+    out = torch.full((40, 150), 7.0)
+    TRITON.norm_linear(hidden, layer.norm, layer.packed, "relu", out=out, num_rows=limit)
+    assert torch.equal(out[:5], TRITON.norm_linear(hidden[:5], layer.norm, layer.packed, "relu"))
+    assert (out[5:] == 7.0).all()
 
 
 @pytest.mark.parametrize("fault", ["bias", "norm_bias", "activation", "last_column_of_k"])
-def test_a_planted_fault_is_noticed(fault: str) -> None:
+def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
     def faulty(hidden, norm, weight, activation):
         if fault == "bias":
             weight = PackedLinear(weight.weight, None, weight.in_features, weight.out_features)
@@ -148,10 +168,10 @@ def test_a_planted_fault_is_noticed(fault: str) -> None:
             scale, shift = norm.weight.clone(), norm.bias.clone()
             scale[-1] = shift[-1] = 0.0
             norm = type(norm)(scale, shift, norm.eps)
-        return NATIVE.norm_linear(hidden, norm, weight, activation)
+        return ops.norm_linear(hidden, norm, weight, activation)
 
     with pytest.raises(AssertionError):
-        check_norm_linear(faulty, (7, 129, 200), torch.float32, "gelu_tanh")
+        check_norm_linear(ops, (7, 129, 200), torch.float32, "gelu_tanh", op=faulty)
 
 
 # -- int8 ----------------------------------------------------------------------------------------------------------
@@ -188,14 +208,13 @@ def test_tiny_int8_weights_are_finite() -> None:
     assert scale.isfinite().all()
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_int8_rows_that_are_zero_tiny_huge_or_not_finite() -> None:
-    layer = random_layer(130, 70, torch.int8)
+def test_int8_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend) -> None:
+    layer = random_layer(130, 70, torch.int8, ops=every_ops)
     rows = random_rows(8, 130)
     rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, 1e-38, 1e34
     rows[5, 129], rows[6, 0] = float("nan"), float("inf")
     residual = torch.zeros(8, 70)
-    out = NATIVE.linear_residual(rows, layer.packed, residual)
+    out = every_ops.linear_residual(rows, layer.packed, residual)
     finite = [0, 1, 2, 3, 4, 7]
     rounded = as_multiplied(rows[finite].double(), torch.int8)
     expected = reference.linear_residual(rounded, layer.plain, residual[:6].double())
@@ -218,13 +237,13 @@ def test_int8_has_the_same_bits_with_every_instruction_set() -> None:
 
 
 @pytest.mark.parametrize("fault", ["scale", "weight"])
-def test_a_fault_in_int8_weights_is_noticed(fault: str) -> None:
+def test_a_fault_in_int8_weights_is_noticed(ops: Backend, fault: str) -> None:
     def faulty(hidden, norm, weight, activation):
         if fault == "scale":
-            return NATIVE.norm_linear(hidden, norm, replace(weight, scale=weight.scale.roll(1)), activation)
-        panels = weight.weight.clone()
-        panels[0] ^= 64
-        return NATIVE.norm_linear(hidden, norm, replace(weight, weight=panels), activation)
+            return ops.norm_linear(hidden, norm, replace(weight, scale=weight.scale.roll(1)), activation)
+        packed = weight.weight.clone()
+        packed.view(-1)[0] ^= 64
+        return ops.norm_linear(hidden, norm, replace(weight, weight=packed), activation)
 
     with pytest.raises(AssertionError):
-        check_norm_linear(faulty, (7, 129, 200), torch.int8, "none")
+        check_norm_linear(ops, (7, 129, 200), torch.int8, "none", op=faulty)

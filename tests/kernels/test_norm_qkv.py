@@ -9,6 +9,7 @@ import torch
 from kernel_cases import (
     DTYPES,
     NATIVE,
+    TRITON,
     Layer,
     assert_earned,
     assert_row_invariant,
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from specengine.kernels import reference
 from specengine.kernels.packed import PackedLinear
+from specengine.ops import Backend
 
 NUM_BLOCKS, BLOCK_SIZE, WIDTH = 7, 4, 40
 
@@ -40,8 +42,8 @@ HEADS = [
 ]
 
 
-def layer_of(heads: Heads, dtype: torch.dtype) -> Layer:
-    return random_layer(WIDTH, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, dtype)
+def layer_of(heads: Heads, dtype: torch.dtype, ops: Backend) -> Layer:
+    return random_layer(WIDTH, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, dtype, ops=ops)
 
 
 def rotary_of(heads: Heads) -> Tensor | None:
@@ -55,15 +57,20 @@ def empty_cache(heads: Heads, dtype: torch.dtype) -> Tensor:
     return torch.full((2, NUM_BLOCKS, heads.num_kv_heads, BLOCK_SIZE, heads.head_dim), 7.0).to(dtype)
 
 
-def check_norm_qkv(op, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.dtype) -> None:
-    layer, rotary = layer_of(heads, weight_dtype), rotary_of(heads)
+def check_norm_qkv(
+    ops: Backend, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.dtype, op=None
+) -> None:
+    layer, rotary = layer_of(heads, weight_dtype, ops), rotary_of(heads)
     hidden = random_rows(9, WIDTH)
     positions = torch.tensor([0, 1, 2, 3, 49, 7, 8, 30, 31], dtype=torch.int32)
     kv_slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))[:9]
     kv_slots[4] = -1
     caches = [empty_cache(heads, dtype) for dtype in (kv_dtype, kv_dtype, torch.float64)]
-    query = op(hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary)
-    expected = honest("norm_qkv")(hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary)
+    arguments = (hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary)
+    query = (op or ops.norm_qkv)(*arguments)
+    expected = honest("norm_qkv", ops)(
+        hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary
+    )
     exact = reference.norm_qkv(
         hidden.double(), layer.norm, layer.plain, positions, kv_slots, caches[2], rotary
     )
@@ -76,45 +83,47 @@ def check_norm_qkv(op, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.
 
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kv_dtype", DTYPES)
-@pytest.mark.usefixtures("instruction_set")
-def test_queries_and_cache(heads: Heads, kv_dtype: torch.dtype) -> None:
+def test_queries_and_cache(every_ops: Backend, heads: Heads, kv_dtype: torch.dtype) -> None:
     for weight_dtype in (torch.float32, torch.bfloat16, torch.int8):
-        check_norm_qkv(NATIVE.norm_qkv, heads, weight_dtype, kv_dtype)
+        check_norm_qkv(every_ops, heads, weight_dtype, kv_dtype)
 
 
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.usefixtures("instruction_set")
-def test_a_row_keeps_its_bits_whatever_is_computed_with_it(heads: Heads) -> None:
-    layer, rotary = layer_of(heads, torch.float32), rotary_of(heads)
+def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, heads: Heads) -> None:
+    layer, rotary = layer_of(heads, torch.float32, every_ops), rotary_of(heads)
 
     def op(rows: Tensor) -> Tensor:
         """Query, key and value of each row; its position is a function of the row."""
         count = rows.shape[0]
         positions = (rows[:, 0].abs() * 10).int()
         cache = torch.zeros(2, count, heads.num_kv_heads, 1, heads.head_dim)
-        query = NATIVE.norm_qkv(rows, layer.norm, layer.packed, positions, torch.arange(count), cache, rotary)
+        query = every_ops.norm_qkv(
+            rows, layer.norm, layer.packed, positions, torch.arange(count), cache, rotary
+        )
         return torch.cat((query.flatten(1), cache[0].flatten(1), cache[1].flatten(1)), dim=1)
 
-    assert_row_invariant(op, random_rows(64, WIDTH))
+    assert_row_invariant(
+        op, random_rows(64 if every_ops is NATIVE else 18, WIDTH), is_thorough=every_ops is NATIVE
+    )
 
 
-def test_rounding_to_the_cache_is_to_nearest_even() -> None:
+def test_rounding_to_the_cache_is_to_nearest_even(ops: Backend) -> None:
     """A zero weight leaves the bias: chosen values, ties and denormals included, reach the cache."""
     values = torch.tensor([1.00390625, 1.01171875, 1.00048828125, 3.3e38, 65519.9, 65520.0, 6e-8, 2.9e-8])
     values = torch.cat((values, -values))
     for kv_dtype in DTYPES:
         weight = torch.zeros(48, 16)
-        packed = NATIVE.pack_linear(weight, values.repeat(3))
+        packed = ops.pack_linear(weight, values.repeat(3))
         norm = random_layer(16, 48, torch.float32).norm
         cache = torch.zeros(2, 1, 1, 1, 16, dtype=kv_dtype)
         zero = torch.zeros(1, dtype=torch.int32)
-        NATIVE.norm_qkv(torch.ones(1, 16), norm, packed, zero, zero.long(), cache, None)
+        ops.norm_qkv(torch.ones(1, 16), norm, packed, zero, zero.long(), cache, None)
         assert torch.equal(cache.flatten(1), values.to(kv_dtype).expand(2, -1))
 
 
-def test_wrong_arguments_are_named() -> None:
+def test_places_outside_are_refused_on_a_cpu() -> None:
     heads = HEADS[1]
-    layer, rotary = layer_of(heads, torch.float32), rotary_of(heads)
+    layer, rotary = layer_of(heads, torch.float32, NATIVE), rotary_of(heads)
     hidden, positions = random_rows(1, WIDTH), torch.zeros(1, dtype=torch.int32)
     cache = empty_cache(heads, torch.float32)
     before = cache.clone()
@@ -123,21 +132,54 @@ def test_wrong_arguments_are_named() -> None:
             NATIVE.norm_qkv(hidden, layer.norm, layer.packed, positions, torch.tensor([slot]), cache, rotary)
     with pytest.raises(ValueError, match="positions: 50"):
         NATIVE.norm_qkv(hidden, layer.norm, layer.packed, positions + 50, torch.tensor([0]), cache, rotary)
-    with pytest.raises(ValueError, match="weight: 64 output features"):
-        NATIVE.norm_qkv(
-            hidden,
-            layer.norm,
-            layer.packed,
-            positions,
-            torch.tensor([0]),
-            empty_cache(HEADS[2], torch.float32),
-            None,
-        )
     assert torch.equal(cache, before)
 
 
+def test_wrong_arguments_are_named(ops: Backend) -> None:
+    heads = HEADS[1]
+    layer, rotary = layer_of(heads, torch.float32, ops), rotary_of(heads)
+    hidden, positions = random_rows(1, WIDTH), torch.zeros(1, dtype=torch.int32)
+    cache, slots = empty_cache(heads, torch.float32), torch.tensor([0])
+    other = empty_cache(HEADS[2], torch.float32)
+    wrong = {
+        "weight: 64 output features": (positions, slots, other, None),
+        "positions: expected": (positions.long(), slots, cache, rotary),
+        "kv_slots: expected": (positions, slots.int(), cache, rotary),
+        "kv_cache: expected": (positions, slots, cache[0], rotary),
+        "rotary: expected": (positions, slots, cache, rotary.double()),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            ops.norm_qkv(hidden, layer.norm, layer.packed, *arguments)
+
+
+def test_padded_rows_are_left_alone() -> None:
+    heads = HEADS[1]
+    layer, rotary = layer_of(heads, torch.float32, TRITON), rotary_of(heads)
+    hidden, positions = random_rows(20, WIDTH), torch.arange(20, dtype=torch.int32)
+    caches = [empty_cache(heads, torch.float32) for _ in range(2)]
+    queries = [
+        TRITON.norm_qkv(
+            hidden[:count],
+            layer.norm,
+            layer.packed,
+            positions[:count],
+            torch.arange(count),
+            cache,
+            rotary,
+            **pad,
+        )
+        for count, cache, pad in (
+            (5, caches[0], {}),
+            (20, caches[1], {"num_rows": torch.tensor([5], dtype=torch.int32)}),
+        )
+    ]
+    assert torch.equal(queries[1][:5], queries[0])
+    assert torch.equal(caches[1], caches[0])
+
+
 @pytest.mark.parametrize("fault", ["bias", "slot", "rotary"])
-def test_a_planted_fault_is_noticed(fault: str) -> None:
+def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
     def faulty(hidden, norm, weight, positions, kv_slots, kv_cache, rotary):
         if fault == "bias":
             weight = PackedLinear(weight.weight, None, weight.in_features, weight.out_features)
@@ -145,7 +187,7 @@ def test_a_planted_fault_is_noticed(fault: str) -> None:
             kv_slots = torch.where(kv_slots > 0, kv_slots - 1, kv_slots)
         if fault == "rotary":
             positions = (positions - 1).clamp_min(0)
-        return NATIVE.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
+        return ops.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
 
     with pytest.raises(AssertionError):
-        check_norm_qkv(faulty, HEADS[1], torch.float32, torch.float32)
+        check_norm_qkv(ops, HEADS[1], torch.float32, torch.float32, op=faulty)

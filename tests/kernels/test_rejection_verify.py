@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from kernel_cases import (
+    DEVICE,
     NATIVE,
     NEGATIVE_INFINITY,
+    TRITON,
     VOCABULARIES,
     random_logits,
     random_seeds,
@@ -19,6 +22,7 @@ from torch import Tensor
 
 from specengine import _C, rng
 from specengine.kernels import reference
+from specengine.ops import Backend
 
 UNTOUCHED = -77
 OFF = (0, 1.0, 0.0)
@@ -197,43 +201,48 @@ FILTERS = [(OFF, OFF), ((5, 0.9, 0.0), (0, 0.8, 0.0)), ((0, 0.9, 0.01), (3, 1.0,
 
 @pytest.mark.parametrize("settings", FILTERS)
 @pytest.mark.parametrize("has_law", [True, False])
-def test_ten_thousand_random_cases(settings: tuple, has_law: bool) -> None:
-    check_against_float64(
-        NATIVE.rejection_verify, build_case(1200, 4, 40, settings=settings, has_law=has_law, seed=1)
-    )
-    check_against_float64(
-        NATIVE.rejection_verify, build_case(600, 3, 131, settings=settings, has_law=has_law, seed=2)
-    )
+def test_ten_thousand_random_cases(ops: Backend, settings: tuple, has_law: bool) -> None:
+    sizes = ((1200, 4, 40, 1), (600, 3, 131, 2)) if ops is NATIVE else ((16, 4, 40, 1),)
+    for count, k, vocab_size, seed in sizes:
+        case = build_case(count, k, vocab_size, settings=settings, has_law=has_law, seed=seed)
+        check_against_float64(ops.rejection_verify, case)
+
+
+@pytest.mark.slow
+@pytest.mark.triton
+@pytest.mark.parametrize("settings", FILTERS)
+@pytest.mark.parametrize("has_law", [True, False])
+def test_two_thousand_random_cases_in_triton(settings: tuple, has_law: bool) -> None:
+    case = build_case(340, 4, 150, settings=settings, has_law=has_law, seed=4)
+    check_against_float64(TRITON.rejection_verify, case)
 
 
 @pytest.mark.parametrize("draft_vocab_size", [30, 47, 64, 200])
-@pytest.mark.usefixtures("instruction_set")
-def test_draft_vocabularies_of_another_width(draft_vocab_size: int) -> None:
-    check_against_float64(NATIVE.rejection_verify, build_case(400, 3, 47, draft_vocab_size, seed=3))
+def test_draft_vocabularies_of_another_width(every_ops: Backend, draft_vocab_size: int) -> None:
+    count = 400 if every_ops is NATIVE else 12
+    check_against_float64(every_ops.rejection_verify, build_case(count, 3, 47, draft_vocab_size, seed=3))
 
 
 @pytest.mark.parametrize("has_law", [True, False])
-@pytest.mark.usefixtures("instruction_set")
-def test_equals_the_reference(has_law: bool) -> None:
-    case = build_case(60, 4, 200, has_law=has_law, seed=5)
+def test_equals_the_reference(every_ops: Backend, has_law: bool) -> None:
+    case = build_case(60 if every_ops is NATIVE else 16, 4, 200, has_law=has_law, seed=5)
     for actual, expected in zip(
-        case.run(NATIVE.rejection_verify), case.run(reference.rejection_verify), strict=True
+        case.run(every_ops.rejection_verify), case.run(reference.rejection_verify), strict=True
     ):
         assert torch.equal(actual, expected)
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-def test_all_vocabularies_stay_inside(vocab_size: int) -> None:
+def test_all_vocabularies_stay_inside(ops: Backend, vocab_size: int) -> None:
     for has_law in (True, False):
-        case = build_case(8, 2, vocab_size, seed=6, has_law=has_law)
-        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        case = build_case(8 if ops is NATIVE else 2, 2, vocab_size, seed=6, has_law=has_law)
+        tokens, num_accepted, _ = case.run(ops.rejection_verify)
         written = torch.arange(3)[None] <= num_accepted[:, None]
         assert ((tokens[written] >= 0) & (tokens[written] < vocab_size)).all()
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_equal_laws_always_accept() -> None:
-    case = build_case(500, 6, 50, seed=7)
+def test_equal_laws_always_accept(every_ops: Backend) -> None:
+    case = build_case(500 if every_ops is NATIVE else 20, 6, 50, seed=7)
     rows = case.row_start[:, None].long() + torch.arange(6)
     draft_logits, draft_stats = case.logits[rows], case.stats[rows]
     positions = (case.seq_len[:, None] + torch.arange(6)).flatten().int()
@@ -253,15 +262,15 @@ def test_equal_laws_always_accept() -> None:
         draft_tokens=tokens.view(-1, 6),
         draft_log_probs=log_probs.view(-1, 6),
     )
-    _, num_accepted, _ = case.run(NATIVE.rejection_verify)
+    _, num_accepted, _ = case.run(every_ops.rejection_verify)
     assert torch.equal(num_accepted[case.is_selected], case.num_draft[case.is_selected])
 
 
 @pytest.mark.parametrize("token", [47, 127, 128, -1, 2**31 - 1, -(2**31)])
-def test_tokens_outside_the_support_are_never_accepted(token: int) -> None:
+def test_tokens_outside_the_support_are_never_accepted(ops: Backend, token: int) -> None:
     """Beyond the row, in its padding, or filtered out; whatever log q claims."""
     for has_law in (True, False):
-        case = build_case(50, 3, 47, seed=8, has_law=has_law)
+        case = build_case(50 if ops is NATIVE else 3, 3, 47, seed=8, has_law=has_law)
         padded = torch.nn.functional.pad(case.logits, (0, 81), value=NEGATIVE_INFINITY)
         case = replace(
             case,
@@ -269,13 +278,12 @@ def test_tokens_outside_the_support_are_never_accepted(token: int) -> None:
             draft_tokens=torch.full_like(case.draft_tokens, token),
             draft_log_probs=torch.full_like(case.draft_log_probs, -100.0),
         )
-        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        tokens, num_accepted, _ = case.run(ops.rejection_verify)
         assert (num_accepted[case.is_selected] == 0).all()
         assert ((tokens[:, 0] >= 0) & (tokens[:, 0] < 47))[case.is_selected].all()
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_zero_residual_falls_back_to_the_target() -> None:
+def test_zero_residual_falls_back_to_the_target(every_ops: Backend) -> None:
     """A one-token target whose draft claims more than it gave: nothing is left, the target's token comes."""
     logits = torch.full((3, 130), NEGATIVE_INFINITY)
     logits[:, 129] = -2.0
@@ -296,35 +304,37 @@ def test_zero_residual_falls_back_to_the_target() -> None:
             torch.tensor([4], dtype=torch.int32),
             torch.tensor([True]),
         )
-        tokens, num_accepted, _ = case.run(NATIVE.rejection_verify)
+        tokens, num_accepted, _ = case.run(every_ops.rejection_verify)
         assert num_accepted.tolist() == [0]
         assert tokens[0].tolist() == [129, UNTOUCHED]
 
 
-def test_a_sequence_keeps_its_result_in_every_batch() -> None:
+def test_a_sequence_keeps_its_result_in_every_batch(ops: Backend) -> None:
+    count = 64 if ops is NATIVE else 5
     for has_law in (True, False):
-        case = build_case(64, 5, 200, seed=9, has_law=has_law)
-        together = case.run(NATIVE.rejection_verify)
+        case = build_case(count, 5, 200, seed=9, has_law=has_law)
+        together = case.run(ops.rejection_verify)
         generator = torch.Generator().manual_seed(0)
-        for size in (1, 2, 7, 64):
-            chosen = torch.randperm(64, generator=generator)[:size]
-            for part, whole in zip(case.take(chosen).run(NATIVE.rejection_verify), together, strict=True):
+        for size in {1, 2, min(7, count), count}:
+            chosen = torch.randperm(count, generator=generator)[:size]
+            for part, whole in zip(case.take(chosen).run(ops.rejection_verify), together, strict=True):
                 assert torch.equal(part, whole[chosen])
         _C.set_num_threads(1)
-        for part, whole in zip(case.run(NATIVE.rejection_verify), together, strict=True):
+        for part, whole in zip(case.run(ops.rejection_verify), together, strict=True):
             assert torch.equal(part, whole)
         _C.set_num_threads(2)
 
 
-def test_bad_rows_set_the_error_only_where_they_were_used() -> None:
-    case = build_case(40, 2, 60, seed=10)
+def test_bad_rows_set_the_error_only_where_they_were_used(ops: Backend) -> None:
+    half = 20 if ops is NATIVE else 4
+    case = build_case(2 * half, 2, 60, seed=10)
     logits = case.logits.clone()
-    logits[case.row_start.long()[:20]] = float("nan")
-    logits[case.row_start.long()[20:] + 3] = float("nan")
+    logits[case.row_start.long()[:half]] = float("nan")
+    logits[case.row_start.long()[half:] + 3] = float("nan")
     stats = filtered(logits, case.temperature.repeat_interleave(4), OFF)
-    tokens, num_accepted, error = replace(case, logits=logits, stats=stats).run(NATIVE.rejection_verify)
-    assert (error[:20][case.is_selected[:20]] == 1).all()
-    assert (error[20:][case.is_selected[20:]] == 0).all()
+    tokens, num_accepted, error = replace(case, logits=logits, stats=stats).run(ops.rejection_verify)
+    assert (error[:half][case.is_selected[:half]] == 1).all()
+    assert (error[half:][case.is_selected[half:]] == 0).all()
     written = torch.arange(3)[None] <= num_accepted[:, None]
     assert ((tokens[written] >= 0) & (tokens[written] < 60)).all()
 
@@ -407,24 +417,165 @@ def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
         check_emitted_law(faulty)
 
 
-def test_strided_arguments_and_wrong_ones() -> None:
+def with_fault(ops: Backend, fault: str):
+    """The backend's rejection_verify with a fault."""
+
+    def op(*arguments):
+        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
+        values = dict(zip(names, arguments, strict=True))
+        if fault == "residual from p":
+            values["draft_logits"] = torch.full_like(values["draft_logits"], NEGATIVE_INFINITY)
+        if fault == "point mass for a law":
+            values["draft_logits"] = values["draft_stats"] = None
+        if fault == "q of the next row":
+            values["draft_logits"] = values["draft_logits"].roll(-1, dims=1)
+        if fault == "filter of the draft ignored":
+            values["draft_stats"] = values["draft_stats"] * torch.tensor([1.0, 1e30, 1.0, 1.0])
+        if fault == "row":
+            values["row_start"] = values["row_start"] + 1
+        if fault == "position":
+            values["seq_len"] = values["seq_len"] + 1
+        if fault == "seed":
+            values["seeds"] = values["seeds"] & 0xFFFFFFFF
+        if fault == "unselected rows":
+            values["is_selected"] = torch.ones_like(values["is_selected"])
+        ops.rejection_verify(*values.values())
+        if fault == "accepts one too many":
+            chosen, num_accepted = values["is_selected"], values["num_accepted"]
+            num_accepted[chosen] = (num_accepted + 1).minimum(values["num_draft"])[chosen]
+
+    return op
+
+
+def small_case(ops: Backend) -> Case:
+    return build_case(200 if ops is NATIVE else 9, 4, 40, settings=FILTERS[2], seed=1)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "residual from p",
+        "point mass for a law",
+        "q of the next row",
+        "filter of the draft ignored",
+        "row",
+        "position",
+        "seed",
+        "unselected rows",
+        "accepts one too many",
+    ],
+)
+def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
+    with pytest.raises(AssertionError):
+        check_against_float64(with_fault(ops, fault), small_case(ops))
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="replaces device functions in the interpreter")
+@pytest.mark.parametrize("fault", ["one stream for all", "no round base", "noise of row 0", "log u of row 0"])
+def test_a_planted_fault_in_the_noise_is_noticed(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    module = importlib.import_module("specengine.kernels.rejection_verify")
+    philox, noise = module.philox_lanes, module.tile_noise
+
+    def accept_bits(counter, position, stream, base, seed):
+        if fault == "one stream for all":
+            stream = 0
+        if fault == "no round base":
+            base = base * 0
+        if fault == "log u of row 0":
+            position = position * 0 + base
+        return philox(counter, position, stream, base, seed)
+
+    def target_noise(lane, position, stream, base, seed):
+        return noise(lane, position * 0 if fault == "noise of row 0" else position, stream, base, seed)
+
+    monkeypatch.setattr(module, "philox_lanes", accept_bits)
+    monkeypatch.setattr(module, "tile_noise", target_noise)
+    with pytest.raises(AssertionError):
+        check_against_float64(TRITON.rejection_verify, small_case(TRITON))
+
+
+@pytest.mark.triton
+def test_an_ignored_tail_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("specengine.kernels.rejection_verify")
+    monkeypatch.setattr(module, "ceil_div", lambda value, divisor: value // divisor)
+    with pytest.raises(AssertionError):
+        check_against_float64(TRITON.rejection_verify, build_case(8, 2, 12000, seed=7))
+
+
+@pytest.mark.triton
+def test_several_tiles_are_one_race() -> None:
+    top_3 = (3, 1.0, 0.0)
+    for settings, has_law in (((OFF, OFF), True), ((top_3, top_3), True), ((top_3, top_3), False)):
+        case = build_case(8, 2, 12000, 9000 if has_law else None, seed=7, settings=settings, has_law=has_law)
+        check_against_float64(TRITON.rejection_verify, case)
+
+
+@pytest.fixture
+def shared_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Tensor]:
+    """The zeroed memory of Triton's rejection_verify, the same for every call."""
+    kept: dict[torch.dtype, Tensor] = {}
+
+    def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return kept.setdefault(dtype, torch.zeros(4096, dtype=dtype, device=device))
+
+    monkeypatch.setattr(importlib.import_module("specengine.kernels.rejection_verify"), "zeroed", zeroed)
+    return kept
+
+
+@pytest.mark.triton
+def test_the_workspace_is_zero_again_whoever_was_selected(
+    shared_workspace: dict[torch.dtype, Tensor],
+) -> None:
+    case = build_case(4, 2, 8200, seed=5)
+    for is_selected in (case.is_selected, ~case.is_selected, torch.zeros(4, dtype=torch.bool)):
+        chosen = replace(case, is_selected=is_selected)
+        for actual, expected in zip(
+            chosen.run(TRITON.rejection_verify), chosen.run(NATIVE.rejection_verify), strict=True
+        ):
+            assert torch.equal(actual, expected)
+        assert not any(memory.any() for memory in shared_workspace.values())
+
+
+def test_strided_arguments_and_wrong_ones(ops: Backend) -> None:
     case = build_case(12, 3, 64, seed=13)
     wide = torch.zeros(12, 5, 80)
     wide[:, :3, :64] = case.draft_logits
     strided = replace(case, draft_logits=wide[:, :3, :64], draft_tokens=case.draft_tokens.T.contiguous().T)
     for actual, expected in zip(
-        strided.run(NATIVE.rejection_verify), case.run(NATIVE.rejection_verify), strict=True
+        strided.run(ops.rejection_verify), case.run(ops.rejection_verify), strict=True
     ):
         assert torch.equal(actual, expected)
     wrong = {
         "draft_stats: give": {"draft_stats": None},
         "draft_log_probs: expected": {"draft_log_probs": case.draft_log_probs.double()},
         "draft_logits: expected": {"draft_logits": case.draft_logits[:, :2]},
-        "row_start: rows -1": {
-            "row_start": case.row_start - 1,
-            "is_selected": torch.ones(12, dtype=torch.bool),
-        },
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
-            replace(case, **change).run(NATIVE.rejection_verify)
+            replace(case, **change).run(ops.rejection_verify)
+
+
+OUT_OF_RANGE = {
+    "row_start: rows -1": ("row_start", -1),
+    "row_start: rows 999": ("row_start", 999),
+    "num_draft: 4": ("num_draft", 4),
+    "num_draft: -1": ("num_draft", -1),
+}
+
+
+@pytest.mark.parametrize("message", OUT_OF_RANGE)
+def test_values_out_of_range(ops: Backend, message: str) -> None:
+    """Native names them; Triton, which cannot look, reads and writes nothing that is not there."""
+    name, value = OUT_OF_RANGE[message]
+    case = replace(build_case(10, 3, 64, seed=13), is_selected=torch.ones(10, dtype=torch.bool))
+    case = replace(case, **{name: torch.full_like(case.num_draft, value)})
+    if ops is NATIVE:
+        with pytest.raises(ValueError, match=message):
+            case.run(ops.rejection_verify)
+        return
+    tokens, num_accepted, _ = case.run(ops.rejection_verify)
+    assert ((num_accepted >= 0) & (num_accepted <= case.num_draft.clamp(0, 3))).all()
+    is_written = torch.arange(4)[None] <= num_accepted[:, None]
+    assert ((tokens[is_written] >= 0) & (tokens[is_written] < 64)).all()
+    assert (tokens[~is_written] == UNTOUCHED).all()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 from kernel_cases import (
+    DEVICE,
     NATIVE,
     NEGATIVE_INFINITY,
+    TRITON,
     VOCABULARIES,
     assert_row_invariant,
     random_logits,
@@ -18,7 +22,9 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine import rng
+from specengine.kernels import reference
 from specengine.kernels.reference.filter_rows import scale_rows
+from specengine.ops import Backend
 
 
 def race_scores(logits: Tensor, stats: Tensor, temperature: Tensor, noise: tuple) -> Tensor:
@@ -44,7 +50,8 @@ def mixed_case(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, 
     top_k = torch.tensor([0, 0, 20, 3, 0], dtype=torch.int32).repeat(num_rows)[:num_rows]
     top_p = torch.tensor([1.0, 0.9, 1.0]).repeat(num_rows)[:num_rows]
     stats = NATIVE.filter_rows(logits, temperature, top_k, top_p, torch.zeros(num_rows))
-    positions = torch.randint(0, 2**31 - 1, (num_rows,), dtype=torch.int32)
+    generator = torch.Generator().manual_seed(num_rows)
+    positions = torch.randint(0, 2**31 - 1, (num_rows,), generator=generator, dtype=torch.int32)
     noise = (random_seeds(num_rows), positions, 1, positions.flip(0))
     return logits, stats, temperature, noise
 
@@ -62,25 +69,33 @@ def check_race(op, num_rows: int, vocab_size: int) -> None:
 
 
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
-@pytest.mark.usefixtures("instruction_set")
-def test_the_race_is_float64_s(vocab_size: int) -> None:
-    check_race(NATIVE.sample_rows, 64 if vocab_size < 1000 else 15, vocab_size)
+def test_the_race_is_float64_s(every_ops: Backend, vocab_size: int) -> None:
+    num_rows = 64 if vocab_size < 1000 else 15
+    check_race(every_ops.sample_rows, num_rows if every_ops is NATIVE else num_rows // 5, vocab_size)
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_peaked_rows_skip_no_winner() -> None:
+@pytest.mark.triton
+def test_triton_draws_what_the_reference_draws() -> None:
+    for num_rows, vocab_size in ((24, 300), (4, 8200)):
+        logits, stats, temperature, noise = mixed_case(num_rows, vocab_size)
+        expected, _ = reference.sample_rows(logits, stats, temperature, *noise)
+        tokens, _ = TRITON.sample_rows(logits, stats, temperature, *noise)
+        assert torch.equal(tokens, expected)
+
+
+def test_peaked_rows_skip_no_winner(every_ops: Backend) -> None:
     """Most tokens are skipped without a logarithm: none of them may have been the winner."""
+    count = 200 if every_ops is NATIVE else 8
     for spread in (0.0, 0.1, 1.0, 10.0, 100.0):
-        logits = random_logits(200, 1000, seed=int(spread * 10), spread=spread)
-        temperature = torch.ones(200)
+        logits = random_logits(count, 1000, seed=int(spread * 10), spread=spread)
+        temperature = torch.ones(count)
         stats = unfiltered_stats(logits, temperature)
-        noise = (random_seeds(200), torch.arange(200).int(), 0, torch.zeros(200, dtype=torch.int32))
-        tokens, _ = NATIVE.sample_rows(logits, stats, temperature, *noise)
+        noise = (random_seeds(count), torch.arange(count).int(), 0, torch.zeros(count, dtype=torch.int32))
+        tokens, _ = every_ops.sample_rows(logits, stats, temperature, *noise)
         assert_wins(tokens, race_scores(logits, stats, temperature, noise))
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_edges() -> None:
+def test_edges(every_ops: Backend) -> None:
     vocab_size = 8193
     logits = random_logits(8, vocab_size)
     logits[0] = NEGATIVE_INFINITY
@@ -96,7 +111,7 @@ def test_edges() -> None:
         temperature = torch.full((8,), value)
         stats = unfiltered_stats(logits, temperature)
         seeds, zeros = random_seeds(8), torch.zeros(8, dtype=torch.int32)
-        tokens, _ = NATIVE.sample_rows(logits, stats, temperature, seeds, zeros, 0, zeros)
+        tokens, _ = every_ops.sample_rows(logits, stats, temperature, seeds, zeros, 0, zeros)
         assert tokens[[0, 1]].tolist() == [0, 0]
         assert tokens[2] == 17
         assert tokens[3] == 8192
@@ -106,29 +121,26 @@ def test_edges() -> None:
         assert torch.equal(stats[:, 3] > 0, torch.tensor([1, 1, 0, 0, 0, 1, int(value == 1e-3), 0]) > 0)
 
 
-@pytest.mark.usefixtures("instruction_set")
-def test_ties_go_to_the_lowest_id() -> None:
+def test_ties_go_to_the_lowest_id(every_ops: Backend) -> None:
     """Greedy ties; and two tokens whose equal noise cannot separate them do not exist in a race."""
     logits = torch.full((5, 1000), -2.0)
     for row, token in enumerate((0, 5, 130, 511, 990)):
         logits[row, token:] = 7.0
     zeros = torch.zeros(5, dtype=torch.int32)
-    tokens, _ = NATIVE.sample_rows(
+    tokens, _ = every_ops.sample_rows(
         logits, unfiltered_stats(logits, torch.zeros(5)), torch.zeros(5), zeros.long(), zeros, 0, zeros
     )
     assert tokens.tolist() == [0, 5, 130, 511, 990]
 
 
-def test_a_row_keeps_its_draw_whatever_is_drawn_with_it() -> None:
-    logits, _, _, _ = mixed_case(64, 500)
+def test_a_row_keeps_its_draw_whatever_is_drawn_with_it(ops: Backend) -> None:
+    logits, _, _, _ = mixed_case(64 if ops is NATIVE else 8, 500)
 
     def op(rows: Tensor) -> Tensor:
         temperature = (rows[:, 0].abs() % 1.5).clamp_min(0.1)
         stats = unfiltered_stats(rows, temperature)
         places = (rows[:, 1].abs() * 1000).int()
-        tokens, log_probs = NATIVE.sample_rows(
-            rows, stats, temperature, places.long() << 33, places, 0, places
-        )
+        tokens, log_probs = ops.sample_rows(rows, stats, temperature, places.long() << 33, places, 0, places)
         return torch.stack((tokens.double(), log_probs.double()), dim=1)
 
     assert_row_invariant(op, logits)
@@ -178,9 +190,103 @@ def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
         check_distribution(faulty)
 
 
-def test_the_wrong_stream_is_noticed() -> None:
-    def wrong(logits, stats, temperature, seeds, positions, stream, round_base):
-        return NATIVE.sample_rows(logits, stats, temperature, seeds, positions, 0, round_base)
+@pytest.mark.parametrize(
+    "fault", ["stream", "round base", "position", "seed's high half", "row", "filter ignored"]
+)
+def test_a_planted_fault_in_the_draws_is_noticed(ops: Backend, fault: str) -> None:
+    def faulty(logits, stats, temperature, seeds, positions, stream, round_base):
+        if fault == "stream":
+            stream = 0
+        if fault == "round base":
+            round_base = torch.zeros_like(round_base)
+        if fault == "position":
+            positions = positions + 1
+        if fault == "seed's high half":
+            seeds = seeds & 0xFFFFFFFF
+        if fault == "row":
+            logits = logits.roll(1, dims=0)
+        if fault == "filter ignored":
+            stats = stats * torch.tensor([1.0, 1e30, 1.0, 1.0])
+        return ops.sample_rows(logits, stats, temperature, seeds, positions, stream, round_base)
+
+    check_race(ops.sample_rows, 16, 200)
+    with pytest.raises(AssertionError):
+        check_race(faulty, 16, 200)
+
+
+def test_strided_rows_and_wrong_arguments(ops: Backend) -> None:
+    logits, stats, temperature, noise = mixed_case(5, 70)
+    wide = torch.full((5, 100), 1e9)
+    wide[:, :70] = logits
+    for actual, expected in zip(
+        ops.sample_rows(wide[:, :70], stats, temperature, *noise),
+        ops.sample_rows(logits, stats, temperature, *noise),
+        strict=True,
+    ):
+        assert torch.equal(actual, expected)
+    seeds, positions, stream, round_base = noise
+    wrong = {
+        "logits: expected": (logits.T, stats, temperature, *noise),
+        "stats: expected": (logits, stats[:-1], temperature, *noise),
+        "temperature: expected": (logits, stats, temperature.double(), *noise),
+        "seeds: expected": (logits, stats, temperature, seeds.int(), positions, stream, round_base),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            ops.sample_rows(*arguments)
+
+
+@pytest.fixture
+def shared_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Tensor]:
+    """The zeroed memory of Triton's sample_rows, the same for every call."""
+    kept: dict[torch.dtype, Tensor] = {}
+
+    def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return kept.setdefault(dtype, torch.zeros(4096, dtype=dtype, device=device))
+
+    monkeypatch.setattr(importlib.import_module("specengine.kernels.sample_rows"), "zeroed", zeroed)
+    return kept
+
+
+@pytest.fixture
+def filled_memory() -> Iterator[None]:
+    """`torch.empty` gives the largest integers and NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def check_padding(op, workspace: dict[torch.dtype, Tensor]) -> None:
+    logits, stats, temperature, noise = mixed_case(6, 8200)
+    whole = TRITON.sample_rows(logits, stats, temperature, *noise)
+    logits[4:], temperature[4:], stats[4:] = float("nan"), float("nan"), float("nan")
+    num_rows = torch.tensor([4], dtype=torch.int32, device=DEVICE)
+    for _ in range(2):
+        tokens, log_probs = op(logits, stats, temperature, *noise, num_rows=num_rows)
+        assert torch.equal(tokens[:4], whole[0][:4])
+        assert torch.equal(log_probs[:4], whole[1][:4])
+        assert (tokens[4:] == 2**31 - 1).all()
+        assert log_probs[4:].isnan().all()
+        assert not any(memory.any() for memory in workspace.values())
+
+
+@pytest.mark.triton
+@pytest.mark.usefixtures("filled_memory")
+def test_padded_rows_are_left_alone_and_the_workspace_is_zero_again(
+    shared_workspace: dict[torch.dtype, Tensor],
+) -> None:
+    check_padding(TRITON.sample_rows, shared_workspace)
+
+    def pays_no_attention(*arguments, num_rows):
+        return TRITON.sample_rows(*arguments)
 
     with pytest.raises(AssertionError):
-        check_race(wrong, 16, 128)
+        check_padding(pays_no_attention, shared_workspace)
+
+
+@pytest.mark.triton
+def test_an_ignored_tail_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("specengine.kernels.sample_rows")
+    monkeypatch.setattr(module, "ceil_div", lambda value, divisor: value // divisor)
+    with pytest.raises(AssertionError):
+        check_race(TRITON.sample_rows, 16, 12000)

@@ -1,0 +1,297 @@
+"""The linear layers' inner loop: sixteen rows, normed and rounded as the weights want them, times a tile of weights.
+
+An output element is one sum along K in an order that only the layer's tile fixes: it depends neither on the rows
+computed with it nor on their number. Rows enter the product in the weights' type (int8: rounded to 127ths of the
+largest of each 128, with an exact integer sum), and the sum is fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.rounding import as_operand, round_to
+from specengine.kernels.packed import PackedLinear
+
+# Columns at a time in which a norm's mean and variance are found.
+STATISTICS_CHUNK = 256
+# In memory a weight row takes a multiple of this many elements, so that vectors of 16 bytes never straddle rows.
+ROW_MULTIPLE = 16
+
+_ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+
+_SMALLEST_SIZE = tl.constexpr(1e-36)  # 127 over it is finite
+_ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away rounds to the nearest integer
+
+
+def chunk_of(width: int) -> int:
+    """Columns that `row_moments` takes at a time."""
+    return min(STATISTICS_CHUNK, int(triton.next_power_of_2(width)))
+
+
+def pack_rows(weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    """`[N, K]` weights as the kernels read them: contiguous, K padded by zeros to a multiple of ROW_MULTIPLE.
+
+    A weight that is like that already is not copied.
+    """
+    out_features, in_features = weight.shape
+    missing = -in_features % ROW_MULTIPLE
+    rows = (torch.nn.functional.pad(weight, (0, missing)) if missing else weight).contiguous()
+    packed_bias = None if bias is None else bias.float().contiguous()
+    return PackedLinear(rows, packed_bias, in_features, out_features)
+
+
+def check_linear(name: str, x: Tensor, weight: PackedLinear) -> None:
+    """Raises `ValueError` naming `name` unless x is `[T, in_features]` fp32 with contiguous rows for this weight."""
+    if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != weight.in_features or x.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected [T, {weight.in_features}] torch.float32 with contiguous rows, got "
+            f"{list(x.shape)} {x.dtype}"
+        )
+    if x.stride(0) < x.shape[1]:
+        raise ValueError(f"{name}: rows overlap")
+    width = -(-weight.in_features // ROW_MULTIPLE) * ROW_MULTIPLE
+    rows = weight.weight
+    if rows.shape != (weight.out_features, width) or not rows.is_contiguous():
+        raise ValueError(
+            f"weight: {list(rows.shape)} is not a packed {weight.out_features} x {weight.in_features}"
+        )
+    if (rows.dtype == torch.int8) != (weight.scale is not None):
+        raise ValueError(f"scale: int8 weights have one, others none; weight is {rows.dtype}")
+    for label, vector in (("scale", weight.scale), ("bias", weight.bias)):
+        if vector is not None and (vector.shape != (weight.out_features,) or vector.dtype != torch.float32):
+            raise ValueError(
+                f"{label}: expected [{weight.out_features}] torch.float32, got {list(vector.shape)}"
+            )
+
+
+def check_residual(x: Tensor, weight: PackedLinear, residual: Tensor) -> tuple[int, int]:
+    """Raises `ValueError` unless residual can be added to x W^T; returns the shape of both."""
+    shape = [x.shape[0], weight.out_features]
+    if list(residual.shape) != shape or residual.dtype != torch.float32 or residual.stride(-1) != 1:
+        raise ValueError(
+            f"residual: expected {shape} torch.float32 with contiguous rows, got "
+            f"{list(residual.shape)} {residual.dtype}"
+        )
+    return shape[0], shape[1]
+
+
+def check_activation(activation: str) -> None:
+    """Raises `ValueError` for an activation that `activate` does not know."""
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"activation: {activation!r} is unknown; expected {', '.join(_ACTIVATIONS)}")
+
+
+@triton.jit
+def count_rows(num_rows, num_rows_ptr):
+    """Rows to compute: all, or as many as the device says (rows from there on are padding)."""
+    if num_rows_ptr is None:
+        return num_rows
+    else:
+        return tl.minimum(num_rows, tl.load(num_rows_ptr))
+
+
+@triton.jit
+def row_moments(x_ptr, x_stride, rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
+    """Mean and 1 / sqrt(var + eps) of rows, `[BLOCK_M]` each, chunk by chunk (Chan et al., 1983): one pass, and no
+    cancellation however far the mean is from zero."""
+    mean = tl.zeros((rows.shape[0],), tl.float32)
+    squares = tl.zeros((rows.shape[0],), tl.float32)
+    columns = tl.arange(0, CHUNK)
+    for first in tl.range(0, WIDTH, CHUNK):
+        is_inside = first + columns < WIDTH
+        mask = row_mask[:, None] & is_inside[None, :]
+        x = tl.load(
+            x_ptr + rows[:, None].to(tl.int64) * x_stride + (first + columns)[None, :], mask, other=0.0
+        )
+        count = tl.minimum(WIDTH - first, CHUNK).to(tl.float32)
+        chunk_mean = tl.sum(x, axis=1) / count
+        centred = tl.where(is_inside[None, :], x - chunk_mean[:, None], 0.0)
+        chunk_squares = tl.sum(centred * centred, axis=1)
+        before = first + 0.0
+        total = before + count
+        delta = chunk_mean - mean
+        mean += delta * (count / total)
+        squares += chunk_squares + delta * delta * (before * count / total)
+    return mean, 1.0 / tl.sqrt_rn(squares / WIDTH + eps)
+
+
+@triton.jit
+def multiply_range(
+    accumulator,
+    x_ptr,
+    x_stride,
+    rows,
+    row_mask,
+    weight_ptr,
+    columns,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse,
+    first_block,
+    last_block,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """accumulator `[BLOCK_M, BLOCK_N]` fp32 + the rows times the weights of `columns`, over blocks of K in order.
+
+    norm_weight_ptr: None for rows as they are; else they are normed with `mean` and `inverse` first
+    columns:         `[BLOCK_N]`, all within the weight
+    """
+    for block in tl.range(first_block, last_block):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        weight_at = columns[None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, None]
+        x_at = rows[:, None].to(tl.int64) * x_stride + k[None, :]
+        if WEIGHT_STRIDE % BLOCK_K == 0:
+            weight = tl.load(weight_ptr + weight_at)
+        else:
+            weight = tl.load(weight_ptr + weight_at, mask=k[:, None] < WEIGHT_STRIDE, other=0)
+        if WIDTH % BLOCK_K == 0:
+            x = tl.load(x_ptr + x_at, mask=row_mask[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptr + x_at, mask=row_mask[:, None] & (k < WIDTH)[None, :], other=0.0)
+        if norm_weight_ptr is not None:
+            scale = tl.load(norm_weight_ptr + k, mask=k < WIDTH, other=0.0)
+            shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)
+            x = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
+        if weight.dtype == tl.int8:
+            not_finite = tl.sum(x * 0.0, axis=1)  # NaN where a row holds NaN or infinity, else 0
+            size = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SIZE)
+            steps = x * (127.0 / size)[:, None]
+            rounded = ((steps + _ROUNDER) - _ROUNDER).to(tl.int8)
+            exact = tl.dot(rounded, weight, out_dtype=tl.int32)
+            accumulator += exact.to(tl.float32) * (size / 127.0 + not_finite)[:, None]
+        else:
+            operand = as_operand(round_to(x, weight.dtype))
+            accumulator = tl.dot(operand, as_operand(weight), accumulator, input_precision="ieee")
+    return accumulator
+
+
+@triton.jit
+def finish_columns(accumulator, scale_ptr, bias_ptr, columns):
+    """accumulator * scale + bias, by column; either may be None."""
+    if scale_ptr is not None:
+        accumulator *= tl.load(scale_ptr + columns)[None, :]
+    if bias_ptr is not None:
+        accumulator += tl.load(bias_ptr + columns)[None, :]
+    return accumulator
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """`none`, `relu`, `gelu` or `gelu_tanh`."""
+    if ACTIVATION == "relu":
+        return tl.maximum(x, 0.0)
+    elif ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # x (1 + tanh y) / 2 = x sigmoid(2 y)
+        inner = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        return x / (1.0 + tl.exp(-inner))
+    else:
+        return x
+
+
+@triton.jit
+def multiply_split(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    scale_ptr,
+    rows,
+    row_mask,
+    columns,
+    split,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Range `split` of K of rows W^T for `columns`, `[BLOCK_M, BLOCK_N]` fp32."""
+    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
+    total = multiply_range(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        x_ptr,
+        x_stride,
+        rows,
+        row_mask,
+        weight_ptr,
+        columns,
+        None,
+        None,
+        None,
+        None,
+        split * NUM_BLOCKS // SPLIT_K,
+        (split + 1) * NUM_BLOCKS // SPLIT_K,
+        WIDTH,
+        WEIGHT_STRIDE,
+        BLOCK_K,
+    )
+    return finish_columns(total, scale_ptr, None, columns)
+
+
+@triton.jit
+def norm_multiply(
+    hidden_ptr,
+    hidden_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    rows,
+    row_mask,
+    columns,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """LayerNorm(rows) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32."""
+    mean, inverse = row_moments(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
+    total = multiply_range(
+        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+        hidden_ptr,
+        hidden_stride,
+        rows,
+        row_mask,
+        weight_ptr,
+        columns,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        mean,
+        inverse,
+        0,
+        (WIDTH + BLOCK_K - 1) // BLOCK_K,
+        WIDTH,
+        WEIGHT_STRIDE,
+        BLOCK_K,
+    )
+    return finish_columns(total, scale_ptr, bias_ptr, columns)
+
+
+@triton.jit
+def add_splits(
+    total, partial_ptr, counter_ptr, tile, split, SPLIT_K: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+):
+    """Leaves this program's `[M, N]` sum behind; for the last of a tile, the sum of all, and True."""
+    offsets = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+    first = partial_ptr + tile.to(tl.int64) * (SPLIT_K * M * N)
+    tl.store(first + split * (M * N) + offsets, total)
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        tl.store(counter_ptr + tile, 0)
+        total = tl.load(first + offsets, cache_modifier=".cg")
+        for other in tl.static_range(1, SPLIT_K):
+            total += tl.load(first + other * (M * N) + offsets, cache_modifier=".cg")
+    return total, is_last

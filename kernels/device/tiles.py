@@ -1,0 +1,102 @@
+"""Which tile shape a linear layer uses: a table for each GPU generation, looked up by layer shape, never by row count.
+
+Row invariance needs one shape for every number of rows (see docs/design.md), so the number of rows is no key. The
+tables `tiles_sm80.json` and `tiles_sm90.json` are written by `benchmarks/tune_tiles.py` (docs/gpu.md); a layer that is
+not in them gets a shape by rule.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from specengine.kernels.device.launch import IS_INTERPRETED, ceil_div
+
+BLOCK_M = 16  # rows of every tile: one mma.sync tile, so that one row costs what sixteen do
+INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
+
+# Enough programs that every multiprocessor has one or two.
+_WANTED_PROGRAMS = {80: 216, 90: 264}
+# Of weights, in each program: what memory delivers in the time that it takes to answer, over the programs.
+_BYTES_IN_FLIGHT = 24 << 10
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Columns and depth of a tile, into how many ranges of K a column tile is split, warps and pipeline stages."""
+
+    block_n: int
+    block_k: int
+    split_k: int = 1
+    num_warps: int = 4
+    num_stages: int = 4
+
+
+def capability_of(device: torch.device) -> int:
+    """The table's key for a device: 80 or 90; what cannot be asked (CPU, meta) counts as 90."""
+    if device.type != "cuda":
+        return _assumed
+    major, minor = torch.cuda.get_device_capability(device)
+    return 90 if 10 * major + minor >= 90 else 80
+
+
+_assumed = 90
+
+
+def assume_capability(capability: int) -> None:
+    """What `capability_of` says of devices that have none: for compiling ahead of time."""
+    global _assumed
+    _assumed = capability
+
+
+@cache
+def table(capability: int) -> dict[str, Tile]:
+    """The tuned shapes of a GPU generation, by `tile_key`; whoever tunes may change it."""
+    entries = json.loads(table_path(capability).read_text(encoding="utf-8"))["tiles"]
+    return {key: Tile(**values) for key, values in entries.items()}
+
+
+def table_path(capability: int) -> Path:
+    """Where a generation's table is kept."""
+    return Path(__file__).with_name(f"tiles_sm{capability}.json")
+
+
+def tile_key(op: str, out_features: int, in_features: int, dtype: torch.dtype) -> str:
+    """A layer's name in the tables."""
+    return f"{op} {out_features}x{in_features} {str(dtype).removeprefix('torch.')}"
+
+
+def choose_tile(
+    op: str, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> Tile:
+    """The tile of a layer, `[out_features, in_features]` in `dtype`, for the family `op`: "norm_linear",
+    "norm_qkv" (also with an MLP beside it), "linear_residual" (also two in one) or "head"."""
+    if IS_INTERPRETED:
+        return Tile(32 if op == "norm_qkv" else 128, 128, split_k=2 if op == "linear_residual" else 1)
+    capability = capability_of(device)
+    found = table(capability).get(tile_key(op, out_features, in_features, dtype))
+    return found or rule(op, out_features, in_features, dtype, capability)
+
+
+def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capability: int) -> Tile:
+    """The shape of a layer that was never tuned."""
+    wanted = _WANTED_PROGRAMS[capability]
+    is_exact = dtype == torch.float32
+    block_k = INT8_BLOCK_K if dtype == torch.int8 else 64 if is_exact else 128
+    if op == "head":
+        return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3)
+    widths = (64, 32, 16)
+    block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
+    split_k = 1
+    if op == "linear_residual":
+        num_chunks = ceil_div(in_features, block_k)
+        while split_k < 8 and 4 * split_k <= num_chunks:
+            if ceil_div(out_features, block_n) * split_k >= wanted:
+                break
+            split_k *= 2
+    num_stages = 1 + _BYTES_IN_FLIGHT // (block_n * block_k * dtype.itemsize)
+    return Tile(block_n, block_k, split_k, num_stages=max(3, min(num_stages, 6)))

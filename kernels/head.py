@@ -1,0 +1,108 @@
+"""logits = LayerNorm(hidden) W^T in one launch, fp32, rows padded to whole tiles of 128 tokens with -inf.
+
+See `specengine.kernels.reference.head`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.linear import chunk_of, count_rows
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.packed import Norm, PackedLinear
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def spec_head(
+    hidden_ptr,
+    hidden_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    logits_ptr,
+    num_rows,
+    num_rows_ptr,
+    VOCAB_SIZE: tl.constexpr,
+    ROW_LENGTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_rows = count_rows(num_rows, num_rows_ptr)
+    if tl.program_id(1) * BLOCK_M >= num_rows:
+        return
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    logits = logit_tile(
+        hidden_ptr,
+        hidden_stride,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        eps,
+        weight_ptr,
+        scale_ptr,
+        bias_ptr,
+        rows,
+        row_mask,
+        tokens,
+        VOCAB_SIZE,
+        WIDTH,
+        WEIGHT_STRIDE,
+        CHUNK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    tl.store(
+        logits_ptr + rows[:, None].to(tl.int64) * ROW_LENGTH + tokens[None, :], logits, row_mask[:, None]
+    )
+
+
+def head(
+    hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, *, num_rows: Tensor | None = None
+) -> Tensor:
+    """See `specengine.kernels.reference.head`.
+
+    num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
+    """
+    num_tiles = check_head(hidden, weight, vocab_size)
+    logits = torch.empty(hidden.shape[0], num_tiles * TILE_TOKENS, device=hidden.device)
+    tile = choose_tile("head", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device)
+    launch(
+        spec_head,
+        (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
+        hidden,
+        hidden.stride(0),
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        weight.weight,
+        weight.scale,
+        weight.bias,
+        logits,
+        hidden.shape[0],
+        num_rows,
+        VOCAB_SIZE=vocab_size,
+        ROW_LENGTH=logits.shape[1],
+        WIDTH=weight.in_features,
+        WEIGHT_STRIDE=weight.weight.shape[1],
+        CHUNK=chunk_of(weight.in_features),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=TILE_TOKENS,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return logits

@@ -1,0 +1,134 @@
+"""residual + x W^T + b in one launch.
+
+A tile of columns may be split along K over several programs: each leaves its sum in scratch memory, and the last to
+arrive adds them in the order of K. The split belongs to the layer, not to the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.linear import (
+    add_splits,
+    check_linear,
+    check_residual,
+    count_rows,
+    multiply_split,
+)
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.device.workspace import scratch, zeroed
+from specengine.kernels.packed import PackedLinear
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def spec_linear_residual(
+    x_ptr,
+    x_stride,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    residual_stride,
+    out_ptr,
+    out_stride,
+    partial_ptr,
+    counter_ptr,
+    num_rows,
+    num_rows_ptr,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_rows = count_rows(num_rows, num_rows_ptr)
+    if tl.program_id(1) * BLOCK_M >= num_rows:
+        return
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
+    split = tl.program_id(2)
+    total = multiply_split(
+        x_ptr,
+        x_stride,
+        weight_ptr,
+        scale_ptr,
+        rows,
+        row_mask,
+        columns,
+        split,
+        WIDTH,
+        WEIGHT_STRIDE,
+        SPLIT_K,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    if SPLIT_K > 1:
+        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        total, is_last = add_splits(total, partial_ptr, counter_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
+        if not is_last:
+            return
+    mask = row_mask[:, None] & (wanted < NUM_COLUMNS)[None, :]
+    residual = tl.load(residual_ptr + rows[:, None].to(tl.int64) * residual_stride + wanted[None, :], mask)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + columns)[None, :]
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * out_stride + wanted[None, :], total + residual, mask)
+
+
+def linear_residual(
+    x: Tensor,
+    weight: PackedLinear,
+    residual: Tensor,
+    *,
+    out: Tensor | None = None,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """See `specengine.kernels.reference.linear_residual`.
+
+    out:      `[T, N]` fp32 with contiguous rows to write to; may be `residual`
+    num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
+    """
+    check_linear("x", x, weight)
+    shape = check_residual(x, weight, residual)
+    if out is None:
+        out = torch.empty(shape, device=x.device)
+    tile = choose_tile(
+        "linear_residual", weight.out_features, weight.in_features, weight.weight.dtype, x.device
+    )
+    grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], BLOCK_M), tile.split_k)
+    num_tiles = grid[0] * grid[1]
+    launch(
+        spec_linear_residual,
+        grid,
+        x,
+        x.stride(0),
+        weight.weight,
+        weight.scale,
+        weight.bias,
+        residual,
+        residual.stride(0),
+        out,
+        out.stride(0),
+        scratch(num_tiles * tile.split_k * BLOCK_M * tile.block_n, torch.float32, x.device),
+        zeroed(num_tiles, torch.int32, x.device),
+        x.shape[0],
+        num_rows,
+        WIDTH=weight.in_features,
+        WEIGHT_STRIDE=weight.weight.shape[1],
+        NUM_COLUMNS=weight.out_features,
+        SPLIT_K=tile.split_k,
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

@@ -1,0 +1,129 @@
+"""activation(LayerNorm(hidden) W^T + b) in one launch.
+
+Each program norms sixteen rows (their mean and variance in one pass over the row, which stays in the first cache) and
+multiplies them with a tile of the weights. Reads hidden and the weights once, writes the output; see
+`specengine.kernels.reference.norm_linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.linear import (
+    activate,
+    check_activation,
+    check_linear,
+    chunk_of,
+    count_rows,
+    norm_multiply,
+)
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.packed import Norm, PackedLinear
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def spec_norm_linear(
+    hidden_ptr,
+    hidden_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    out_ptr,
+    out_stride,
+    num_rows,
+    num_rows_ptr,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    NUM_COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_rows = count_rows(num_rows, num_rows_ptr)
+    if tl.program_id(1) * BLOCK_M >= num_rows:
+        return
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
+    total = norm_multiply(
+        hidden_ptr,
+        hidden_stride,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        eps,
+        weight_ptr,
+        scale_ptr,
+        bias_ptr,
+        rows,
+        row_mask,
+        columns,
+        WIDTH,
+        WEIGHT_STRIDE,
+        CHUNK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    out = activate(total, ACTIVATION)
+    where = rows[:, None].to(tl.int64) * out_stride + wanted[None, :]
+    tl.store(out_ptr + where, out, mask=row_mask[:, None] & (wanted < NUM_COLUMNS)[None, :])
+
+
+def norm_linear(
+    hidden: Tensor,
+    norm: Norm,
+    weight: PackedLinear,
+    activation: str,
+    *,
+    out: Tensor | None = None,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """See `specengine.kernels.reference.norm_linear`.
+
+    out:      `[T, N]` fp32 with contiguous rows to write to
+    num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
+    """
+    check_linear("hidden", hidden, weight)
+    check_activation(activation)
+    if out is None:
+        out = torch.empty(hidden.shape[0], weight.out_features, device=hidden.device)
+    tile = choose_tile(
+        "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
+    )
+    launch(
+        spec_norm_linear,
+        (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], BLOCK_M)),
+        hidden,
+        hidden.stride(0),
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        weight.weight,
+        weight.scale,
+        weight.bias,
+        out,
+        out.stride(0),
+        hidden.shape[0],
+        num_rows,
+        WIDTH=weight.in_features,
+        WEIGHT_STRIDE=weight.weight.shape[1],
+        NUM_COLUMNS=weight.out_features,
+        ACTIVATION=activation,
+        CHUNK=chunk_of(weight.in_features),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out

@@ -1,0 +1,154 @@
+"""LayerNorm, query/key/value projection, rotary positions and the KV append in one launch.
+
+A program computes some features of one head for sixteen rows and writes them where they belong: queries to the
+output, keys and values to the paged cache. See `specengine.kernels.reference.norm_qkv`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.linear import check_linear, chunk_of, count_rows, norm_multiply
+from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.packed import Norm, PackedLinear
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_blocks"])
+def spec_norm_qkv(
+    hidden_ptr,
+    hidden_stride,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    query_ptr,
+    positions_ptr,
+    kv_slots_ptr,
+    kv_cache_ptr,
+    num_blocks,
+    rotary_ptr,
+    num_rows,
+    num_rows_ptr,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROTARY_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_rows = count_rows(num_rows, num_rows_ptr)
+    if tl.program_id(1) * BLOCK_M >= num_rows:
+        return
+    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
+    columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
+    x = norm_multiply(
+        hidden_ptr,
+        hidden_stride,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        eps,
+        weight_ptr,
+        scale_ptr,
+        bias_ptr,
+        rows,
+        row_mask,
+        columns,
+        WIDTH,
+        WEIGHT_STRIDE,
+        CHUNK,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_K,
+    )
+    store_head(
+        x,
+        head,
+        features,
+        has_feature,
+        rows,
+        row_mask,
+        query_ptr,
+        positions_ptr,
+        kv_slots_ptr,
+        kv_cache_ptr,
+        num_blocks,
+        rotary_ptr,
+        NUM_HEADS,
+        NUM_KV_HEADS,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        ROTARY_DIM,
+    )
+
+
+def norm_qkv(
+    hidden: Tensor,
+    norm: Norm,
+    weight: PackedLinear,
+    positions: Tensor,
+    kv_slots: Tensor,
+    kv_cache: Tensor,
+    rotary: Tensor | None,
+    *,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """See `specengine.kernels.reference.norm_qkv`.
+
+    num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
+    """
+    check_linear("hidden", hidden, weight)
+    num_heads = check_places(hidden.shape[0], weight, positions, kv_slots, kv_cache, rotary)
+    _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
+    query = torch.empty(hidden.shape[0], num_heads, head_dim, device=hidden.device)
+    tile = choose_tile(
+        "norm_qkv", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
+    )
+    num_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, tile.block_n, rotary)
+    launch(
+        spec_norm_qkv,
+        (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
+        hidden,
+        hidden.stride(0),
+        norm.weight,
+        norm.bias,
+        norm.eps,
+        weight.weight,
+        weight.scale,
+        weight.bias,
+        query,
+        positions,
+        kv_slots,
+        kv_cache,
+        num_blocks,
+        rotary,
+        hidden.shape[0],
+        num_rows,
+        WIDTH=weight.in_features,
+        WEIGHT_STRIDE=weight.weight.shape[1],
+        NUM_HEADS=num_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size,
+        ROTARY_DIM=0 if rotary is None else 2 * rotary.shape[2],
+        CHUNK=chunk_of(weight.in_features),
+        BLOCK_M=BLOCK_M,
+        BLOCK_N=block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return query

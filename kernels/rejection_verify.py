@@ -1,0 +1,227 @@
+"""Rejection verification in one launch: exact speculative sampling with the residual distribution.
+
+What is accepted depends on k numbers a sequence, which each of its programs finds again; then each scores one tile of
+the one row that is drawn from, and the last program commits. Two races are held: on the residual, and on the target
+itself for a residual that rounds to nothing. Reads one row of logits and of draft logits a sequence; see
+`specengine.kernels.reference.rejection_verify`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.noise import NEGATIVE_INFINITY, fast_log, key_token, philox_lanes, uniform
+from specengine.kernels.device.race import (
+    LOG_NORMALISER,
+    NUM_STATS,
+    RACE_WARPS,
+    THRESHOLD,
+    TILE,
+    check_logits,
+    check_small,
+    first_lane,
+    is_last_of,
+    keep,
+    load_tile,
+    scale_row,
+    stack_tokens,
+    take_keys,
+    tile_noise,
+    winner_key,
+)
+from specengine.kernels.device.workspace import zeroed
+from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
+from specengine.rng import STREAM_ACCEPT, STREAM_TARGET
+
+_STREAM_TARGET = tl.constexpr(STREAM_TARGET)
+_STREAM_ACCEPT = tl.constexpr(STREAM_ACCEPT)
+
+
+@triton.jit
+def count_accepted(
+    logits_ptr,
+    logits_stride,
+    stats_ptr,
+    rows,
+    draft,
+    draft_log_prob_ptr,
+    column,
+    is_drafted,
+    temperature,
+    seed,
+    seq_len,
+    VOCAB: tl.constexpr,
+):
+    """n: the first i with ln u_i > log p_i(x_i) - log q_i(x_i), or not drafted."""
+    is_token = is_drafted & (draft >= 0) & (draft < VOCAB)
+    logits = tl.load(logits_ptr + rows * logits_stride + draft, is_token, NEGATIVE_INFINITY)
+    kept = keep(scale_row(logits, temperature), tl.load(stats_ptr + rows * NUM_STATS + THRESHOLD))
+    log_p = kept - tl.load(stats_ptr + rows * NUM_STATS + LOG_NORMALISER)
+    log_q = tl.load(draft_log_prob_ptr + column, is_drafted, 0.0)
+    bits, _, _, _ = philox_lanes(column * 0, seq_len + column, _STREAM_ACCEPT, seq_len, seed)
+    log_u = tl.minimum(tl.log(uniform(bits)), 0.0)
+    is_accepted = is_drafted & (log_u <= log_p - log_q)
+    return tl.min(tl.where(is_accepted, column.shape[0], column))
+
+
+@triton.jit
+def residual_log_weights(log_p, log_q):
+    """log max(p - q, 0)."""
+    weight = tl.exp(log_p) - tl.exp(log_q)
+    is_left = weight > 0.0
+    return tl.where(is_left, fast_log(tl.where(is_left, weight, 1.0)), NEGATIVE_INFINITY)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def spec_rejection_verify(
+    logits_ptr,
+    logits_stride,
+    num_rows,
+    stats_ptr,
+    row_start_ptr,
+    num_draft_ptr,
+    draft_token_ptr,
+    temperature_ptr,
+    seed_ptr,
+    seq_len_ptr,
+    is_selected_ptr,
+    tokens_ptr,
+    num_accepted_ptr,
+    error_ptr,
+    draft_log_prob_ptr,
+    draft_logits_ptr,
+    draft_sequence_stride,
+    draft_logits_stride,
+    draft_stats_ptr,
+    key_ptr,
+    counter_ptr,
+    K: tl.constexpr,
+    VOCAB: tl.constexpr,
+    DRAFT_VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    b, split = tl.program_id(0), tl.program_id(1)
+    num_draft = load_num_draft(is_selected_ptr, num_draft_ptr, b, K)
+    if num_draft < 0:
+        return
+    temperature, seed, seq_len = tl.load(temperature_ptr + b), tl.load(seed_ptr + b), tl.load(seq_len_ptr + b)
+    column = tl.arange(0, BLOCK)
+    rows = clamp_row(tl.load(row_start_ptr + b) + column, num_rows)
+    is_drafted = column < num_draft
+    first_draft = b.to(tl.int64) * K
+    draft = tl.load(draft_token_ptr + first_draft + column, is_drafted, -1)
+    n = count_accepted(
+        logits_ptr,
+        logits_stride,
+        stats_ptr,
+        rows,
+        draft,
+        draft_log_prob_ptr + first_draft,
+        column,
+        is_drafted,
+        temperature,
+        seed,
+        seq_len,
+        VOCAB,
+    )
+
+    row = clamp_row(tl.load(row_start_ptr + b) + n, num_rows)
+    row_stats_ptr = stats_ptr + row * NUM_STATS
+    lane = first_lane(split * TILE, TILE)
+    tokens = stack_tokens(lane)
+    score = scale_row(load_tile(logits_ptr + row * logits_stride, lane, VOCAB), temperature)
+    score = keep(score, tl.load(row_stats_ptr + THRESHOLD))
+    target_key_ptr = key_ptr + 2 * b
+    residual_key_ptr = target_key_ptr + 1
+    if tl.max(score) > NEGATIVE_INFINITY:
+        log_p = score - tl.load(row_stats_ptr + LOG_NORMALISER)
+        noise = tile_noise(lane, seq_len + n, _STREAM_TARGET, 0, seed)
+        if n < num_draft:
+            if draft_logits_ptr is None:
+                rejected = tl.load(draft_token_ptr + first_draft + n)
+                log_weight = tl.where(tokens == rejected, NEGATIVE_INFINITY, log_p)
+            else:
+                draft_row_ptr = (
+                    draft_logits_ptr + b.to(tl.int64) * draft_sequence_stride + n * draft_logits_stride
+                )
+                draft_row_stats_ptr = draft_stats_ptr + (first_draft + n) * NUM_STATS
+                scaled = scale_row(load_tile(draft_row_ptr, lane, DRAFT_VOCAB), temperature)
+                log_q = keep(scaled, tl.load(draft_row_stats_ptr + THRESHOLD))
+                log_q -= tl.load(draft_row_stats_ptr + LOG_NORMALISER)
+                log_weight = residual_log_weights(log_p, log_q)
+            if tl.max(log_weight) > NEGATIVE_INFINITY:
+                tl.atomic_max(residual_key_ptr, winner_key(log_weight + noise, tokens), sem="relaxed")
+        score = log_p + noise
+    tl.atomic_max(target_key_ptr, winner_key(score, tokens), sem="relaxed")
+
+    if is_last_of(tl.num_programs(1), counter_ptr + b):
+        residual_key, target_key = take_keys(residual_key_ptr, True), take_keys(target_key_ptr, True)
+        drawn = key_token(tl.where(residual_key > 0, residual_key, target_key))
+        emitted = tl.where(column < n, draft, drawn)
+        commit(tokens_ptr, num_accepted_ptr, error_ptr, b, column, emitted, n, stats_ptr, rows, K)
+
+
+def rejection_verify(
+    logits: Tensor,
+    stats: Tensor,
+    row_start: Tensor,
+    num_draft: Tensor,
+    draft_tokens: Tensor,
+    draft_log_probs: Tensor,
+    draft_logits: Tensor | None,
+    draft_stats: Tensor | None,
+    temperature: Tensor,
+    seeds: Tensor,
+    seq_len: Tensor,
+    is_selected: Tensor,
+    tokens: Tensor,
+    num_accepted: Tensor,
+    error: Tensor,
+) -> None:
+    """See `specengine.kernels.reference.rejection_verify`, and `match_verify` for values that are out of range."""
+    checked = check_sequences(
+        logits,
+        stats,
+        row_start,
+        num_draft,
+        draft_tokens,
+        temperature,
+        seeds,
+        seq_len,
+        is_selected,
+        tokens,
+        num_accepted,
+        error,
+    )
+    count, k = draft_tokens.shape
+    if (draft_logits is None) != (draft_stats is None):
+        raise ValueError("draft_stats: give draft_logits and draft_stats together, or neither")
+    if draft_logits is not None and draft_stats is not None:
+        check_logits("draft_logits", draft_logits, (count, k))
+        draft_stats = check_small("draft_stats", draft_stats, (count, k, NUM_STATS.value), torch.float32)
+    launch(
+        spec_rejection_verify,
+        (count, ceil_div(logits.shape[1], TILE)),
+        logits,
+        logits.stride(0),
+        logits.shape[0],
+        *checked,
+        check_small("draft_log_probs", draft_log_probs, (count, k), torch.float32),
+        draft_logits,
+        None if draft_logits is None else draft_logits.stride(0),
+        None if draft_logits is None else draft_logits.stride(1),
+        draft_stats,
+        zeroed(2 * count, torch.int64, logits.device),
+        zeroed(count, torch.int32, logits.device),
+        K=k,
+        VOCAB=logits.shape[1],
+        DRAFT_VOCAB=None if draft_logits is None else draft_logits.shape[2],
+        TILE=TILE,
+        BLOCK=triton.next_power_of_2(k + 1),
+        num_warps=RACE_WARPS,
+    )

@@ -1,0 +1,94 @@
+"""Compiles recorded launches for GPUs that are not there, and reads what came out.
+
+Run in a process without TRITON_INTERPRET: kernels are decorated for one or the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from specengine.kernels.device.launch import Launch
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int8: "*i8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A kernel's PTX, and what ptxas says it takes."""
+
+    name: str
+    ptx: str
+    registers: int
+    stack_bytes: int
+    spill_bytes: int
+
+    def count(self, pattern: str) -> int:
+        """Matches of a regular expression in the PTX."""
+        return len(re.findall(pattern, self.ptx))
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes as a launch on a device would specialise its arguments."""
+    kernel = launch.kernel
+    general = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
+    constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    signature: dict[str, str] = {}
+    constants: dict[Any, Any] = {}
+    attributes: dict[Any, Any] = {}
+    for index, (name, value) in enumerate(launch.arguments.items()):
+        is_fixed = name in constexprs or value is None
+        if is_fixed or (isinstance(value, int) and value == 1 and name not in general):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = _DIVISIBLE
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in general:
+                attributes[(index,)] = _DIVISIBLE
+    return signature, constants, attributes
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles a launch for sm_`capability` (80 or 90)."""
+    source = ASTSource(launch.kernel, *specialise(launch))
+    options = {
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+        "enable_fp_fusion": False,
+    }
+    log = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage = re.search(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        log.getvalue(),
+        re.DOTALL,
+    )
+    assert usage is not None, log.getvalue()
+    stack, stores, loads, registers = map(int, usage.groups())
+    return Compiled(launch.name, compiled.asm["ptx"], registers, stack, stores + loads)

@@ -1,0 +1,209 @@
+"""Compiles every kernel at the sizes of real models for one GPU generation, and writes what came out as JSON.
+
+    python tests/aot_suite.py 90 report.json [--all-dtypes]
+
+Run by test_ahead_of_time.py in a process of its own, without TRITON_INTERPRET. Nothing is launched: models and batches
+are meta tensors, and the engine's own executor says which kernels it would launch on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from aot import compile_launch, specialise
+from torch import Tensor
+
+from specengine.kernels.device import tiles
+from specengine.kernels.device.launch import Launch, record
+from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.program import DrawKeys, ForwardBatch
+from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
+from specengine.ops import load_backend
+
+TRITON = load_backend("triton", torch.device("cuda"))
+BLOCK_SIZE = 16
+NUM_DRAFT = 8
+# Those that the default report has in every type; the others in float16 only.
+IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A real model's shape."""
+
+    width: int
+    num_heads: int
+    vocab_size: int
+    max_positions: int
+    activation: str
+    rotary_dim: int = 0
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    def spec(self, num_layers: int) -> DecoderSpec:
+        return DecoderSpec(
+            architecture="gpt_neox" if self.rotary_dim else "gpt2",
+            vocab_size=self.vocab_size,
+            hidden_size=self.width,
+            num_layers=num_layers,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_heads,
+            head_dim=self.head_dim,
+            intermediate_size=4 * self.width,
+            max_positions=self.max_positions,
+            norm_eps=1e-5,
+            activation=self.activation,
+            rotary_dim=self.rotary_dim,
+            parallel_residual=self.rotary_dim > 0,
+        )
+
+
+SIZES = {
+    "gpt2": Size(768, 12, 50257, 1024, "gelu_tanh"),
+    "gpt2-medium": Size(1024, 16, 50257, 1024, "gelu_tanh"),
+    "gpt2-xl": Size(1600, 25, 50257, 1024, "gelu_tanh"),
+    "opt-1.3b": Size(2048, 32, 50272, 2048, "relu"),
+    "pythia-1.4b": Size(2048, 16, 50304, 2048, "gelu", rotary_dim=32),
+}
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def integers(*shape: int) -> Tensor:
+    return meta(*shape, dtype=torch.int32)
+
+
+def linear(out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool = True) -> PackedLinear:
+    scale = meta(out_features) if dtype == torch.int8 else None
+    bias = meta(out_features) if has_bias else None
+    return PackedLinear(meta(out_features, in_features, dtype=dtype), bias, in_features, out_features, scale)
+
+
+def build_decoder(size: Size, dtype: torch.dtype, num_layers: int = 1) -> Decoder:
+    width = size.width
+    norm = Norm(meta(width), meta(width), 1e-5)
+    layer = LayerWeights(
+        attention_norm=norm,
+        qkv=linear(3 * width, width, dtype),
+        attention_output=linear(width, width, dtype),
+        mlp_norm=norm,
+        mlp_up=linear(4 * width, width, dtype),
+        mlp_down=linear(width, 4 * width, dtype),
+    )
+    table_dtype = torch.float16 if dtype == torch.int8 else dtype
+    weights = DecoderWeights(
+        token_table=meta(size.vocab_size, width, dtype=table_dtype),
+        position_table=None if size.rotary_dim else meta(size.max_positions, width, dtype=table_dtype),
+        layers=(layer,) * num_layers,
+        final_norm=norm,
+        head=linear(size.vocab_size, width, dtype, has_bias=False),
+    )
+    return Decoder(size.spec(num_layers), weights, TRITON)
+
+
+def build_batch(size: Size, num_sequences: int, q_len: int) -> ForwardBatch:
+    num_rows, num_slots, max_blocks = num_sequences * q_len, 64, size.max_positions // BLOCK_SIZE
+    tables = (integers(num_slots, size.max_positions), integers(num_slots, max_blocks))
+    lengths = [integers(num_sequences) for _ in range(4)]
+    token_ids, positions, kv_slots, q_start, context_len, logit_rows = TRITON.expand_batch(
+        *tables, *lengths, BLOCK_SIZE, num_tokens=num_rows, num_logit_rows=num_rows
+    )
+    where = (token_ids, positions, kv_slots, q_start, context_len)
+    return ForwardBatch(*where, integers(num_sequences), tables[1], logit_rows)
+
+
+def forward_launches(size: Size, dtype: torch.dtype, num_layers: int = 1) -> list[Launch]:
+    """What a verification of k drafts launches: logits with statistics, and draws without logits."""
+    kv_dtype = torch.float16 if dtype == torch.int8 else dtype
+    kv_cache = meta(num_layers, 2, 640, size.num_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
+    off = DrawKeys(meta(1), integers(1), meta(1), meta(1), meta(1, dtype=torch.int64), has_filters=False)
+    with record() as launches:
+        decoder, batch = build_decoder(size, dtype, num_layers), build_batch(size, 1, NUM_DRAFT + 1)
+        decoder.forward(batch, kv_cache, size.vocab_size)
+        decoder.forward_stats(batch, kv_cache, size.vocab_size, off)
+        decoder.draw(batch, kv_cache, size.vocab_size, off)
+    return launches
+
+
+def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> list[Launch]:
+    """What the ops on logits launch."""
+    num_rows = num_sequences * (NUM_DRAFT + 1)
+    logits, stats, row_keys = meta(num_rows, row_length), meta(num_rows, 4), meta(num_rows)
+    seeds, where = meta(num_rows, dtype=torch.int64), integers(num_rows)
+    drafts = (integers(num_sequences), integers(num_sequences), integers(num_sequences, NUM_DRAFT))
+    keys = (meta(num_sequences), meta(num_sequences, dtype=torch.int64), integers(num_sequences))
+    law = (meta(num_sequences, NUM_DRAFT, row_length), meta(num_sequences, NUM_DRAFT, 4))
+    is_selected = meta(num_sequences, dtype=torch.bool)
+    results = (integers(num_sequences, NUM_DRAFT + 1), integers(num_sequences), integers(num_sequences))
+    log_probs = meta(num_sequences, NUM_DRAFT)
+    with record() as launches:
+        TRITON.filter_rows(logits, row_keys, where, row_keys, row_keys)
+        for stream in (0, 1):
+            TRITON.sample_rows(logits, stats, row_keys, seeds, where, stream, where)
+        TRITON.token_logprobs(logits, where, 5)
+        TRITON.match_verify(logits, stats, *drafts, *keys, is_selected, *results)
+        for draft_law in (law, (None, None)):
+            TRITON.rejection_verify(
+                logits, stats, *drafts, log_probs, *draft_law, *keys, is_selected, *results
+            )
+    return launches
+
+
+def num_kernels_a_layer(size: Size) -> int:
+    """Kernels of two layers less those of one, in one forward of the three recorded ones."""
+    one, two = (len(forward_launches(size, torch.float16, count)) for count in (1, 2))
+    return (two - one) // 3
+
+
+def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
+    """Every distinct specialisation, with the model and type it is for."""
+    seen: set[str] = set()
+
+    def new(launches: list[Launch]) -> Iterator[Launch]:
+        for launch in launches:
+            key = repr((launch.name, *specialise(launch), launch.num_warps, launch.num_stages))
+            if key not in seen:
+                seen.add(key)
+                yield launch
+
+    for launch in new(verification_launches()):
+        yield "verification", launch
+    for name, size in SIZES.items():
+        for dtype_name, dtype in DTYPES.items():
+            if all_dtypes or dtype == torch.float16 or name in IN_EVERY_DTYPE:
+                for launch in new(forward_launches(size, dtype)):
+                    yield f"{name} {dtype_name}", launch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("capability", type=int, choices=(80, 90))
+    parser.add_argument("report", type=Path)
+    parser.add_argument("--all-dtypes", action="store_true")
+    arguments = parser.parse_args()
+    tiles.assume_capability(arguments.capability)
+    kernels = [
+        {"model": model, **asdict(compile_launch(launch, arguments.capability))}
+        for model, launch in all_launches(all_dtypes=arguments.all_dtypes)
+    ]
+    layers = {name: num_kernels_a_layer(size) for name, size in SIZES.items()}
+    arguments.report.write_text(json.dumps({"kernels": kernels, "kernels_a_layer": layers}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""Every Triton kernel compiles for A100 (sm_80) and H100/H200 (sm_90) at real models' sizes, without a GPU.
+
+What is asserted: no stack frame and no spills (ptxas), vector loads, no 16-bit scalar loads where logits are read,
+tensor cores where the type has them, and the number of kernels a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from specengine.kernels import reference
+
+pytestmark = pytest.mark.triton
+
+CAPABILITIES = (80, 90)
+ON_LOGITS = {
+    "spec_filter_rows",
+    "spec_sample_rows",
+    "spec_token_logprobs",
+    "spec_match_verify",
+    "spec_rejection_verify",
+}
+WITH_WEIGHTS = {
+    "spec_norm_qkv",
+    "spec_norm_linear",
+    "spec_linear_residual",
+    "spec_parallel_norm_linear",
+    "spec_parallel_linear_residual",
+    "spec_head",
+    "spec_head_stats",
+    "spec_head_draw",
+}
+
+
+def compile_all(directory: Path, *options: str) -> dict[int, dict[str, Any]]:
+    """The reports of tests/aot_suite.py for both generations, made side by side."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
+    script = Path(__file__).with_name("aot_suite.py")
+    running = {}
+    for capability in CAPABILITIES:
+        command = [
+            sys.executable,
+            str(script),
+            str(capability),
+            str(directory / f"{capability}.json"),
+            *options,
+        ]
+        running[capability] = subprocess.Popen(
+            command,
+            env=environment,
+            cwd=directory,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    for capability, process in running.items():
+        log, _ = process.communicate()
+        assert process.returncode == 0, f"sm_{capability}: {log[-4000:]}"
+    return {
+        capability: json.loads((directory / f"{capability}.json").read_text()) for capability in CAPABILITIES
+    }
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+    return compile_all(tmp_path_factory.mktemp("aot"))
+
+
+@pytest.fixture(params=CAPABILITIES)
+def report(request: pytest.FixtureRequest, reports: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    return reports[request.param]
+
+
+def named(report: dict[str, Any], names: set[str]) -> Iterator[dict[str, Any]]:
+    found = [kernel for kernel in report["kernels"] if kernel["name"] in names]
+    assert {kernel["name"] for kernel in found} == names
+    return iter(found)
+
+
+def check_resources(report: dict[str, Any]) -> None:
+    too_large = [
+        (kernel["model"], kernel["name"], kernel["stack_bytes"], kernel["spill_bytes"])
+        for kernel in report["kernels"]
+        if kernel["stack_bytes"] or kernel["spill_bytes"]
+    ]
+    assert not too_large, too_large
+
+
+def test_every_op_was_compiled(report: dict[str, Any]) -> None:
+    compiled = {kernel["name"] for kernel in report["kernels"]}
+    assert compiled == {f"spec_{op}" for op in reference.OPS}
+
+
+def test_nothing_spills_and_nothing_has_a_stack_frame(report: dict[str, Any]) -> None:
+    check_resources(report)
+
+
+def test_kernels_on_logits_load_vectors(report: dict[str, Any]) -> None:
+    for kernel in named(report, ON_LOGITS):
+        assert re.search(r"ld\.global\S*\.v4\.b32", kernel["ptx"]), kernel["name"]
+        assert not re.search(r"ld\.global(\.\w+)*\.[bu]16", kernel["ptx"]), kernel["name"]
+
+
+def test_weights_are_read_sixteen_bytes_at_a_time_into_tensor_cores(report: dict[str, Any]) -> None:
+    for kernel in named(report, WITH_WEIGHTS):
+        ptx, where = kernel["ptx"], (kernel["model"], kernel["name"])
+        assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], (0x10|16)", ptx), where
+        assert not re.search(r"ld\.global(\.\w+)*\.[bu](8|16)\s", ptx), where
+        is_exact = kernel["model"].endswith("float32")
+        assert ("mma.sync" in ptx) != is_exact, where
+        assert "wgmma" not in ptx, f"{where}: another order of sums than mma.sync"
+
+
+def test_attention_reads_vectors_into_tensor_cores(report: dict[str, Any]) -> None:
+    for kernel in named(report, {"spec_paged_attention"}):
+        where = kernel["model"]
+        assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", kernel["ptx"]), where
+        assert ("mma.sync" in kernel["ptx"]) != where.endswith("float32"), where
+        assert "wgmma" not in kernel["ptx"], where
+
+
+def test_multiplications_and_additions_are_contracted_nowhere(report: dict[str, Any]) -> None:
+    """Kernels that compute the same expression must agree on its bits; only the exact fp32 product uses fma."""
+    for kernel in report["kernels"]:
+        if kernel["model"].endswith("float32"):
+            continue
+        for line in re.findall(r"^\s*(?:mul|add|sub)\.\S*f32\b", kernel["ptx"], re.MULTILINE):
+            assert ".rn" in line, f"{kernel['name']}: {line} may be contracted"
+
+
+def test_a_layer_is_five_kernels_and_three_where_it_is_parallel(report: dict[str, Any]) -> None:
+    layers = dict(report["kernels_a_layer"])
+    assert layers.pop("pythia-1.4b") == 3
+    assert layers
+    assert set(layers.values()) == {5}
+
+
+@pytest.mark.slow
+def test_every_size_in_every_type(tmp_path: Path) -> None:
+    for report in compile_all(tmp_path, "--all-dtypes").values():
+        check_resources(report)
+
+
+def test_a_spill_would_be_noticed(report: dict[str, Any]) -> None:
+    spilled = {"kernels": [*report["kernels"], {**report["kernels"][0], "spill_bytes": 8}]}
+    with pytest.raises(AssertionError):
+        check_resources(spilled)
