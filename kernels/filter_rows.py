@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specengine.kernels.device.launch import launch
+from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
 from specengine.kernels.device.noise import NEGATIVE_INFINITY
 from specengine.kernels.device.race import NUM_STATS, check_logits, check_small, keep, scale_row
@@ -89,7 +89,7 @@ def select(values, weights, wanted, high):
     """The smallest of the values above which they weigh less than `wanted`; high if that is zero.
 
     wanted: at most what all values weigh
-    high:   no value is above it
+    high:   not below the result
     """
     orders, last = order_of(values), order_of(high)
     first = tl.where(wanted > 0, tl.min(tl.where(weights > 0, orders, last)), last)
@@ -376,7 +376,7 @@ def filter_rows(
         num_rows,
         VOCAB=vocab_size,
         UNITS=2.0 ** min(50, 62 - vocab_size.bit_length()),
-        NUM_TILES=triton.next_power_of_2(triton.cdiv(vocab_size, tile)),
+        NUM_TILES=triton.next_power_of_2(ceil_div(vocab_size, tile)),
         TILE=tile,
         THREADS=min(32 * NUM_WARPS, tile // 8),
         CAPACITY=tile // 2,
