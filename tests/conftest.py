@@ -10,6 +10,7 @@ import kernel_cases
 import pytest
 import tiny_models
 import torch
+from interpreter_speed import patch_once_a_launch
 from law_helpers import BACKEND, CheckpointFactory, EngineFactory, GreedyOracle, Tally
 
 from specengine import _C, metrics
@@ -19,6 +20,8 @@ from specengine.engine import Engine
 from specengine.ops import Backend
 
 torch.set_num_threads(1)
+if kernel_cases.DEVICE.type == "cpu":
+    patch_once_a_launch()
 
 
 @pytest.hookimpl(tryfirst=True)

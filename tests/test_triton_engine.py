@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +34,12 @@ def triton(build_engine: EngineFactory, *models: Any, **config: Any) -> Engine:
     return build_engine(*models, **{"backend": "triton", "device": str(DEVICE), "block_size": 16, **config})
 
 
-def params(k: int = 3, num_tokens: int = 8, **sampling: Any) -> SamplingParams:
+def small(checkpoint: CheckpointFactory, model_type: str, **build: Any) -> Path:
+    """One layer of two heads: a launch's programs run one after another, milliseconds each."""
+    return checkpoint(model_type, num_layers=1, num_heads=2, **build)
+
+
+def params(k: int = 3, num_tokens: int = 7, **sampling: Any) -> SamplingParams:
     return SamplingParams(max_new_tokens=num_tokens, num_speculative_tokens=k, ignore_eos=True, **sampling)
 
 
@@ -46,10 +52,7 @@ def test_the_tokens_of_the_reference(
     model_type: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
     """Draws without logits; then rejection, filters, biases and log-probabilities in one batch."""
-    models = (
-        checkpoint(model_type, seed=3, num_layers=2),
-        checkpoint(model_type, seed=3, num_layers=2, noise=0.3),
-    )
+    models = small(checkpoint, model_type, seed=3), small(checkpoint, model_type, seed=3, noise=0.3)
     prompts = [make_prompt(length, length, VOCAB) for length in (2, 17)]
     decided = [params(), params(**COUPLED)]
     judged = [params(**REJECTION), params(**REJECTION, **FILTERS, logit_bias={7: 2.0}, logprobs=2)]
@@ -68,7 +71,7 @@ def test_the_tokens_of_the_reference(
 def test_filters_alone(
     acceptance: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    models = (checkpoint("gpt2", seed=3, num_layers=1), checkpoint("gpt2", seed=3, num_layers=1, noise=0.3))
+    models = (small(checkpoint, "gpt2", seed=3), small(checkpoint, "gpt2", seed=3, noise=0.3))
     given = params(temperature=1.1, seed=2, acceptance=acceptance, **FILTERS)
     prompts = [make_prompt(5, 1, VOCAB), make_prompt(3, 1, VOCAB)]
     engines = build_engine(*models, backend="reference", block_size=16), triton(build_engine, *models)
@@ -100,7 +103,7 @@ def test_speculation_gives_plains_bits(
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     kv_dtype = "float32" if weight_dtype == "int8" else weight_dtype
-    model = checkpoint("gpt2", seed=8, num_layers=1)
+    model = small(checkpoint, "gpt2", seed=8)
     engine = triton(build_engine, model, drafter, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     check_bits(engine, drafter, (3, 17) if weight_dtype == "float32" else (4,), num_tokens=11)
     tally.check()
@@ -112,8 +115,8 @@ def test_neighbours_that_need_logits_change_nothing(
     """Statistics come from the head's epilogue, or from a pass over logits that others have biased: the same bits."""
     engine = triton(
         build_engine,
-        checkpoint("gpt2", seed=5, num_layers=1),
-        checkpoint("gpt2", seed=5, num_layers=1, noise=0.3),
+        small(checkpoint, "gpt2", seed=5),
+        small(checkpoint, "gpt2", seed=5, noise=0.3),
     )
     prompt = make_prompt(9, 1, VOCAB)
     alone = [params(), params(**COUPLED), params(**REJECTION)]
@@ -125,7 +128,7 @@ def test_neighbours_that_need_logits_change_nothing(
 def test_a_wrong_noise_stream_is_noticed(
     checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    models = (checkpoint("gpt2", seed=3, num_layers=1), checkpoint("gpt2", seed=3, num_layers=1, noise=0.3))
+    models = (small(checkpoint, "gpt2", seed=3), small(checkpoint, "gpt2", seed=3, noise=0.3))
     engines = build_engine(*models, backend="reference", block_size=16), triton(build_engine, *models)
     backend = engines[1]._target.backend
     head_draw = backend.head_draw
@@ -144,7 +147,7 @@ def test_a_mask_that_lets_padding_in_is_noticed(
 ) -> None:
     """Attention one position too far sees what a rejected draft left behind."""
     drafter = ScriptedDrafter(vocab_size=VOCAB)
-    engine = triton(build_engine, checkpoint("gpt2", seed=8, num_layers=1), drafter)
+    engine = triton(build_engine, small(checkpoint, "gpt2", seed=8), drafter)
     backend = engine._target.backend
     paged_attention = backend.paged_attention
 
