@@ -17,7 +17,10 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import specengine
+from specengine.kernels.reference import OPS
 from specengine.models.loader import ARCHITECTURES
+from specengine.native import NativeBackend
+from specengine.ops import Backend
 
 try:
     import tomllib
@@ -114,11 +117,12 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_every_extra_is_checked() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"test", "dev", "bench"}
+    assert set(PROJECT["optional-dependencies"]) == {"gpu", "test", "dev", "bench"}
 
 
 @pytest.mark.parametrize(
-    ("path", "extras"), [("constraints.txt", ("test", "dev")), ("benchmarks/constraints.txt", ("bench",))]
+    ("path", "extras"),
+    [("constraints.txt", ("gpu", "test", "dev")), ("benchmarks/constraints.txt", ("bench",))],
 )
 def test_every_dependency_is_pinned_to_an_allowed_version(path: str, extras: tuple[str, ...]) -> None:
     pinned = constraints(path)
@@ -210,3 +214,31 @@ def test_python_on_the_pages_runs(code: str, capsys: pytest.CaptureFixture[str])
     exec(compile(code, "<page>", "exec"), {"__name__": "__main__"})
     expected = re.findall(r"#: (.*)$", code, re.MULTILINE)
     assert [line for line in expected if line not in capsys.readouterr().out] == []
+
+
+# Four twins
+
+
+def test_every_op_has_its_four_twins() -> None:
+    """A Triton kernel, a reference, a test and a benchmark of one name, and nothing beside them."""
+    infrastructure = {"__init__", "packed", "program"}
+    kernels = {path.stem for path in (ROOT / "kernels").glob("*.py")} - infrastructure
+    references = {path.stem for path in (ROOT / "kernels" / "reference").glob("*.py")} - {"__init__"}
+    tests = {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    benchmarks = {path.stem.removeprefix("bench_") for path in (ROOT / "benchmarks").glob("bench_*.py")}
+    assert kernels == references == set(OPS)
+    assert set(OPS) <= tests
+    assert set(OPS) <= benchmarks
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_twins_have_one_signature(op: str) -> None:
+    """Triton's may have more options, by keyword."""
+    ours, theirs = (
+        inspect.signature(getattr(importlib.import_module(f"specengine.kernels.{place}{op}"), op)).parameters
+        for place in ("", "reference.")
+    )
+    positional = [name for name, each in ours.items() if each.kind is not each.KEYWORD_ONLY]
+    assert positional == list(theirs)
+    assert list(inspect.signature(getattr(Backend, op)).parameters) == ["self", *theirs]
+    assert hasattr(NativeBackend, op)
