@@ -25,20 +25,21 @@ from specengine.kernels.packed import Norm, PackedLinear
 def _combine(maxima_ptr, sums_ptr, first, num_tiles, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr):
     """Maximum and log-normaliser `[BLOCK_M]` of rows whose tiles' `[num_tiles, BLOCK_M]` begin at `first`."""
     lanes = tl.arange(0, BLOCK_M)[:, None]
-    maximum = tl.full((BLOCK_M,), NEGATIVE_INFINITY, tl.float32)
+    largest = tl.full((BLOCK_M, BLOCK), NEGATIVE_INFINITY, tl.float32)
     for done in tl.range(0, num_tiles, BLOCK):
         tiles = done + tl.arange(0, BLOCK)[None, :]
         at = first + tiles * BLOCK_M + lanes
         maxima = tl.load(maxima_ptr + at, tiles < num_tiles, NEGATIVE_INFINITY, cache_modifier=".cg")
-        maximum = tl.maximum(maximum, tl.max(maxima, axis=1))
-    total = tl.zeros((BLOCK_M,), tl.int64)
+        largest = tl.maximum(largest, maxima)
+    maximum = tl.max(largest, axis=1)
+    shares = tl.zeros((BLOCK_M, BLOCK), tl.int64)
     for done in tl.range(0, num_tiles, BLOCK):
         tiles = done + tl.arange(0, BLOCK)[None, :]
         at = first + tiles * BLOCK_M + lanes
         maxima = tl.load(maxima_ptr + at, tiles < num_tiles, NEGATIVE_INFINITY, cache_modifier=".cg")
         sums = tl.load(sums_ptr + at, tiles < num_tiles, 0.0, cache_modifier=".cg")
-        total += tl.sum(group_share(sums, maxima, maximum[:, None]), axis=1)
-    return maximum, log_normaliser(maximum, total)
+        shares += group_share(sums, maxima, maximum[:, None])
+    return maximum, log_normaliser(maximum, tl.sum(shares, axis=1))
 
 
 @triton.jit(do_not_specialize=["num_rows"])

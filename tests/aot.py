@@ -33,13 +33,14 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX, and what ptxas says it takes."""
+    """A kernel's PTX, what ptxas says it takes, and its shared memory."""
 
     name: str
     ptx: str
     registers: int
     stack_bytes: int
     spill_bytes: int
+    shared_bytes: int
 
     def count(self, pattern: str) -> int:
         """Matches of a regular expression in the PTX."""
@@ -91,4 +92,5 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     )
     assert usage is not None, log.getvalue()
     stack, stores, loads, registers = map(int, usage.groups())
-    return Compiled(launch.name, compiled.asm["ptx"], registers, stack, stores + loads)
+    shared = compiled.metadata.shared
+    return Compiled(launch.name, compiled.asm["ptx"], registers, stack, stores + loads, shared)

@@ -22,6 +22,8 @@ from specengine.kernels import reference
 pytestmark = pytest.mark.triton
 
 CAPABILITIES = (80, 90)
+# What a program may have of shared memory.
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}
 ON_LOGITS = {
     "spec_filter_rows",
     "spec_sample_rows",
@@ -103,6 +105,13 @@ def test_every_op_was_compiled(report: dict[str, Any]) -> None:
 
 def test_nothing_spills_and_nothing_has_a_stack_frame(report: dict[str, Any]) -> None:
     check_resources(report)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shared_memory_suffices(capability: int, reports: dict[int, dict[str, Any]]) -> None:
+    for kernel in reports[capability]["kernels"]:
+        where = (kernel["model"], kernel["name"], kernel["shared_bytes"])
+        assert kernel["shared_bytes"] <= SHARED_BYTES[capability], where
 
 
 def test_kernels_on_logits_load_vectors(report: dict[str, Any]) -> None:

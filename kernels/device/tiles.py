@@ -88,7 +88,9 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
     is_exact = dtype == torch.float32
     block_k = INT8_BLOCK_K if dtype == torch.int8 else 64 if is_exact else 128
     if op == "head":
-        return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3)
+        if is_exact and capability == 80:
+            block_k = 32  # deeper tiles spill there
+        return Tile(128, block_k, num_warps=8 if is_exact and capability == 90 else 4, num_stages=3)
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
     split_k = 1
