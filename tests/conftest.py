@@ -26,10 +26,14 @@ if kernel_cases.DEVICE.type == "cpu":
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where there is a GPU, the tests of Triton kernels are tests of it: `pytest -m gpu` runs them."""
+    """Where there is a GPU, the tests of Triton kernels are tests of it: `pytest -m gpu` runs them. Where there is
+    none, what needs one is skipped."""
+    has_gpu = torch.cuda.is_available()
     for item in items:
-        if torch.cuda.is_available() and item.get_closest_marker("triton"):
+        if has_gpu and item.get_closest_marker("triton"):
             item.add_marker("gpu")
+        if not has_gpu and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session")
