@@ -9,6 +9,7 @@
 
 void bind_paged_kv_cache(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
+void bind_round_state(pybind11::module_& m);
 
 namespace specengine {
 namespace {
@@ -465,4 +466,5 @@ PYBIND11_MODULE(_C, m) {
   specengine::bind_tools(m);
   bind_paged_kv_cache(m);
   bind_decoder(m);
+  bind_round_state(m);
 }

@@ -41,7 +41,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
   const int64_t capacity = std::min(tokens.size(1), block_table.size(1) * block_size);
   int64_t num_tokens = 0, num_rows = 0;
   for (int64_t b = 0; b < count; ++b) {
-    if (first[b] < 0 || length[b] < 0 || int64_t{first[b]} + length[b] > capacity) {
+    // Where nothing is fed, start means nothing.
+    const bool is_fed = length[b] != 0;
+    if (length[b] < 0 || (is_fed && (first[b] < 0 || int64_t{first[b]} + length[b] > capacity))) {
       fail("q_len: ", length[b], " tokens from ", first[b], " on do not fit ", capacity);
     }
     if (logits[b] < 0 || logits[b] > length[b])
@@ -73,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
     }
     for (int32_t i = logits[b]; i > 0; --i) *chosen++ = at - i;
     starts[b + 1] = at;
-    contexts[b] = first[b] + length[b];
+    contexts[b] = length[b] == 0 ? 0 : first[b] + length[b];
   }
   return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
 }
@@ -352,8 +354,21 @@ class PyDecoder {
 }  // namespace specengine
 
 void bind_decoder(pybind11::module_& m) {
-  m.def("expand_batch", &specengine::expand_batch);
+  using at::Tensor;
+  using pybind11::arg;
   using specengine::PyDecoder;
+  using Bound = const std::optional<int64_t>&;
+  // Bounds of the two sums are for backends that cannot look at the lengths: here they are known.
+  m.def(
+      "expand_batch",
+      [](const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
+         const Tensor& q_len, const Tensor& num_logits, int64_t block_size, Bound, Bound) {
+        return specengine::expand_batch(tokens, block_table, slots, start, q_len, num_logits,
+                                        block_size);
+      },
+      arg("tokens"), arg("block_table"), arg("slots"), arg("start"), arg("q_len"),
+      arg("num_logits"), arg("block_size"), pybind11::kw_only(),
+      arg("num_tokens") = pybind11::none(), arg("num_logit_rows") = pybind11::none());
   pybind11::class_<PyDecoder>(m, "Decoder")
       .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&,
                           const std::optional<at::Tensor>&, int64_t, int64_t, int64_t>())

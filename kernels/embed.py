@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.linear import count_rows
 
@@ -27,7 +28,9 @@ def spec_embed(
     NUM_POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     row = tl.program_id(0)
     if row >= count_rows(num_rows, num_rows_ptr):
         return

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 
 
@@ -16,7 +17,18 @@ def _before(lengths, sequences, b):
     return tl.sum(tl.where(sequences < b, lengths, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "tokens_stride", "table_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "tokens_stride",
+        "table_stride",
+        "slots_ptr",
+        "start_ptr",
+        "q_len_ptr",
+        "num_logits_ptr",
+        "num_sequences",
+        "num_logit_rows",
+    ]
+)
 def spec_expand_batch(
     tokens_ptr,
     tokens_stride,
@@ -33,10 +45,13 @@ def spec_expand_batch(
     context_len_ptr,
     logit_rows_ptr,
     num_sequences,
+    num_logit_rows,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     b = tl.program_id(0)
     sequences = tl.arange(0, BLOCK_B)
     mask = sequences < num_sequences
@@ -46,9 +61,12 @@ def spec_expand_batch(
     first_logit, num_logits = _before(logit_counts, sequences, b), tl.load(num_logits_ptr + b)
     start, slot = tl.load(start_ptr + b), tl.load(slots_ptr + b).to(tl.int64)
     tl.store(q_start_ptr + b, first_row)
-    tl.store(context_len_ptr + b, start + q_len)
+    tl.store(context_len_ptr + b, tl.where(q_len > 0, start + q_len, 0))
     if b == num_sequences - 1:
         tl.store(q_start_ptr + num_sequences, first_row + q_len)
+        for done in tl.range(first_logit + num_logits, num_logit_rows, BLOCK):
+            row = done + tl.arange(0, BLOCK)
+            tl.store(logit_rows_ptr + row, tl.zeros((BLOCK,), tl.int64), row < num_logit_rows)
     for done in tl.range(0, q_len, BLOCK):
         offset = done + tl.arange(0, BLOCK)
         is_fed = offset < q_len
@@ -76,8 +94,9 @@ def expand_batch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `specengine.kernels.reference.expand_batch`.
 
-    num_tokens, num_logit_rows: T and R where the host knows them, or upper bounds (what lies beyond the sums is left
-                                alone); without them the sums are read from the device, which waits for it
+    num_tokens, num_logit_rows: T and R where the host knows them, or upper bounds; without them the sums are read
+                                from the device, which waits for it. Beyond the sums logit_rows are 0, so that they
+                                can be used as indices, and the tokens are left alone
     """
     for name, table in (("tokens", tokens), ("block_table", block_table)):
         if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
@@ -103,6 +122,7 @@ def expand_batch(
     q_start, context_len, logit_rows = empty(count + 1), empty(count), empty(num_logit_rows, torch.int64)
     if count == 0:
         q_start.zero_()
+        logit_rows.zero_()
     launch(
         spec_expand_batch,
         (count,),
@@ -121,6 +141,7 @@ def expand_batch(
         context_len,
         logit_rows,
         count,
+        num_logit_rows,
         BLOCK_SIZE=block_size,
         BLOCK_B=triton.next_power_of_2(max(count, 1)),
         BLOCK=128,

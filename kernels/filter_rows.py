@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
 from specengine.kernels.device.noise import NEGATIVE_INFINITY
@@ -289,7 +290,9 @@ def spec_filter_rows(
     TILE: tl.constexpr,
     THREADS: tl.constexpr,
     CAPACITY: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     row = tl.program_id(0)
     if row >= count_rows(tl.num_programs(0), num_rows_ptr):
         return

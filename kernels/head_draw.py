@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine import rng
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.head import TILE_TOKENS, check_head, check_rows, logit_tile, tile_noise
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
@@ -60,14 +61,17 @@ def spec_head_draw(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    first_token = tl.program_id(0) * BLOCK_N
+    tokens = first_token + tl.arange(0, BLOCK_N)
+    prefetch_weight(weight_ptr, tl.minimum(tokens, VOCAB_SIZE - 1), 0, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    first_token = tl.program_id(0) * BLOCK_N
-    tokens = first_token + tl.arange(0, BLOCK_N)
     logits = logit_tile(
         hidden_ptr,
         hidden_stride,

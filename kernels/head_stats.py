@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.head import TILE_TOKENS, check_head, check_rows, logit_tile
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
@@ -69,13 +70,16 @@ def spec_head_stats(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_weight(weight_ptr, tl.minimum(tokens, VOCAB_SIZE - 1), 0, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     logits = logit_tile(
         hidden_ptr,
         hidden_stride,

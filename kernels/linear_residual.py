@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import (
     add_splits,
     check_linear,
     check_residual,
     count_rows,
+    first_block,
     multiply_split,
 )
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
@@ -46,15 +48,19 @@ def spec_linear_residual(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
+    split = tl.program_id(2)
+    first = first_block(split, WIDTH, SPLIT_K, BLOCK_K) * BLOCK_K
+    prefetch_weight(weight_ptr, columns, first, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
-    split = tl.program_id(2)
     total = multiply_split(
         x_ptr,
         x_stride,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.noise import key_token
 from specengine.kernels.device.race import (
@@ -90,7 +91,9 @@ def spec_match_verify(
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     b, i, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     num_draft = load_num_draft(is_selected_ptr, num_draft_ptr, b, K)
     if i > num_draft:

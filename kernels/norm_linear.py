@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import (
     activate,
@@ -47,14 +48,17 @@ def spec_norm_linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
+    prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = tl.minimum(wanted, NUM_COLUMNS - 1)
     total = norm_multiply(
         hidden_ptr,
         hidden_stride,

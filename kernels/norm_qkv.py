@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import check_linear, chunk_of, count_rows, norm_multiply
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
@@ -47,14 +48,17 @@ def spec_norm_qkv(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
+    columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
+    prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
-    columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
     x = norm_multiply(
         hidden_ptr,
         hidden_stride,

@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import IS_INTERPRETED, ceil_div, launch
 from specengine.kernels.device.rounding import as_operand, round_to
 from specengine.kernels.device.workspace import scratch, zeroed
@@ -158,7 +159,9 @@ def spec_paged_attention(
     BLOCK_Q: tl.constexpr,
     BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     sequence, q_start, first_row = find_sequence(q_start_ptr, num_sequences, tl.program_id(0), BLOCK_Q)
     q_len = tl.load(q_start_ptr + sequence + 1) - q_start
     num_before = tl.load(context_len_ptr + sequence) - q_len

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import (
     activate,
@@ -64,14 +65,23 @@ def spec_parallel_norm_linear(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    is_head = tl.program_id(0) < NUM_HEAD_TILES
+    head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
+    head_feature = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
+    wanted = (tl.program_id(0) - NUM_HEAD_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = tl.where(is_head, head_feature, tl.minimum(wanted, NUM_EXPANDED - 1))
+    if PDL:
+        first_weight_ptr = tl.where(is_head, weight_ptr, mlp_weight_ptr)
+        prefetch_weight(first_weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
+    wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    if tl.program_id(0) < NUM_HEAD_TILES:
-        head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
+    if is_head:
         x = norm_multiply(
             hidden_ptr,
             hidden_stride,
@@ -83,7 +93,7 @@ def spec_parallel_norm_linear(
             bias_ptr,
             rows,
             row_mask,
-            head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1),
+            columns,
             WIDTH,
             WEIGHT_STRIDE,
             CHUNK,
@@ -111,7 +121,6 @@ def spec_parallel_norm_linear(
             ROTARY_DIM,
         )
     else:
-        wanted = (tl.program_id(0) - NUM_HEAD_TILES) * BLOCK_N + tl.arange(0, BLOCK_N)
         expanded = norm_multiply(
             hidden_ptr,
             hidden_stride,
@@ -123,7 +132,7 @@ def spec_parallel_norm_linear(
             mlp_bias_ptr,
             rows,
             row_mask,
-            tl.minimum(wanted, NUM_EXPANDED - 1),
+            columns,
             WIDTH,
             WEIGHT_STRIDE,
             CHUNK,

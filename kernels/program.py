@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from specengine.kernels.packed import Norm, PackedLinear
@@ -107,7 +106,10 @@ class ForwardBatch:
     context_len: `[B]` int32, tokens of sequence b in the cache after this forward's writes
     slots:       `[B]` int32, row of each sequence in block_table
     block_table: `[S, max_blocks]` int32
-    logit_rows:  `[R]` int64, the tokens whose logits are wanted
+    logit_rows:  `[R]` int64, the tokens whose logits are wanted, ascending
+    wants_all_logits: whether these are all tokens
+    num_tokens, num_logit_rows: `[1]` int32 on the device where rows from there on are padding; None: there is none,
+                 or (of logit rows) padding costs nothing that matters
     """
 
     token_ids: Tensor
@@ -118,6 +120,9 @@ class ForwardBatch:
     slots: Tensor
     block_table: Tensor
     logit_rows: Tensor
+    wants_all_logits: bool = False
+    num_tokens: Tensor | None = None
+    num_logit_rows: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -154,16 +159,3 @@ class DraftRows:
     start: Tensor
     seq_len: Tensor
     limits: Tensor
-
-
-def row_keys(keys: DrawKeys, batch: ForwardBatch) -> DrawKeys:
-    """The keys of each logit row's sequence, `[R]` each."""
-    owner = torch.searchsorted(batch.q_start, batch.logit_rows.int(), right=True) - 1
-    return DrawKeys(
-        keys.temperature[owner],
-        keys.top_k[owner],
-        keys.top_p[owner],
-        keys.min_p[owner],
-        keys.seeds[owner],
-        keys.has_filters,
-    )

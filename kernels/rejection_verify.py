@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, fast_log, key_token, philox_lanes, uniform
 from specengine.kernels.device.race import (
@@ -104,7 +105,9 @@ def spec_rejection_verify(
     DRAFT_VOCAB: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     b, split = tl.program_id(0), tl.program_id(1)
     num_draft = load_num_draft(is_selected_ptr, num_draft_ptr, b, K)
     if num_draft < 0:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
 from specengine.kernels.device.noise import key_token, scale_logits
@@ -45,7 +46,9 @@ def spec_sample_rows(
     STREAM: tl.constexpr,
     VOCAB: tl.constexpr,
     TILE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    wait(PDL)
     row, split = tl.program_id(0), tl.program_id(1)
     if row >= count_rows(tl.num_programs(0), num_rows_ptr):
         return

@@ -1,6 +1,6 @@
-# Types of the C++ extension: the ops (csrc/bindings.cpp; meanings in specengine.kernels.reference), a whole decoder
-# (csrc/bindings_decoder.cpp; meanings in specengine.kernels.program) and the KV cache manager
-# (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
+# Types of the C++ extension: the ops (csrc/bindings.cpp, csrc/round_state.cpp; meanings in
+# specengine.kernels.reference), a whole decoder (csrc/bindings_decoder.cpp; meanings in specengine.kernels.program) and
+# the KV cache manager (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
 from collections.abc import Sequence
 
 import numpy as np
@@ -158,7 +158,61 @@ def expand_batch(
     q_len: Tensor,
     num_logits: Tensor,
     block_size: int,
+    *,
+    num_tokens: int | None = None,
+    num_logit_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def plan_round(
+    slots: Tensor,
+    seq_len: Tensor,
+    length_limit: Tensor,
+    num_speculative: Tensor,
+    k: int,
+    draft_positions: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def stage_draft(
+    step: int,
+    tokens: Tensor,
+    slots: Tensor,
+    seq_len: Tensor,
+    is_drafting: Tensor,
+    drawn: Tensor,
+    drawn_error: Tensor | None,
+    draft_tokens: Tensor,
+    num_draft: Tensor,
+    log_probs: Tensor | None = None,
+    logits: Tensor | None = None,
+    stats: Tensor | None = None,
+    draft_log_probs: Tensor | None = None,
+    draft_logits: Tensor | None = None,
+    draft_stats: Tensor | None = None,
+) -> None: ...
+def match_draws(
+    drawn: Tensor,
+    drawn_error: Tensor,
+    row_start: Tensor,
+    num_draft: Tensor,
+    draft_tokens: Tensor,
+    is_running: Tensor,
+    tokens: Tensor,
+    num_accepted: Tensor,
+    error: Tensor,
+    forced_acceptance: float | None = None,
+    seeds: Tensor | None = None,
+    seq_len: Tensor | None = None,
+) -> None: ...
+def commit_round(
+    tokens: Tensor,
+    seq_len: Tensor,
+    length_limit: Tensor,
+    slots: Tensor,
+    start: Tensor,
+    is_running: Tensor,
+    emitted: Tensor,
+    num_accepted: Tensor,
+    num_draft: Tensor,
+    error: Tensor,
+) -> Tensor: ...
 def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor: ...
 def pack_linear_int8(weight: Tensor) -> tuple[Tensor, Tensor]: ...
 def embed(

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from specengine.config import EngineConfig, field_names
-from specengine.drafters.base import CheckedDrafter, Drafter
+from specengine.config import AUTO, EngineConfig, field_names
+from specengine.drafters.base import Drafter, HostDrafter, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops import Backend
+from specengine.runtime.graphs import CudaRecorder, Recorder
 from specengine.runtime.kv_cache import DRAFT, KVCache
 from specengine.runtime.model_runner import ModelRunner
 from specengine.tokenizer import check_compatible, num_usable_ids
@@ -136,14 +137,31 @@ def build_drafter(
     *,
     kv_cache: KVCache,
     vocab_size: int,
-) -> Drafter:
+) -> RoundDrafter:
     """The drafter for a draft model, the caller's own (checked from now on), or none."""
     if draft is not None:
         runner = ModelRunner(draft.decoder, kv_cache, model_index=DRAFT, vocab_size=vocab_size)
         return DraftModelDrafter(runner, name=draft.name, chunk_size=config.prefill_chunk_size)
     if isinstance(given, Drafter):
-        return CheckedDrafter(given, vocab_size=vocab_size)
+        return HostDrafter(given, vocab_size=vocab_size)
     return NoDrafter()
+
+
+def build_recorder(config: EngineConfig, device: torch.device, backend_name: str) -> Recorder | None:
+    """What records rounds, or None where they run from Python; `ValueError` where graphs are asked for in vain."""
+    has_graphs = device.type == "cuda" and backend_name == "triton"
+    if config.cuda_graphs is True and not has_graphs:
+        raise ValueError(
+            f"cuda_graphs=True needs backend='triton' on a CUDA device, got backend={backend_name!r} on {str(device)!r}"
+        )
+    return CudaRecorder(device) if has_graphs and config.cuda_graphs is not False else None
+
+
+def resolve_rounds_ahead(config: EngineConfig, device: torch.device) -> int:
+    """`auto`: one on CUDA, so that the device never waits for Python; none on a CPU, which does both."""
+    if config.rounds_ahead == AUTO:
+        return 1 if device.type == "cuda" else 0
+    return int(config.rounds_ahead)
 
 
 def table_dtype(model: LoadedModel) -> torch.dtype:

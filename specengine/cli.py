@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
@@ -168,6 +169,38 @@ def _available(names: tuple[str, ...]) -> str:
     return ", ".join(names)
 
 
+# What commands that generate have in common.
+_Model = Annotated[
+    str | None, typer.Option(help="Target: a directory or a Hub name. [default: the bundled pair]")
+]
+_DraftModel = Annotated[str | None, typer.Option(help="Draft model: a directory or a Hub name.")]
+_MaxNewTokens = Annotated[int, _int_option(help="Length limit.")]
+_Temperature = Annotated[float, _float_option(help="0 is greedy.")]
+_TopK = Annotated[int, _int_option(help="Keep the k most likely tokens; 0 = all.")]
+_TopP = Annotated[float, _float_option(help="Keep this much probability.")]
+_Seed = Annotated[int | None, _int_option(help="Same seed, same text.")]
+_IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")]
+_NumSpeculativeTokens = Annotated[
+    Any,
+    typer.Option(
+        "--num-speculative-tokens",
+        "-k",
+        parser=_integer_or_auto,
+        metavar="INT|auto",
+        help="Draft tokens a round.",
+    ),
+]
+_Acceptance = Annotated[str, typer.Option(help="auto, coupled or rejection.")]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+_Dtype = Annotated[str, typer.Option(help=_available(DTYPE_NAMES))]
+_WeightDtype = Annotated[str, typer.Option(help=f"The target's weights. {_available(WEIGHT_DTYPE_NAMES)}")]
+_DraftWeightDtype = Annotated[str, typer.Option(help="The draft's.")]
+_Backend = Annotated[str, typer.Option(help=_available(BACKEND_NAMES))]
+_NumThreads = Annotated[int | None, _int_option(help="CPU threads. [default: one a core]")]
+_MaxSeqLen = Annotated[int | None, _int_option(help="Longest sequence. [default: the context]")]
+_Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+
+
 @app.command()
 @_with_exit_codes
 def generate(
@@ -176,22 +209,20 @@ def generate(
         str | None,
         typer.Option("--prompt", metavar="TEXT", help="The same; a final newline of stdin is dropped."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Target: a directory or a Hub name. [default: the bundled pair]")
-    ] = None,
-    draft_model: Annotated[str | None, typer.Option(help="Draft model: a directory or a Hub name.")] = None,
-    max_new_tokens: Annotated[int, _int_option(help="Length limit.")] = SamplingParams.max_new_tokens,
+    model: _Model = None,
+    draft_model: _DraftModel = None,
+    max_new_tokens: _MaxNewTokens = SamplingParams.max_new_tokens,
     min_new_tokens: Annotated[int, _int_option(help="No end before this.")] = SamplingParams.min_new_tokens,
-    temperature: Annotated[float, _float_option(help="0 is greedy.")] = SamplingParams.temperature,
-    top_k: Annotated[int, _int_option(help="Keep the k most likely tokens; 0 = all.")] = SamplingParams.top_k,
-    top_p: Annotated[float, _float_option(help="Keep this much probability.")] = SamplingParams.top_p,
+    temperature: _Temperature = SamplingParams.temperature,
+    top_k: _TopK = SamplingParams.top_k,
+    top_p: _TopP = SamplingParams.top_p,
     min_p: Annotated[
         float, _float_option(help="Keep tokens at least this likely, relative to the best.")
     ] = SamplingParams.min_p,
     logit_bias: Annotated[
         list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a token's logit. Repeatable.")
     ] = None,
-    seed: Annotated[int | None, _int_option(help="Same seed, same text.")] = None,
+    seed: _Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text. Repeatable.")] = None,
     stop_token_ids: Annotated[
         list[int] | None, _int_option("--stop-token-id", help="End at this token. Repeatable.")
@@ -199,35 +230,22 @@ def generate(
     include_stop_str_in_output: Annotated[
         bool, typer.Option("--include-stop", help="Keep the stop text in the output.")
     ] = False,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the end-of-text token.")
-    ] = False,
+    ignore_eos: _IgnoreEos = False,
     logprobs: Annotated[
         int | None, _int_option(help="With --json: log-probabilities, and the top N.")
     ] = None,
     prompt_logprobs: Annotated[int | None, _int_option(help="The same for the prompt's tokens.")] = None,
     n: Annotated[int, _int_option("--n", "-n", help="Independent samples.")] = SamplingParams.n,
-    num_speculative_tokens: Annotated[
-        Any,
-        typer.Option(
-            "--num-speculative-tokens",
-            "-k",
-            parser=_integer_or_auto,
-            metavar="INT|auto",
-            help="Draft tokens a round.",
-        ),
-    ] = "auto",
-    acceptance: Annotated[str, typer.Option(help="auto, coupled or rejection.")] = SamplingParams.acceptance,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, …")] = EngineConfig.device,
-    dtype: Annotated[str, typer.Option(help=_available(DTYPE_NAMES))] = EngineConfig.dtype,
-    weight_dtype: Annotated[
-        str, typer.Option(help=f"The target's weights. {_available(WEIGHT_DTYPE_NAMES)}")
-    ] = EngineConfig.weight_dtype,
-    draft_weight_dtype: Annotated[str, typer.Option(help="The draft's.")] = EngineConfig.draft_weight_dtype,
-    backend: Annotated[str, typer.Option(help=_available(BACKEND_NAMES))] = EngineConfig.backend,
-    num_threads: Annotated[int | None, _int_option(help="CPU threads. [default: one a core]")] = None,
-    max_seq_len: Annotated[int | None, _int_option(help="Longest sequence. [default: the context]")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    num_speculative_tokens: _NumSpeculativeTokens = "auto",
+    acceptance: _Acceptance = SamplingParams.acceptance,
+    device: _Device = EngineConfig.device,
+    dtype: _Dtype = EngineConfig.dtype,
+    weight_dtype: _WeightDtype = EngineConfig.weight_dtype,
+    draft_weight_dtype: _DraftWeightDtype = EngineConfig.draft_weight_dtype,
+    backend: _Backend = EngineConfig.backend,
+    num_threads: _NumThreads = None,
+    max_seq_len: _MaxSeqLen = None,
+    revision: _Revision = None,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text as it comes.")] = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="A table of what speculation did, on stderr.")
@@ -265,15 +283,18 @@ def _run(call: Call, action: Callable[[Call, Engine], GenerationResult]) -> Gene
 
 def _write_json(call: Call, engine: Engine) -> GenerationResult:
     result = _generate_silently(call, engine)
-    origin = {
+    _print_json({"text": result.text, **result.to_dict(), **_origin(engine)})
+    return result
+
+
+def _origin(engine: Engine) -> dict[str, Any]:
+    return {
         "model": engine.target_name,
         "draft_model": engine.draft_name,
         "device": str(engine.device),
         "dtype": str(engine.dtype).removeprefix("torch."),
         "backend": engine.backend_name,
     }
-    _print_json({"text": result.text, **result.to_dict(), **origin})
-    return result
 
 
 def _generate_silently(call: Call, engine: Engine) -> GenerationResult:
@@ -326,6 +347,83 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
+
+
+# profile
+
+
+def _check_writable(path: Path) -> None:
+    """Raises `ValueError` for a path that no file can be written to; leaves everything as it was."""
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError("it is not a file")
+        is_new = not path.exists()
+        with path.open("ab"):
+            pass
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {str(path)!r} cannot be written: {error.strerror or error}") from None
+
+
+@app.command()
+@_with_exit_codes
+def profile(
+    prompt: Annotated[
+        str, typer.Argument(help="Text to continue; - reads it from stdin.")
+    ] = "def binary_search(items, x):",
+    model: _Model = None,
+    draft_model: _DraftModel = None,
+    max_new_tokens: _MaxNewTokens = 64,
+    temperature: _Temperature = SamplingParams.temperature,
+    top_k: _TopK = SamplingParams.top_k,
+    top_p: _TopP = SamplingParams.top_p,
+    seed: _Seed = None,
+    ignore_eos: _IgnoreEos = False,
+    num_speculative_tokens: _NumSpeculativeTokens = "auto",
+    acceptance: _Acceptance = SamplingParams.acceptance,
+    device: _Device = EngineConfig.device,
+    dtype: _Dtype = EngineConfig.dtype,
+    weight_dtype: _WeightDtype = EngineConfig.weight_dtype,
+    draft_weight_dtype: _DraftWeightDtype = EngineConfig.draft_weight_dtype,
+    backend: _Backend = EngineConfig.backend,
+    num_threads: _NumThreads = None,
+    max_seq_len: _MaxSeqLen = None,
+    revision: _Revision = None,
+    graphs: Annotated[
+        bool, typer.Option("--graphs", help="Replay rounds as CUDA graphs: one part, as in real use.")
+    ] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="The trace: .json, or .json.gz to zip it.")
+    ] = Path("specengine-trace.json"),
+    trace: Annotated[
+        bool, typer.Option("--trace/--no-trace", help="Without: to run under nsys or ncu.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout, nothing else.")] = False,
+) -> None:
+    """Show where the time of decoding goes, and write a trace for Perfetto or chrome://tracing."""
+    options = {name: value for name, value in locals().items() if value is not None}
+    options.update(cuda_graphs=graphs, enable_prefix_cache=False)
+    text = _read_prompt(prompt, None)
+
+    from specengine.call import prepare_call
+
+    call = prepare_call(text, options)
+    if trace:
+        _check_writable(out)
+
+    from specengine.api import lease_engine
+    from specengine.profiling import print_profile, profile_call
+
+    with lease_engine(call) as engine:
+        result = profile_call(call, engine, trace_path=out if trace else None)
+        origin = _origin(engine)
+    if as_json:
+        _print_json({**result.to_dict(), "trace": str(out) if trace else None, **origin})
+        return
+    print_profile(result)
+    if trace:
+        sys.stderr.write(f"specengine: trace written to {out}; open it in https://ui.perfetto.dev\n")
 
 
 # models

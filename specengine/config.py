@@ -20,6 +20,7 @@ MAX_NUM_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_NUM_LOGPROBS = 20
 MAX_NEW_TOKENS = 2**31 - 1
+MAX_ROUNDS_AHEAD = 4
 MIN_TEMPERATURE = 1e-4
 MAX_LOGIT_BIAS = 1e4
 ACCEPTANCE_MODES = ("auto", "coupled", "rejection")
@@ -254,7 +255,14 @@ class EngineConfig:
     prefill_chunk_size: prompt tokens computed in one step
     num_threads:        CPU threads; by default one a core
     enable_prefix_cache: share the KV blocks of equal prompt prefixes
-    cuda_graphs, deterministic: "auto" and True; nothing else is available in this version
+    cuda_graphs:        "auto": on CUDA a round is recorded as a CUDA graph when its kind first runs; True: the usual
+                        kinds are recorded at the start, and what cannot be recorded is an error; False: never. Rounds
+                        with `logit_bias` or `min_new_tokens` run without
+    rounds_ahead:       0 … 4 rounds that are queued before the results of earlier ones are read; "auto": one on CUDA,
+                        none on a CPU. A Drafter object, log-probabilities and biases make it 0
+    forced_acceptance:  for timing only: each draft token is accepted with this probability whatever the target says.
+                        THE OUTPUT IS NOT THE MODEL'S (`lossless` is False in the result). None: off
+    deterministic:      True; nothing else is available in this version
     allow_pickle:       also read `pytorch_model.bin` (with `weights_only=True`)
     revision:           branch, tag or commit, for names on the Hub
     """
@@ -274,6 +282,8 @@ class EngineConfig:
     num_threads: int | None = None
     enable_prefix_cache: bool = True
     cuda_graphs: bool | str = AUTO
+    rounds_ahead: int | str = AUTO
+    forced_acceptance: float | None = None
     deterministic: bool = True
     allow_pickle: bool = False
     revision: str | None = None
@@ -305,10 +315,12 @@ class EngineConfig:
             )
         for name in ("enable_prefix_cache", "deterministic", "allow_pickle"):
             check_bool(name, getattr(self, name))
-        if self.cuda_graphs is True:
-            raise ValueError("cuda_graphs=True is not available in this version; use 'auto' or False")
-        if self.cuda_graphs not in (AUTO, False):
+        if self.cuda_graphs not in (AUTO, True, False):
             raise ValueError(f"cuda_graphs must be 'auto', True or False; got {self.cuda_graphs!r}")
+        if self.rounds_ahead != AUTO:
+            check_int("rounds_ahead", self.rounds_ahead, 0, MAX_ROUNDS_AHEAD)
+        if self.forced_acceptance is not None:
+            check_number("forced_acceptance", self.forced_acceptance, 0.0, 1.0)
         if not self.deterministic:
             raise ValueError("deterministic=False is not available in this version; leave it at True")
 

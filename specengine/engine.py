@@ -14,25 +14,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specengine import assembly, metrics
+from specengine import assembly, metrics, ranges
 from specengine.assembly import Model
-from specengine.config import EngineConfig, SamplingParams
-from specengine.drafters.base import Drafter
+from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, EngineConfig, SamplingParams
+from specengine.drafters.base import Drafter, RowResult
 from specengine.drafters.no_draft import NoDrafter
 from specengine.errors import SpecEngineError
 from specengine.intake import Intake, Prompt, split_params, split_prompts
+from specengine.kernels.reference.commit_round import NUM_RESULT_COLUMNS, RESULT_EMITTED
 from specengine.models.loader import LoadedModel, read_spec
 from specengine.ops import Backend, load_backend
 from specengine.outputs import FinishReason, GenerationResult, StreamEvent, TokenLogprob
 from specengine.progress import progress_bar
 from specengine.results import build_result
-from specengine.runtime.batch import row_starts
+from specengine.rounds import Flight, Rounds
+from specengine.runtime.batch import Feed
+from specengine.runtime.graphs import GraphReport
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request, Sequence
-from specengine.runtime.state import BatchState
+from specengine.runtime.state import BatchState, RoundMode
 from specengine.scheduler import Chunk, Plan, Scheduler
-from specengine.speculative import RoundOutcome, match, run_round, verify
+from specengine.speculative import commit, match, verify
 from specengine.tokenizer import Tokenizer
 
 
@@ -63,6 +66,7 @@ class Engine:
         self.device = assembly.resolve_device(self.config.device)
         backend = load_backend(self.config.backend, self.device)
         self.backend_name = backend.name
+        recorder = assembly.build_recorder(self.config, self.device, backend.name)
         if self.config.num_threads is not None:
             backend.set_num_threads(self.config.num_threads)
         target_spec, _ = read_spec(model, revision=self.config.revision)
@@ -80,12 +84,24 @@ class Engine:
         self.dtype = assembly.weight_dtype(target)
         self._kv_cache = kv_cache
         self._state = BatchState(
-            num_slots=self.config.max_batch_size, max_seq_len=self.max_seq_len, device=self.device
+            num_slots=self.config.max_batch_size,
+            max_seq_len=self.max_seq_len,
+            device=self.device,
+            backend=backend,
+            forced_acceptance=self.config.forced_acceptance,
         )
         self._target = ModelRunner(target.decoder, kv_cache, model_index=TARGET, vocab_size=vocab_size)
-        self._no_drafter = NoDrafter()
         self._drafter = assembly.build_drafter(
             draft_model, draft, self.config, kv_cache=kv_cache, vocab_size=vocab_size
+        )
+        self._rounds = Rounds(
+            self._state,
+            self._target,
+            self._drafter,
+            kv_cache,
+            recorder=recorder,
+            is_strict=self.config.cuda_graphs is True,
+            rounds_ahead=assembly.resolve_rounds_ahead(self.config, self.device),
         )
         self._intake = Intake(
             model_name=target.name,
@@ -95,18 +111,22 @@ class Engine:
             max_seq_len=self.max_seq_len,
             kv_cache=kv_cache,
             has_drafter=self.has_drafter,
+            is_lossless=self.config.forced_acceptance is None,
         )
         self._scheduler = Scheduler(
             kv_cache,
             self._state,
             chunk_size=self.config.prefill_chunk_size,
             on_release=lambda sequence: self._drafter.release(sequence.sequence_id),
+            on_pressure=self._collect_one,
         )
         self._polled: dict[int, Request] = {}
         self._lock = threading.RLock()
         self._is_stepping = False
         self._doomed: list[Request] = []
         self._is_closed = False
+        if self.config.cuda_graphs is True:
+            self._record_rounds()
 
     def _load_models(
         self, model: Model, draft_model: Model | Drafter | None, backend: Backend, progress: bool | None
@@ -129,6 +149,13 @@ class Engine:
                 return target, None
             return target, load(draft_model, config.draft_weight_dtype)
 
+    @torch.inference_mode()
+    def _record_rounds(self) -> None:
+        """Records what is asked for most before anybody waits for it; other rounds when they first run."""
+        counts = {0, AUTO_NUM_SPECULATIVE_TOKENS} if self.has_drafter else {0}
+        for k in sorted(counts, reverse=True):
+            self._rounds.record(k, RoundMode())
+
     # -- public -----------------------------------------------------------------------------------------------
 
     @property
@@ -140,6 +167,12 @@ class Engine:
     def draft_name(self) -> str | None:
         """What drafts, or None."""
         return self._drafter.name if self.has_drafter else None
+
+    @property
+    def graph_report(self) -> GraphReport | None:
+        """How many rounds were recorded as CUDA graphs so far, in what time and memory; None where none are."""
+        recorder = self._rounds.recorder
+        return None if recorder is None else replace(recorder.report)
 
     @property
     def num_free_blocks(self) -> int:
@@ -245,6 +278,7 @@ class Engine:
                 self._abort(*self._scheduler.requests)
             finally:
                 self._is_closed = True
+                self._rounds.clear()
                 self._kv_cache.tensors.clear()
 
     def __enter__(self) -> Engine:
@@ -301,9 +335,14 @@ class Engine:
             self._prefill(plan.chunks)
         if plan.decoding:
             self._decode(plan.decoding)
+        while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
+            self._collect(flight)
+        if not self._scheduler.has_work:
+            self._rounds.clear()
 
     def _recover(self) -> None:
         """After an interruption: what the host has committed is the truth, the rest is unreachable again."""
+        self._rounds.clear()
         self._scheduler.reclaim()
         for sequence in list(self._scheduler.running):
             assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
@@ -315,97 +354,128 @@ class Engine:
     @torch.inference_mode()
     def _prefill(self, chunks: list[Chunk]) -> None:
         sequences = [chunk.sequence for chunk in chunks]
-        batch = self._state.select(sequences, self._kv_cache.device_block_table(), may_draft=False)
         wants_first = [chunk.is_last and not chunk.sequence.output_ids for chunk in chunks]
         wants_prompt = [chunk.sequence.wants_prompt_logprobs for chunk in chunks]
         num_logits = [
             chunk.length if prompt else int(first)
             for chunk, first, prompt in zip(chunks, wants_first, wants_prompt, strict=True)
         ]
-        self._note_forward(sequences)
-        first_rows = [row for row, is_first in enumerate(wants_first) if is_first]
-        where = (
+        lengths = [chunk.length for chunk in chunks]
+        feed = Feed(
             self._int32([chunk.start for chunk in chunks]),
-            self._int32([chunk.length for chunk in chunks]),
+            self._int32(lengths),
             self._int32(num_logits),
+            sum(lengths),
+            sum(num_logits),
         )
-        is_drawn = batch.is_decided_by_draws and not any(wants_prompt)
-        draws = self._target.draw(batch, *where) if is_drawn else None
-        logits = None if is_drawn else self._target.forward(batch, *where)
-        last_row = list(itertools.accumulate(num_logits))
-        for chunk, is_wanted, end, count in zip(chunks, wants_prompt, last_row, num_logits, strict=True):
+        now = time.perf_counter()
+        for sequence in sequences:
+            sequence.num_target_forwards += 1
+            sequence.request.first_forward_time = sequence.request.first_forward_time or now
+        batch = self._state.plan(self._state.select(sequences, self._kv_cache.device_block_table(), k=0))
+        batch = replace(
+            batch, plan=batch.planned._replace(is_running=self._int32(list(map(int, wants_first))))
+        )
+        rows = self._target.build(batch, feed)
+        proposal = NoDrafter().propose(batch, self._state)
+        row_end = list(itertools.accumulate(num_logits))
+        starts = self._int32([max(0, end - 1) for end in row_end])
+        backend, outcome, logits = self._target.backend, None, None
+        if not any(num_logits):
+            self._target.forward(rows)
+        elif batch.is_decided_by_draws and not any(wants_prompt):
+            outcome = match(backend, *self._target.draw(rows, batch), starts, proposal, batch)
+        else:
+            judged = self._target.judge(rows, batch, feed.num_logits, batch.seq_len + 1 - feed.num_logits)
+            logits = judged.raw_logits
+            outcome = replace(
+                verify(backend, judged.logits, judged.stats, starts, proposal, batch), logits=logits
+            )
+        for chunk, is_wanted, end, count in zip(chunks, wants_prompt, row_end, num_logits, strict=True):
             assert chunk.sequence.slot is not None, "a chunk's sequence has a slot"
             self._kv_cache.manager.set_computed(chunk.sequence.slot, TARGET, chunk.start + chunk.length)
             self._scheduler.publish(chunk.sequence)
             if is_wanted and logits is not None:
                 self._record_prompt_logprobs(chunk, logits[end - count : end])
-        if first_rows:
-            part = batch.take(first_rows)
-            proposal = self._no_drafter.propose(part)
-            starts = row_starts(proposal.num_tokens + 1)
-            if draws is not None:
-                outcome = match(*draws, starts, proposal, part)
-            else:
-                assert logits is not None, "a forward gives draws or logits"
-                first_logits = logits[[last_row[row] - 1 for row in first_rows]]
-                outcome = verify(self._target.backend, first_logits, starts, proposal, part)
-            self._state.commit(part, outcome.tokens, outcome.num_accepted + 1)
-            self._emit([sequences[row] for row in first_rows], outcome, is_round=False)
+        if any(wants_first):
+            assert outcome is not None, "a first token was drawn"
+            self._rounds.push(sequences, batch, commit(outcome, batch, self._state), None)
 
     @torch.inference_mode()
     def _decode(self, sequences: list[Sequence]) -> None:
-        may_draft = any(sequence.max_draft_tokens > 0 for sequence in sequences)
-        batch = self._state.select(sequences, self._kv_cache.device_block_table(), may_draft=may_draft)
-        drafter = self._drafter if may_draft else self._no_drafter
-        self._note_forward(sequences)
-        outcome = run_round(batch, self._state, self._target, drafter)
-        manager = self._kv_cache.manager
-        for slot, length, drafted in zip(
-            batch.slots.tolist(), batch.lengths, outcome.num_draft.tolist(), strict=True
-        ):
-            manager.set_computed(slot, TARGET, length + drafted)
-        self._emit(sequences, outcome, is_round=True)
-
-    def _note_forward(self, sequences: list[Sequence]) -> None:
-        now = time.perf_counter()
-        for sequence in sequences:
-            sequence.num_target_forwards += 1
-            if sequence.request.first_forward_time is None:
-                sequence.request.first_forward_time = now
+        self._rounds.launch(sequences)
 
     # -- results ----------------------------------------------------------------------------------------------
 
-    def _emit(self, sequences: list[Sequence], outcome: RoundOutcome, *, is_round: bool) -> None:
-        tokens, num_accepted = outcome.tokens.tolist(), outcome.num_accepted.tolist()
-        num_draft, errors = outcome.num_draft.tolist(), outcome.error.tolist()
-        logprobs = self._gather_logprobs(sequences, outcome, num_accepted)
+    def _collect_one(self) -> bool:
+        """Reads what has been under way longest; whether there was anything."""
+        flight = self._rounds.pop()
+        if flight is not None:
+            self._collect(flight)
+        return flight is not None
+
+    @torch.inference_mode()
+    def _collect(self, flight: Flight) -> None:
+        """Makes the host's record of a round, or of prompts' first tokens, what the device's has become."""
+        with ranges.span(ranges.HOST, batch_size=len(flight.sequences), k=flight.batch.k) as span:
+            rows = flight.results.read()[: len(flight.sequences)]
+            span.note(accepted=sum(max(0, row[RESULT_EMITTED] - 1) for row in rows))
+            results = [
+                self._row_result(sequence, row, is_round=flight.drafter is not None)
+                for sequence, row in zip(flight.sequences, rows, strict=True)
+            ]
+            if flight.drafter is not None:
+                for result in results:
+                    if result is not None:
+                        end = result.length + result.num_draft
+                        self._kv_cache.manager.set_computed(result.slot, TARGET, end)
+                flight.drafter.observe(flight.batch, results)
+            self._emit(flight, rows, results)
+
+    def _row_result(self, sequence: Sequence, row: list[int], *, is_round: bool) -> RowResult | None:
+        """None for a sequence that was over before this, or whose prompt goes on."""
+        num_emitted, num_draft, is_error = row[:NUM_RESULT_COLUMNS]
+        if sequence.is_finished or sequence.slot is None:
+            return None
+        if not (num_emitted or is_error) and not is_round:
+            return None
+        assert num_emitted or is_error, (
+            f"sequence {sequence.sequence_id} has {sequence.num_tokens} of {sequence.length_limit} tokens, and its "
+            "round emitted nothing"
+        )
+        return RowResult(sequence.slot, sequence.num_tokens, num_draft, max(0, num_emitted - 1))
+
+    def _emit(self, flight: Flight, rows: list[list[int]], results: list[RowResult | None]) -> None:
+        is_round = flight.drafter is not None
+        logprobs = self._gather_logprobs(flight, results)
         now = time.perf_counter()
-        for row, sequence in enumerate(sequences):
+        for index, (sequence, row, result) in enumerate(zip(flight.sequences, rows, results, strict=True)):
+            if result is None:
+                continue
             request = sequence.request
-            emitted = tokens[row][: num_accepted[row] + 1]
-            if errors[row]:
+            num_emitted, _, is_error = row[:NUM_RESULT_COLUMNS]
+            if is_error:
                 sequence.finish_reason = "error"
                 sequence.error = "the target's logits hold a NaN or nothing finite"
-                emitted = []
             num_before = len(sequence.output_ids)
-            for index, token in enumerate(emitted):
-                entry = logprobs[row][index] if logprobs[row] else None
-                self._append(sequence, token, is_draft=index < num_accepted[row], logprob=entry)
+            for place, token in enumerate(row[NUM_RESULT_COLUMNS:][:num_emitted]):
+                entry = logprobs[index][place] if logprobs[index] else None
+                self._append(sequence, token, is_draft=place < result.num_accepted, logprob=entry)
                 if sequence.is_finished:
                     break
-            num_kept = len(sequence.output_ids) - num_before
-            if is_round and not errors[row]:
-                metrics.record_round(
-                    sequence.metrics,
-                    num_draft=num_draft[row],
-                    num_accepted=num_accepted[row],
-                    num_kept=num_kept,
-                )
+            if is_round:
+                sequence.num_target_forwards += 1
+                if not is_error:
+                    metrics.record_round(
+                        sequence.metrics,
+                        num_draft=result.num_draft,
+                        num_accepted=result.num_accepted,
+                        num_kept=len(sequence.output_ids) - num_before,
+                    )
             if request.first_token_time is None:
                 request.first_token_time = now
             request.last_token_time = now
-            assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
-            self._kv_cache.manager.rollback(sequence.slot, max(0, sequence.num_tokens - 1))
+            self._kv_cache.manager.rollback(result.slot, max(0, sequence.num_tokens - 1))
             if sequence.is_finished:
                 self._finish(sequence)
             else:
@@ -474,19 +544,22 @@ class Engine:
             )
         )
 
-    def _gather_logprobs(
-        self, sequences: list[Sequence], outcome: RoundOutcome, num_accepted: list[int]
-    ) -> list[list[TokenLogprob]]:
-        """For each sequence that wants them, the log-probabilities of the tokens this step emitted."""
-        entries: list[list[TokenLogprob]] = [[] for _ in sequences]
-        wanted = [row for row, sequence in enumerate(sequences) if sequence.params.logprobs is not None]
+    def _gather_logprobs(self, flight: Flight, results: list[RowResult | None]) -> list[list[TokenLogprob]]:
+        """For each sequence that wants them, the log-probabilities of the tokens that were emitted."""
+        entries: list[list[TokenLogprob]] = [[] for _ in results]
+        wanted = [
+            (index, result.num_accepted + 1)
+            for index, (sequence, result) in enumerate(zip(flight.sequences, results, strict=True))
+            if result is not None and sequence.params.logprobs is not None
+        ]
         if not wanted:
             return entries
+        outcome = flight.outcome
         starts = outcome.row_start.tolist()
-        rows = [starts[row] + index for row in wanted for index in range(num_accepted[row] + 1)]
-        tokens = torch.cat([outcome.tokens[row, : num_accepted[row] + 1] for row in wanted])
-        owners = [row for row in wanted for _ in range(num_accepted[row] + 1)]
-        limits = [sequences[row].params.logprobs or 0 for row in owners]
+        rows = [starts[index] + place for index, count in wanted for place in range(count)]
+        tokens = torch.cat([outcome.tokens[index, :count] for index, count in wanted])
+        owners = [index for index, count in wanted for _ in range(count)]
+        limits = [flight.sequences[index].params.logprobs or 0 for index in owners]
         # Gathering is a copy: not where every row is wanted, as in plain decoding.
         assert outcome.logits is not None, "whoever wants log-probabilities is judged by logits"
         logits = outcome.logits if len(rows) == outcome.logits.shape[0] else outcome.logits[rows]

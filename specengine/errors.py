@@ -21,6 +21,10 @@ class BackendUnavailableError(SpecEngineError, RuntimeError):
     """The requested backend cannot run here. Says what to install or choose."""
 
 
+class GraphCaptureError(SpecEngineError, RuntimeError):
+    """A round cannot be recorded as a CUDA graph. Names the round: its batch size, k and mode."""
+
+
 class KVCacheError(SpecEngineError):
     """Base class of the paged KV cache's errors. The state is unchanged whenever one is raised."""
 

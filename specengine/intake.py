@@ -34,6 +34,7 @@ class Intake:
         max_seq_len: int,
         kv_cache: KVCache,
         has_drafter: bool,
+        is_lossless: bool,
     ) -> None:
         self.eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
         self._model_name = model_name
@@ -42,6 +43,7 @@ class Intake:
         self._max_seq_len = max_seq_len
         self._kv_cache = kv_cache
         self._has_drafter = has_drafter
+        self._is_lossless = is_lossless
         self._request_ids = itertools.count()
 
     def build_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
@@ -59,6 +61,7 @@ class Intake:
             prompt_ids=ids,
             params=params,
             seed=rng.random_seed() if params.seed is None else params.seed,
+            is_lossless=self._is_lossless,
         )
         request.sequences = [
             self._build_sequence(request, sample, max_new_tokens) for sample in range(params.n)
@@ -79,6 +82,12 @@ class Intake:
                     raise ValueError(
                         f"{name} must be below the vocabulary size {self._vocab_size}, got {token_id}"
                     )
+        needs_logits = params.uses_rejection or params.logprobs is not None or params.logit_bias
+        if not self._is_lossless and (needs_logits or params.min_new_tokens):
+            raise ValueError(
+                "forced_acceptance times greedy and coupled decoding: it goes with no acceptance='rejection', "
+                "logprobs, logit_bias or min_new_tokens"
+            )
         if params.stop and self._tokenizer is None:
             raise ValueError(f"stop={list(params.stop)!r} needs a tokenizer, and {self._model_name} has none")
 

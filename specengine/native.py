@@ -26,14 +26,16 @@ from specengine.kernels.program import (
     ParallelLinearResidual,
     ParallelNormLinear,
     Program,
-    row_keys,
 )
+from specengine.kernels.reference.plan_round import RoundPlan
+from specengine.kernels.reference.row_keys import row_keys
 
 
 class NativeBackend:
     """The `Backend` protocol of `specengine.ops` on `specengine._C`; see `specengine.kernels.reference`."""
 
     name = "native"
+    has_padding = False
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     expand_batch = staticmethod(_C.expand_batch)
@@ -44,12 +46,29 @@ class NativeBackend:
     match_verify = staticmethod(_C.match_verify)
     rejection_verify = staticmethod(_C.rejection_verify)
     token_logprobs = staticmethod(_C.token_logprobs)
+    row_keys = staticmethod(row_keys)
+    stage_draft = staticmethod(_C.stage_draft)
+    match_draws = staticmethod(_C.match_draws)
+    commit_round = staticmethod(_C.commit_round)
     set_num_threads = staticmethod(_C.set_num_threads)
 
     def __init__(self) -> None:
         wanted = os.environ.get("SPECENGINE_INSTRUCTION_SET", "auto")
         if wanted not in (known := ["auto", *_C.instruction_sets()]):
             raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
+
+    @staticmethod
+    def plan_round(
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+    ) -> RoundPlan:
+        return RoundPlan._make(
+            _C.plan_round(slots, seq_len, length_limit, num_speculative, k, draft_positions)
+        )
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
@@ -181,8 +200,9 @@ class NativeExecutor:
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         logits = self.forward(batch, kv_cache, vocab_size)
-        rows = row_keys(keys, batch)
-        return logits, _C.filter_rows(logits, rows.temperature, rows.top_k, rows.top_p, rows.min_p)
+        by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        temperature, *filters, _, _ = row_keys(*by_sequence, batch.q_start, batch.positions, batch.logit_rows)
+        return logits, _C.filter_rows(logits, temperature, *filters)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys

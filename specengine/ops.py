@@ -12,7 +12,7 @@ import os
 import sys
 from dataclasses import replace
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -31,8 +31,8 @@ from specengine.kernels.program import (
     ParallelNormLinear,
     Program,
     Register,
-    row_keys,
 )
+from specengine.kernels.reference.plan_round import RoundPlan
 
 
 class Executor(Protocol):
@@ -65,6 +65,9 @@ class Backend(Protocol):
 
     name: str
     supported_dtypes: tuple[torch.dtype, ...]
+    # Whether `expand_batch` makes batches of the size the host names, padded, and row ops take `num_rows`, which
+    # stands on the device; else batches have the size that the lengths say, and no padding.
+    has_padding: bool
 
     def set_num_threads(self, num_threads: int) -> None:
         """CPU threads that the ops may use from now on."""
@@ -92,6 +95,9 @@ class Backend(Protocol):
         q_len: Tensor,
         num_logits: Tensor,
         block_size: int,
+        *,
+        num_tokens: int | None = None,
+        num_logit_rows: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
 
     def embed(
@@ -220,6 +226,77 @@ class Backend(Protocol):
         self, logits: Tensor, token_ids: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
 
+    def plan_round(
+        self,
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+    ) -> RoundPlan: ...
+
+    def row_keys(
+        self,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        q_start: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def stage_draft(
+        self,
+        step: int,
+        tokens: Tensor,
+        slots: Tensor,
+        seq_len: Tensor,
+        is_drafting: Tensor,
+        drawn: Tensor,
+        drawn_error: Tensor | None,
+        draft_tokens: Tensor,
+        num_draft: Tensor,
+        log_probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        stats: Tensor | None = None,
+        draft_log_probs: Tensor | None = None,
+        draft_logits: Tensor | None = None,
+        draft_stats: Tensor | None = None,
+    ) -> None: ...
+
+    def match_draws(
+        self,
+        drawn: Tensor,
+        drawn_error: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        is_running: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+        forced_acceptance: float | None = None,
+        seeds: Tensor | None = None,
+        seq_len: Tensor | None = None,
+    ) -> None: ...
+
+    def commit_round(
+        self,
+        tokens: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        is_running: Tensor,
+        emitted: Tensor,
+        num_accepted: Tensor,
+        num_draft: Tensor,
+        error: Tensor,
+    ) -> Tensor: ...
+
 
 class Interpreter:
     """Runs a program op by op on any backend: what a program means."""
@@ -230,65 +307,89 @@ class Interpreter:
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         program = self._program
-        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
-        return self._backend.head(hidden, program.final_norm, program.head, vocab_size)
+        hidden = self._logit_inputs(batch, kv_cache)
+        padding = _padding(batch.num_logit_rows)
+        return self._backend.head(hidden, program.final_norm, program.head, vocab_size, **padding)
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         program, ops = self._program, self._backend
-        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
-        of_rows = row_keys(keys, batch)
+        hidden = self._logit_inputs(batch, kv_cache)
+        padding = _padding(batch.num_logit_rows)
+        temperature, *filters, _, _ = row_keys(ops, keys, batch)
+        head = (hidden, program.final_norm, program.head, vocab_size)
         if not keys.has_filters:
-            return ops.head_stats(hidden, program.final_norm, program.head, vocab_size, of_rows.temperature)
-        logits = ops.head(hidden, program.final_norm, program.head, vocab_size)
-        filters = (of_rows.temperature, of_rows.top_k, of_rows.top_p, of_rows.min_p)
-        return logits, ops.filter_rows(logits, *filters)
+            return ops.head_stats(*head, temperature, **padding)
+        logits = ops.head(*head, **padding)
+        return logits, ops.filter_rows(logits, temperature, *filters, **padding)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
-        program = self._program
-        hidden = self._run_layers(batch, kv_cache)[batch.logit_rows]
-        positions = batch.positions[batch.logit_rows] + 1
-        of_rows = row_keys(keys, batch)
-        filters = (of_rows.top_k, of_rows.top_p, of_rows.min_p) if keys.has_filters else (None, None, None)
-        drawn = (of_rows.temperature, *filters, of_rows.seeds, positions)
-        return self._backend.head_draw(hidden, program.final_norm, program.head, vocab_size, *drawn)
+        program, ops = self._program, self._backend
+        hidden = self._logit_inputs(batch, kv_cache)
+        temperature, top_k, top_p, min_p, seeds, positions = row_keys(ops, keys, batch)
+        filters = (top_k, top_p, min_p) if keys.has_filters else (None, None, None)
+        drawn = (temperature, *filters, seeds, positions)
+        head = (hidden, program.final_norm, program.head, vocab_size)
+        return ops.head_draw(*head, *drawn, **_padding(batch.num_logit_rows))
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
         return None
 
+    def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        hidden = self._run_layers(batch, kv_cache)
+        return hidden if batch.wants_all_logits else hidden[batch.logit_rows]
+
     def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         ops, program = self._backend, self._program
+        padding = _padding(batch.num_tokens)
         tables = (program.token_table, program.position_table)
-        values: dict[Register, Tensor] = {"hidden": ops.embed(batch.token_ids, batch.positions, *tables)}
+        values: dict[Register, Tensor] = {
+            "hidden": ops.embed(batch.token_ids, batch.positions, *tables, **padding)
+        }
         for op in program.ops:
             if isinstance(op, NormQkv):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
-                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places)
+                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places, **padding)
             elif isinstance(op, ParallelNormLinear):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
                 layers = (op.norm, op.weight, op.mlp_norm, op.mlp_weight, op.activation)
                 values["query"], values["expanded"] = ops.parallel_norm_linear(
-                    values["hidden"], *layers, *places
+                    values["hidden"], *layers, *places, **padding
                 )
             elif isinstance(op, PagedAttention):
                 ragged = (batch.block_table, batch.slots, batch.q_start, batch.context_len)
                 values["attended"] = ops.paged_attention(values["query"], kv_cache[op.layer], *ragged)
             elif isinstance(op, LinearResidual):
-                values[op.out] = ops.linear_residual(values[op.source], op.weight, values[op.residual])
+                source, residual = values[op.source], values[op.residual]
+                values[op.out] = ops.linear_residual(source, op.weight, residual, **padding)
             elif isinstance(op, ParallelLinearResidual):
-                values["hidden"] = ops.parallel_linear_residual(
-                    values["attended"], op.weight, values["expanded"], op.mlp_weight, values["hidden"]
-                )
+                pair = (values["attended"], op.weight, values["expanded"], op.mlp_weight)
+                values["hidden"] = ops.parallel_linear_residual(*pair, values["hidden"], **padding)
             elif isinstance(op, NormLinear):
-                values[op.out] = ops.norm_linear(values[op.source], op.norm, op.weight, op.activation)
+                layer = (op.norm, op.weight, op.activation)
+                values[op.out] = ops.norm_linear(values[op.source], *layer, **padding)
         return values["hidden"]
+
+
+def row_keys(backend: Backend, keys: DrawKeys, batch: ForwardBatch) -> tuple[Tensor, ...]:
+    """The `row_keys` op on a batch: temperature, top_k, top_p, min_p, seeds and position of each logit row."""
+    by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+    rows = (batch.q_start, batch.positions, batch.logit_rows)
+    return backend.row_keys(*by_sequence, *rows, **_padding(batch.num_logit_rows))
+
+
+def _padding(num_rows: Tensor | None) -> dict[str, Any]:
+    """Only backends that pad know the argument."""
+    return {} if num_rows is None else {"num_rows": num_rows}
 
 
 class _OpsModule:
     """A backend whose ops are the functions of a module."""
+
+    has_padding = False
 
     def __init__(self, name: str, module: ModuleType, supported_dtypes: tuple[torch.dtype, ...]) -> None:
         self.name = name
@@ -306,6 +407,7 @@ class _TritonBackend:
     """Every op from the module of its name in `specengine.kernels`."""
 
     name = "triton"
+    has_padding = True
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __getattr__(self, op: str) -> object:

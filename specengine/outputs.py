@@ -143,7 +143,7 @@ class CompletionOutput:
 class GenerationResult:
     """Everything about one prompt. `.text`, `.token_ids` and `.finish_reason` are the first sample's.
 
-    lossless: False only for acceptance modes that change the target's distribution
+    lossless: False only where acceptance was forced, for timing: the tokens are not the target's
     """
 
     prompt_token_ids: list[int]

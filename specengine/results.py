@@ -17,6 +17,7 @@ def build_result(request: Request) -> GenerationResult:
         prompt=request.prompt,
         prompt_logprobs=None if params.prompt_logprobs is None else list(request.prompt_logprobs),
         seed=request.seed,
+        lossless=request.is_lossless,
     )
 
 

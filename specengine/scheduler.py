@@ -46,6 +46,7 @@ class Scheduler:
         *,
         chunk_size: int,
         on_release: Callable[[Sequence], None],
+        on_pressure: Callable[[], bool],
     ) -> None:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -54,6 +55,7 @@ class Scheduler:
         self._state = state
         self._chunk_size = chunk_size
         self._on_release = on_release
+        self._on_pressure = on_pressure
 
     @property
     def has_work(self) -> bool:
@@ -84,7 +86,7 @@ class Scheduler:
     def reclaim(self) -> None:
         """Frees the slots that an interruption left without a running sequence."""
         owned = {sequence.slot for sequence in self.running}
-        for slot in range(self._state.seq_len.numel()):
+        for slot in range(self._state.num_slots):
             if slot not in owned:
                 with suppress(UnknownSequenceError):
                     self._manager.free(slot)
@@ -105,31 +107,29 @@ class Scheduler:
     def _reserve_decoding(self) -> list[Sequence]:
         reserved: list[Sequence] = []
         for sequence in [sequence for sequence in self.running if self._is_prefilled(sequence)]:
-            if sequence.slot is None:
-                continue  # preempted for one that came before it
-            while not self._try_reserve(sequence):
-                victim = self.running[-1]
-                self._preempt(victim)
-                if victim is sequence:
-                    break
-            else:
-                reserved.append(sequence)
-        return reserved
+            while sequence.slot is not None and sequence.may_run and not self._try_reserve(sequence):
+                # What is under way may end somebody; only then is anybody's work thrown away.
+                if not self._on_pressure():
+                    self._preempt(self.running[-1])
+            reserved.append(sequence)
+        return [sequence for sequence in reserved if sequence.slot is not None and sequence.may_run]
 
     def _try_reserve(self, sequence: Sequence) -> bool:
         assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
         first = self.num_computed(sequence)
         if sequence.max_draft_tokens > 0 and len(self._kv_cache.tensors) > 1:
-            first = min(first, self._kv_cache.num_computed(sequence.slot, DRAFT))
+            # A draft model writes the last two committed tokens, and whatever it lacks before them.
+            drafted = self._kv_cache.num_computed(sequence.slot, DRAFT)
+            first = min(first, drafted, max(0, sequence.num_tokens - 2))
         try:
-            self._kv_cache.reserve(sequence.slot, first, sequence.num_tokens + sequence.max_draft_tokens)
+            self._kv_cache.reserve(sequence.slot, first, sequence.max_num_computed)
         except OutOfBlocksError:
             return False
         return True
 
     def _admit(self) -> None:
         for sequence in list(self.waiting):
-            if self._manager.num_sequences == self._state.seq_len.numel():
+            if self._manager.num_sequences == self._state.num_slots:
                 return
             if self._awaits_sibling(sequence):
                 continue

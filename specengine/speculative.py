@@ -1,18 +1,22 @@
-"""The round: propose, forward, verify, commit, observe. With nothing proposed it is plain decoding."""
+"""The round: propose, forward, verify, commit. With nothing proposed it is plain decoding.
+
+A round reads and writes device state only, at places that depend on the batch's size, its k and its mode: what is
+recorded once can be replayed (`specengine.rounds`).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import Drafter, DraftProposal
-from specengine.kernels.reference.expand_batch import row_owners
+from specengine import ranges
+from specengine.drafters.base import DraftProposal, RoundDrafter
 from specengine.ops import Backend
-from specengine.runtime.batch import row_starts
+from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.state import BatchState, RunningBatch, apply_bias
+from specengine.runtime.state import BatchState, RunningBatch
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class RoundOutcome:
     error:        `[B]` int32, 1 where the target's logits were not a distribution (nothing of that row counts)
     logits:       `[R, V]` fp32, the target's raw logits; None where its draws decided
     row_start:    `[B]` int32, sequence b's first row of `logits`
+    record:       `[B, 3 + k + 1]` int32, what the host reads: see the `commit_round` op
     """
 
     tokens: Tensor
@@ -33,90 +38,103 @@ class RoundOutcome:
     error: Tensor
     logits: Tensor | None
     row_start: Tensor
+    record: Tensor | None = None
 
 
-def run_round(batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: Drafter) -> RoundOutcome:
+def run_round(
+    batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: RoundDrafter
+) -> RoundOutcome:
     """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023)."""
-    proposal = drafter.propose(batch)
-    state.stage(batch, proposal.tokens)
-    outcome = judge(proposal, batch, target)
-    state.commit(batch, outcome.tokens, outcome.num_accepted + 1)
-    drafter.observe(batch, outcome.num_accepted)
-    return outcome
+    size = {"batch_size": batch.slots.numel(), "k": batch.k}
+    with ranges.span(ranges.DRAFT, **size):
+        batch = state.plan(batch, draft_positions=drafter.draft_positions)
+        proposal = drafter.propose(batch, state)
+    with ranges.span(ranges.VERIFY, **size):
+        outcome = judge(proposal, batch, target)
+    with ranges.span(ranges.COMMIT, **size):
+        return commit(outcome, batch, state)
 
 
 def judge(proposal: DraftProposal, batch: RunningBatch, target: ModelRunner) -> RoundOutcome:
     """The target's one forward over the last committed token and the drafts, and what follows from it."""
-    num_rows = proposal.num_tokens + 1
-    where = (batch, batch.seq_len - 1, num_rows, num_rows)
+    plan, k = batch.planned, proposal.tokens.shape[1]
+    num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
+    most = batch.slots.numel() * (k + 1)
+    rows = target.build(batch, Feed(plan.last_position, num_rows, num_rows, most, most))
+    row_start = rows.q_start[:-1]
+    if not rows.logit_rows.numel():  # everybody has ended since the host looked
+        return _empty_outcome(proposal, row_start)
     if batch.is_decided_by_draws:
-        return match(*target.draw(*where), row_starts(num_rows), proposal, batch)
-    stats = None
-    if batch.bias is None:
-        logits, stats = target.forward_stats(*where)
-    else:
-        logits = target.forward(*where)
-    return verify(target.backend, logits, row_starts(num_rows), proposal, batch, stats)
+        return match(target.backend, *target.draw(rows, batch), row_start, proposal, batch)
+    judged = target.judge(rows, batch, num_rows, plan.seq_len)
+    outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
+    return replace(outcome, logits=judged.raw_logits)
 
 
 def match(
-    drawn: Tensor, drawn_error: Tensor, row_start: Tensor, proposal: DraftProposal, batch: RunningBatch
+    backend: Backend,
+    drawn: Tensor,
+    drawn_error: Tensor,
+    row_start: Tensor,
+    proposal: DraftProposal,
+    batch: RunningBatch,
 ) -> RoundOutcome:
     """`verify` where the target has drawn already: row row_start[b] + i, `[R]` int32 each, decides seq_len[b] + i."""
-    num_draft, k = proposal.num_tokens, proposal.tokens.shape[1]
-    if k == 0:  # row b is sequence b's
-        return RoundOutcome(
-            drawn[:, None], torch.zeros_like(num_draft), num_draft, drawn_error, None, row_start
-        )
-    if drawn.numel() == num_draft.numel() * (k + 1):  # everybody drafted k: the rows are a rectangle
-        tokens, error = drawn.view(-1, k + 1), drawn_error.view(-1, k + 1)
-        is_match = tokens[:, :k] == proposal.tokens
-    else:
-        column = torch.arange(k + 1, device=drawn.device)
-        row = (row_start[:, None] + column).clamp_max(drawn.numel() - 1)
-        tokens, error = drawn[row], drawn_error[row]
-        is_match = (tokens[:, :k] == proposal.tokens) & (column[:k] < num_draft[:, None])
-    num_accepted = is_match.cumprod(dim=1).sum(dim=1, dtype=torch.int32)
-    is_bad = error.cummax(dim=1).values.gather(1, num_accepted[:, None].long())[:, 0]
-    return RoundOutcome(tokens, num_accepted, num_draft, is_bad, None, row_start)
+    plan = batch.planned
+    outcome = _empty_outcome(proposal, row_start)
+    results = (outcome.tokens, outcome.num_accepted, outcome.error)
+    forced = (batch.forced_acceptance, batch.seeds, plan.seq_len)
+    drafts = (row_start, proposal.num_tokens, proposal.tokens)
+    backend.match_draws(drawn, drawn_error, *drafts, plan.is_running, *results, *forced)
+    return outcome
 
 
 def verify(
     backend: Backend,
     logits: Tensor,
+    stats: Tensor,
     row_start: Tensor,
     proposal: DraftProposal,
     batch: RunningBatch,
-    stats: Tensor | None = None,
 ) -> RoundOutcome:
     """Judges a proposal by the target's logits: row row_start[b] + i decides position seq_len[b] + i.
 
     Greedy and coupled sequences, and those without a draft, match the target's own draw; the others use
-    rejection sampling. stats: `[R, 4]` of the logits (`filter_rows`) where they are known and nobody has a bias.
+    rejection sampling. logits: `[R, V]` with every bias; stats: `[R, 4]` of them (`filter_rows`).
     """
-    num_draft = proposal.num_tokens
-    biased = apply_bias(logits, batch, row_start, num_draft + 1, batch.seq_len)
-    if stats is None:
-        owner = row_owners(num_draft + 1)
-        filters = (batch.temperature[owner], batch.top_k[owner], batch.top_p[owner], batch.min_p[owner])
-        stats = backend.filter_rows(biased, *filters)
-    outcome = RoundOutcome(
-        tokens=batch.seq_len.new_zeros(batch.size, proposal.tokens.shape[1] + 1),
-        num_accepted=torch.zeros_like(num_draft),
-        num_draft=num_draft,
-        error=torch.zeros_like(num_draft),
-        logits=logits,
+    plan, num_draft = batch.planned, proposal.num_tokens
+    outcome = _empty_outcome(proposal, row_start)
+    drafts = (row_start, num_draft, proposal.tokens)
+    keys = (batch.temperature, batch.seeds, plan.seq_len)
+    results = (outcome.tokens, outcome.num_accepted, outcome.error)
+    is_running = plan.is_running != 0
+    if not batch.may_reject:
+        backend.match_verify(logits, stats, *drafts, *keys, is_running, *results)
+        return outcome
+    by_rejection = batch.uses_rejection & (num_draft > 0) & is_running
+    backend.match_verify(logits, stats, *drafts, *keys, is_running & ~by_rejection, *results)
+    log_probs = proposal.log_probs
+    if log_probs is None:  # a point mass
+        log_probs = torch.zeros_like(proposal.tokens, dtype=torch.float32)
+    law = (log_probs, proposal.logits, proposal.stats)
+    backend.rejection_verify(logits, stats, *drafts, *law, *keys, by_rejection, *results)
+    return outcome
+
+
+def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> RoundOutcome:
+    """Makes the outcome part of the sequences, and adds the record that the host reads."""
+    decided = (outcome.tokens, outcome.num_accepted, outcome.num_draft, outcome.error)
+    return replace(outcome, record=state.commit(batch, *decided))
+
+
+def _empty_outcome(proposal: DraftProposal, row_start: Tensor) -> RoundOutcome:
+    count, k = proposal.tokens.shape
+    counts = row_start.new_zeros(2, count)
+    return RoundOutcome(
+        tokens=row_start.new_zeros(count, k + 1),
+        num_accepted=counts[0],
+        num_draft=proposal.num_tokens,
+        error=counts[1],
+        logits=None,
         row_start=row_start,
     )
-    by_rejection = batch.uses_rejection & (num_draft > 0)
-    drafts = (row_start, num_draft, proposal.tokens)
-    keys = (batch.temperature, batch.seeds, batch.seq_len)
-    results = (outcome.tokens, outcome.num_accepted, outcome.error)
-    backend.match_verify(biased, stats, *drafts, *keys, ~by_rejection, *results)
-    if batch.has_rejection:
-        log_probs = proposal.log_probs
-        if log_probs is None:  # a point mass
-            log_probs = torch.zeros_like(proposal.tokens, dtype=torch.float32)
-        law = (log_probs, proposal.logits, proposal.stats)
-        backend.rejection_verify(biased, stats, *drafts, *law, *keys, by_rejection, *results)
-    return outcome

@@ -33,10 +33,11 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX, what ptxas says it takes, and its shared memory."""
+    """A kernel's PTX and the names of its parameters there, what ptxas says it takes, and its shared memory."""
 
     name: str
     ptx: str
+    parameters: list[str]
     registers: int
     stack_bytes: int
     spill_bytes: int
@@ -62,7 +63,8 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
             signature[name] = _POINTERS[value.dtype]
-            attributes[(index,)] = _DIVISIBLE
+            if name not in general:
+                attributes[(index,)] = _DIVISIBLE
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -74,11 +76,13 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
 
 def compile_launch(launch: Launch, capability: int) -> Compiled:
     """Compiles a launch for sm_`capability` (80 or 90)."""
-    source = ASTSource(launch.kernel, *specialise(launch))
+    signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
         "enable_fp_fusion": False,
+        "launch_pdl": launch.arguments.get("PDL", False),
     }
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
@@ -93,4 +97,5 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     assert usage is not None, log.getvalue()
     stack, stores, loads, registers = map(int, usage.groups())
     shared = compiled.metadata.shared
-    return Compiled(launch.name, compiled.asm["ptx"], registers, stack, stores + loads, shared)
+    parameters = [name for name, kind in signature.items() if kind != "constexpr"]
+    return Compiled(launch.name, compiled.asm["ptx"], parameters, registers, stack, stores + loads, shared)

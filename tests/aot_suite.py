@@ -1,6 +1,6 @@
 """Compiles every kernel at the sizes of real models for one GPU generation, and writes what came out as JSON.
 
-    python tests/aot_suite.py 90 report.json [--all-dtypes]
+    python tests/aot_suite.py 90 report.json [--all-dtypes | --one-of-each]
 
 Run by test_ahead_of_time.py in a process of its own, without TRITON_INTERPRET. Nothing is launched: models and batches
 are meta tensors, and the engine's own executor says which kernels it would launch on them.
@@ -18,8 +18,7 @@ import torch
 from aot import compile_launch, specialise
 from torch import Tensor
 
-from specengine.kernels.device import tiles
-from specengine.kernels.device.launch import Launch, record
+from specengine.kernels.device.launch import Launch, assume_capability, record
 from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.program import DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
@@ -164,6 +163,31 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
     return launches
 
 
+def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
+    """What a round's bookkeeping launches: with and without the draft's law, and with and without forced acceptance."""
+    num_rows, num_slots = num_sequences * (NUM_DRAFT + 1), 65
+    tokens, state = integers(num_slots, 1024), [integers(num_slots) for _ in range(3)]
+    of_sequence, drafts = integers(num_sequences), integers(num_sequences, NUM_DRAFT)
+    seeds, number = meta(num_sequences, dtype=torch.int64), meta(num_sequences)
+    law = (number, meta(num_sequences, row_length), meta(num_sequences, 4))
+    shape = (num_sequences, NUM_DRAFT)
+    kept = (meta(*shape), meta(*shape, row_length), meta(*shape, 4))
+    results = (integers(num_sequences, NUM_DRAFT + 1), of_sequence, of_sequence)
+    with record() as launches:
+        plan = TRITON.plan_round(of_sequence, *state, NUM_DRAFT, 1024)
+        rows = (integers(num_sequences + 1), integers(num_rows), meta(num_rows, dtype=torch.int64))
+        TRITON.row_keys(number, of_sequence, number, number, seeds, *rows, num_rows=integers(1))
+        staged = (tokens, of_sequence, plan.seq_len, plan.is_drafting[1], of_sequence)
+        TRITON.stage_draft(1, *staged, of_sequence, drafts, of_sequence)
+        TRITON.stage_draft(1, *staged, None, drafts, of_sequence, *law, *kept)
+        judged = (integers(num_rows), integers(num_rows), of_sequence, of_sequence, drafts, plan.is_running)
+        for forced in ((), (0.7, seeds, plan.seq_len)):
+            TRITON.match_draws(*judged, *results, *forced)
+        ended = (of_sequence, plan.seq_len, plan.is_running, *results[:2], of_sequence, of_sequence)
+        TRITON.commit_round(tokens, *state[:2], *ended)
+    return launches
+
+
 def num_kernels_a_layer(size: Size) -> int:
     """Kernels of two layers less those of one, in one forward of the three recorded ones."""
     one, two = (len(forward_launches(size, torch.float16, count)) for count in (1, 2))
@@ -183,6 +207,9 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
 
     for launch in new(verification_launches()):
         yield "verification", launch
+    for num_sequences in (1, 64):
+        for launch in new(round_launches(num_sequences)):
+            yield "round", launch
     for name, size in SIZES.items():
         for dtype_name, dtype in DTYPES.items():
             if all_dtypes or dtype == torch.float16 or name in IN_EVERY_DTYPE:
@@ -195,11 +222,14 @@ def main() -> None:
     parser.add_argument("capability", type=int, choices=(80, 90))
     parser.add_argument("report", type=Path)
     parser.add_argument("--all-dtypes", action="store_true")
+    parser.add_argument("--one-of-each", action="store_true", help="one launch of each kernel")
     arguments = parser.parse_args()
-    tiles.assume_capability(arguments.capability)
+    assume_capability(arguments.capability)
+    found = list(all_launches(all_dtypes=arguments.all_dtypes))
+    if arguments.one_of_each:
+        found = list({launch.name: (model, launch) for model, launch in reversed(found)}.values())
     kernels = [
-        {"model": model, **asdict(compile_launch(launch, arguments.capability))}
-        for model, launch in all_launches(all_dtypes=arguments.all_dtypes)
+        {"model": model, **asdict(compile_launch(launch, arguments.capability))} for model, launch in found
     ]
     layers = {name: num_kernels_a_layer(size) for name, size in SIZES.items()}
     arguments.report.write_text(json.dumps({"kernels": kernels, "kernels_a_layer": layers}), encoding="utf-8")

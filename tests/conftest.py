@@ -11,9 +11,17 @@ import pytest
 import tiny_models
 import torch
 from interpreter_speed import patch_once_a_launch
-from law_helpers import BACKEND, CheckpointFactory, EngineFactory, GreedyOracle, Tally
+from law_helpers import (
+    BACKEND,
+    BuildTwins,
+    CheckpointFactory,
+    EagerRecorder,
+    EngineFactory,
+    GreedyOracle,
+    Tally,
+)
 
-from specengine import _C, metrics
+from specengine import _C, assembly, metrics
 from specengine import engine as engine_module
 from specengine.drafters.base import Drafter
 from specengine.engine import Engine
@@ -112,8 +120,25 @@ def every_ops(request: pytest.FixtureRequest) -> Iterator[Backend]:
     _C.set_instruction_set("auto")
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A module with HOLDS_FOR_REPLAYED_ROUNDS runs its engines both ways."""
+    if "rounds" in metafunc.fixturenames and getattr(metafunc.module, "HOLDS_FOR_REPLAYED_ROUNDS", False):
+        metafunc.parametrize("rounds", ["direct", "replayed"], indirect=True)
+
+
 @pytest.fixture
-def build_engine() -> Iterator[EngineFactory]:
+def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """How engines run their rounds: from Python, or as a GPU does, recorded for a few batch sizes and replayed, one
+    round ahead (without a GPU the recordings are `EagerRecorder`'s)."""
+    if getattr(request, "param", "direct") == "direct":
+        return {}
+    if kernel_cases.DEVICE.type == "cpu":
+        monkeypatch.setattr(assembly, "build_recorder", lambda *_: EagerRecorder())
+    return {"rounds_ahead": 1}
+
+
+@pytest.fixture
+def build_engine(rounds: dict[str, Any]) -> Iterator[EngineFactory]:
     """build_engine(model, drafter_or_draft_path=None, **config): an engine of the laws' backend, closed at the end.
 
     Small by default: fp32, blocks of 4 tokens, 8 sequences, one thread.
@@ -128,6 +153,7 @@ def build_engine() -> Iterator[EngineFactory]:
             "block_size": 4,
             "max_batch_size": 8,
             "num_threads": 1,
+            **rounds,
         }
         engine = Engine(model, drafter, **{**defaults, **config})
         engines.append(engine)
@@ -136,6 +162,21 @@ def build_engine() -> Iterator[EngineFactory]:
     yield build
     for engine in engines:
         engine.close()
+
+
+@pytest.fixture
+def build_twins(build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch) -> BuildTwins:
+    """build_twins(target, draft, **config): an engine that runs its rounds from Python, and one that replays them,
+    one ahead unless `rounds_ahead` says otherwise."""
+
+    def build(*models: Any, **config: Any) -> tuple[Engine, Engine]:
+        direct = build_engine(*models, **{**config, "cuda_graphs": False, "rounds_ahead": 0})
+        with monkeypatch.context() as patch:
+            if direct.device.type == "cpu":
+                patch.setattr(assembly, "build_recorder", lambda *_: EagerRecorder())
+            return direct, build_engine(*models, **{"rounds_ahead": 1, **config})
+
+    return build
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Every Triton kernel compiles for A100 (sm_80) and H100/H200 (sm_90) at real models' sizes, without a GPU.
 
 What is asserted: no stack frame and no spills (ptxas), vector loads, no 16-bit scalar loads where logits are read,
-tensor cores where the type has them, and the number of kernels a layer.
+tensor cores where the type has them, the number of kernels a layer, and what comes before a dependent launch's wait.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aot_order import check_plain, check_prefetch, check_wait
 
 from specengine.kernels import reference
 
@@ -154,13 +155,79 @@ def test_a_layer_is_five_kernels_and_three_where_it_is_parallel(report: dict[str
     assert set(layers.values()) == {5}
 
 
+def check_order(kernel: dict[str, Any]) -> None:
+    """A kernel of a dependent launch waits first; one with weights asks for them before that."""
+    if kernel["name"] in WITH_WEIGHTS:
+        check_prefetch(kernel["ptx"], kernel["parameters"])
+    else:
+        assert not [one for one in check_wait(kernel["ptx"]) if one.opcode.startswith("prefetch")]
+
+
+def test_every_kernel_waits_for_the_one_before_it_where_launches_are_dependent(
+    reports: dict[int, dict[str, Any]],
+) -> None:
+    for kernel in reports[90]["kernels"]:
+        check_order(kernel)
+    for kernel in reports[80]["kernels"]:
+        check_plain(kernel["ptx"])
+
+
 @pytest.mark.slow
 def test_every_size_in_every_type(tmp_path: Path) -> None:
-    for report in compile_all(tmp_path, "--all-dtypes").values():
+    reports = compile_all(tmp_path, "--all-dtypes")
+    for report in reports.values():
         check_resources(report)
+    for kernel in reports[90]["kernels"]:
+        check_order(kernel)
 
 
 def test_a_spill_would_be_noticed(report: dict[str, Any]) -> None:
     spilled = {"kernels": [*report["kernels"], {**report["kernels"][0], "spill_bytes": 8}]}
     with pytest.raises(AssertionError):
         check_resources(spilled)
+
+
+WAIT = "griddepcontrol.wait"
+RELEASE = "griddepcontrol.launch_dependents"
+
+
+def without_wait(ptx: str) -> str:
+    return re.sub(rf"^\s*{re.escape(WAIT)}.*$", "", ptx, flags=re.MULTILINE)
+
+
+def with_wait_at(ptx: str, place: str, *, is_behind: bool) -> str:
+    """The wait moved to the first line that holds `place`."""
+    lines = without_wait(ptx).splitlines()
+    at = next(i for i, line in enumerate(lines) if re.search(place, line) and not line.startswith("."))
+    lines.insert(at + is_behind, f"{WAIT};")
+    return "\n".join(lines)
+
+
+FAULTS = {
+    "no wait": without_wait,
+    "some threads wait": lambda ptx: re.sub(
+        rf"^\s*{re.escape(WAIT)}", f"@%p1 {WAIT}", ptx, flags=re.MULTILINE
+    ),
+    "a wait behind padding's return": lambda ptx: with_wait_at(ptx, r"^\s*@!?%p\d+ bra", is_behind=True),
+    "a wait behind everything": lambda ptx: with_wait_at(ptx, r"^\s*ret;", is_behind=False),
+    "a read before the wait": lambda ptx: re.sub(
+        rf"^\s*{re.escape(WAIT)}", f"ld.global.b32 %r1, [%rd1];\n{WAIT}", ptx, flags=re.MULTILINE
+    ),
+    "the next kernel let in before the wait": lambda ptx: re.sub(
+        rf"^\s*{re.escape(WAIT)}",
+        f"{RELEASE};\n{WAIT}",
+        re.sub(rf"{re.escape(RELEASE)}.*", "", ptx),
+        flags=re.MULTILINE,
+    ),
+    "nothing asked for": lambda ptx: re.sub(r"^\s*prefetch.*$", "", ptx, flags=re.MULTILINE),
+    "activations asked for": lambda ptx: ptx.replace("_param_5]", "_param_0]"),
+    "weights asked for too late": lambda ptx: with_wait_at(ptx, r"^\s*prefetch", is_behind=False),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wait_in_the_wrong_place_would_be_noticed(fault: str, reports: dict[int, dict[str, Any]]) -> None:
+    kernel = next(kernel for kernel in reports[90]["kernels"] if kernel["name"] == "spec_norm_linear")
+    check_order(kernel)
+    with pytest.raises(AssertionError):
+        check_order({**kernel, "ptx": FAULTS[fault](kernel["ptx"])})

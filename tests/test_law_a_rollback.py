@@ -21,6 +21,7 @@ from law_helpers import (
     spec,
 )
 from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter, ScriptedDrafter
+from torch import Tensor
 
 from specengine import _C
 from specengine.config import SamplingParams
@@ -31,6 +32,7 @@ from specengine.outputs import GenerationResult
 from specengine.runtime import model_runner
 from specengine.runtime.state import BatchState
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
 GREEDY: dict[str, Any] = {"ignore_eos": True, "logprobs": 2}
 COUPLED: dict[str, Any] = {**GREEDY, "temperature": 1.0, "top_p": 0.9, "seed": 11, "acceptance": "coupled"}
@@ -292,11 +294,12 @@ def check_drafts_are_fresh(
     asked: list[tuple[list[int], list[int]]] = []
     propose = DraftModelDrafter.propose
 
-    def spy(self: DraftModelDrafter, batch: Any) -> Any:
-        proposal = propose(self, batch)
+    def spy(self: DraftModelDrafter, batch: Any, state: BatchState) -> Any:
+        proposal = propose(self, batch, state)
         for row, count in enumerate(proposal.num_tokens.tolist()):
             if count:
-                asked.append((batch.committed(row), proposal.tokens[row, :count].tolist()))
+                committed = batch.tokens[batch.slots[row], : batch.seq_len[row]].tolist()
+                asked.append((committed, proposal.tokens[row, :count].tolist()))
         return proposal
 
     monkeypatch.setattr(DraftModelDrafter, "propose", spy)
@@ -374,9 +377,12 @@ def leave_the_watermark_one_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def stage_no_drafts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The target is fed what the last round left behind the committed tokens."""
-    monkeypatch.setattr(BatchState, "stage", lambda self, batch, drafted: None)
+def stage_one_place_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The target is fed the drafts in another order than they are judged in."""
+    stage = BatchState.stage
+    monkeypatch.setattr(
+        BatchState, "stage", lambda self, batch, drafted: stage(self, batch, drafted.roll(1, 1))
+    )
 
 
 def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,7 +392,8 @@ def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(*args: Any, block_size: int) -> ForwardBatch:
         batch = build(*args, block_size=block_size)
         is_dropped = batch.positions % block_size == 0
-        is_dropped[batch.q_start[:-1].long()] = False
+        starts = batch.q_start[:-1].long()
+        is_dropped[starts[starts < len(is_dropped)]] = False
         return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_dropped & (len(is_dropped) < 6), -1))
 
     monkeypatch.setattr(model_runner, "build_forward_batch", faulty)
@@ -394,13 +401,12 @@ def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
     commit = BatchState.commit
-    monkeypatch.setattr(
-        BatchState,
-        "commit",
-        lambda self, batch, tokens, count: commit(
-            self, batch, tokens, count + (count < tokens.shape[1]).int() * (tokens.shape[1] > 1)
-        ),
-    )
+
+    def faulty(self: BatchState, batch: Any, tokens: Tensor, count: Tensor, *rest: Tensor) -> Tensor:
+        is_short = count + 1 < tokens.shape[1]
+        return commit(self, batch, tokens, count + is_short.int(), *rest)
+
+    monkeypatch.setattr(BatchState, "commit", faulty)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +414,7 @@ def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         skip_rollback,
         leave_the_watermark_one_too_high,
-        stage_no_drafts,
+        stage_one_place_too_far,
         drop_the_first_slot_of_a_block,
         commit_one_rejected_token,
     ],
@@ -426,24 +432,9 @@ def test_the_law_notices(
         check_small_grid(engine, scripted)
 
 
-def test_the_law_notices_a_draft_whose_watermark_stays_too_high(
+def test_the_law_notices_a_draft_that_never_catches_up(
     pair: tuple[Path, Path], build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rollback = _C.PagedKVCache.rollback
-    monkeypatch.setattr(
-        _C.PagedKVCache, "rollback", lambda self, slot, num_tokens: rollback(self, slot, num_tokens + 1)
-    )
-    advance = DraftModelDrafter._advance
-
-    def too_far(self: DraftModelDrafter, batch: Any, limits: list[int]) -> None:
-        advance(self, batch, [min(limit + 1, limit * 2) for limit in limits])
-
-    monkeypatch.setattr(DraftModelDrafter, "_advance", too_far)
-    catch_up = DraftModelDrafter._catch_up
-    monkeypatch.setattr(  # feed at least the last token, as an engine with this fault would
-        DraftModelDrafter,
-        "_catch_up",
-        lambda self, batch, limits: catch_up(self, batch, limits).minimum(batch.seq_len - 1),
-    )
+    monkeypatch.setattr(DraftModelDrafter, "_next_chunks", lambda self, batch, slots: [])
     with pytest.raises(AssertionError):
         check_drafts_are_fresh(build_engine, pair, monkeypatch)

@@ -8,10 +8,13 @@ import pytest
 from law_helpers import CheckpointFactory, EngineFactory, assert_idle, assert_same, make_prompt, plain
 
 from specengine.config import SamplingParams
-from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
+from specengine.ops import row_keys
 from specengine.outputs import GenerationResult
+from specengine.runtime.model_runner import draw_keys
+from specengine.runtime.state import BatchState
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 GREEDY: dict[str, Any] = {}
 COUPLED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "acceptance": "coupled"}
 REJECTION: dict[str, Any] = {"temperature": 1.0, "seed": 6, "acceptance": "rejection"}
@@ -96,15 +99,19 @@ def test_the_whole_grid(
 
 
 def test_the_law_notices_a_hole_that_is_not_refilled(twins: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    catch_up = DraftModelDrafter._catch_up
+    plan = BatchState.plan
 
-    def last_token_only(self: DraftModelDrafter, batch: Any, limits: list[int]) -> Any:
-        return catch_up(self, batch, limits).maximum(batch.seq_len - 1)
+    def last_token_only(*given: Any, **named: Any) -> Any:
+        batch = plan(*given, **named)
+        if batch.k:
+            batch.planned.draft_start[0] += 1
+            batch.planned.draft_q_len[0] = batch.planned.is_drafting[0]
+        return batch
 
     check_everything_is_accepted(twins, [4], [GREEDY], num_tokens=40)
     twins._kv_cache.manager.reset_prefix_cache()
-    twins._kv_cache.tensors[1].fill_(0.5)  # not what the run before left in the same slots
-    monkeypatch.setattr(DraftModelDrafter, "_catch_up", last_token_only)
+    twins._kv_cache.tensors[1].fill_(9.0)  # not what the run before left in the same slots
+    monkeypatch.setattr(BatchState, "plan", last_token_only)
     with pytest.raises(AssertionError):
         check_everything_is_accepted(twins, [4], [GREEDY], num_tokens=40)
 
@@ -116,10 +123,10 @@ def test_the_law_notices_a_draft_law_that_is_not_the_targets(
     runner = twins._drafter.runner  # type: ignore[union-attr]
     forward_stats = runner.forward_stats
 
-    def scaled(batch: Any, *fed: Any) -> Any:
-        logits = forward_stats(batch, *fed)[0] * 1.01
-        filters = (batch.temperature, batch.top_k, batch.top_p, batch.min_p)
-        return logits, runner.backend.filter_rows(logits, *filters)
+    def scaled(rows: Any, batch: Any) -> Any:
+        logits = forward_stats(rows, batch)[0] * 1.01
+        temperature, *filters, _, _ = row_keys(runner.backend, draw_keys(batch), rows)
+        return logits, runner.backend.filter_rows(logits, temperature, *filters)
 
     monkeypatch.setattr(runner, "forward_stats", scaled)
     with pytest.raises(AssertionError):

@@ -21,6 +21,7 @@ from specengine.outputs import GenerationResult, TokenLogprob
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.text import TextStream
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 NUM_TOKENS = 20
 NUM_BEYOND = 12  # tokens that PERFECT knows beyond the longest stop: what an accepted run would go on with
 KS = (1, 2, 3, 8)

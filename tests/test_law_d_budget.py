@@ -10,11 +10,11 @@ from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_idle, as
 from scripted_drafters import KnowingDrafter, PerfectDrafter, ScriptedDrafter
 
 from specengine.config import SamplingParams
-from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
 from specengine.models.decoder import Decoder
 from specengine.runtime.sequence import Sequence
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 CONTEXT = 24
 KS = (1, 2, 4, 7)
 VOCAB = 64
@@ -37,6 +37,7 @@ def highest_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
         monkeypatch.setattr(Decoder, name, spy)
 
     spy_on("forward")
+    spy_on("forward_stats")
     spy_on("draw")
     monkeypatch.setattr(Decoder, "draft", lambda *_: None)  # one by one, so that every position is seen
     return lambda context: seen[context]
@@ -151,13 +152,18 @@ def test_max_seq_len_below_the_models_context_is_the_context(
 
 
 def draft_one_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = property(lambda self: min(self.num_speculative_tokens, self.remaining))
-    monkeypatch.setattr(Sequence, "max_draft_tokens", limit)
+    monkeypatch.setattr(
+        Sequence, "max_draft_tokens", property(lambda self: min(self.num_speculative_tokens, self.remaining))
+    )
+    limit = Sequence.length_limit.fget
+    monkeypatch.setattr(Sequence, "length_limit", property(lambda self: limit(self) + 1))
 
 
 def count_one_token_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit = property(lambda self: self.max_new_tokens - len(self.output_ids) + 1)
-    monkeypatch.setattr(Sequence, "remaining", limit)
+    left = property(lambda self: self.max_new_tokens - len(self.output_ids) + 1)
+    monkeypatch.setattr(Sequence, "remaining", left)
+    limit = Sequence.length_limit.fget
+    monkeypatch.setattr(Sequence, "length_limit", property(lambda self: limit(self) + 1))
 
 
 @pytest.mark.parametrize("plant", [draft_one_too_many, count_one_token_too_few])
@@ -180,14 +186,9 @@ def test_the_law_notices_a_draft_that_ignores_its_own_context(
     highest_position: Callable[[int], int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    context_limit = DraftModelDrafter._context_limit
-    monkeypatch.setattr(
-        DraftModelDrafter,
-        "_context_limit",
-        lambda self, length, limit: min(limit, context_limit(self, length, limit) + 1),
-    )
     engine = build_engine(
         checkpoint("gpt2", seed=1, max_positions=CONTEXT), checkpoint("gpt2", seed=1, max_positions=12)
     )
+    monkeypatch.setattr(engine._rounds.drafter, "draft_positions", 13)
     with pytest.raises(AssertionError, match="position 12 of a context of 12"):
         check_growing_past_the_draft(engine, 12)

@@ -20,13 +20,15 @@ from scipy.stats import chi2
 from torch import Tensor
 
 from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
+from specengine.drafters.base import RowResult
+from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
 from specengine.ops import Backend
 from specengine.runtime import model_runner
-from specengine.runtime.batch import row_starts
+from specengine.runtime.batch import Feed, row_starts
 from specengine.runtime.kv_cache import TARGET
-from specengine.runtime.state import RunningBatch
+from specengine.runtime.state import RoundMode, RunningBatch
 
 VOCAB = 8
 PROMPT = (3, 1)
@@ -254,23 +256,31 @@ def _sample_batch(
     seeds = torch.arange(first, first + len(slots)) * 7919 + 1
     state.tokens[slots, :start] = torch.tensor(PROMPT, dtype=torch.int32)
     state.seq_len[slots] = start
-    batch = _build_batch(engine, slots, seeds, filters, acceptance, limits=[0] * len(slots))
-    q_len, no_draft = torch.full_like(batch.seq_len, start), engine._no_drafter.propose(batch)
-    one = torch.ones_like(q_len)
-    logits = engine._target.forward(batch, torch.zeros_like(q_len), q_len, one)
-    outcome = speculative.verify(engine._target.backend, logits, row_starts(one), no_draft, batch)
-    state.commit(batch, outcome.tokens, one)
+    state.length_limit[slots] = end = start + NUM_TOKENS
+    state.num_speculative[slots] = K
+    batch = state.plan(_build_batch(engine, slots, seeds, filters, acceptance, k=0))
+    count, none = len(slots), NoDrafter()
+    q_len, one = torch.full_like(batch.seq_len, start), torch.ones_like(batch.seq_len)
+    feed = Feed(torch.zeros_like(q_len), q_len, one, count * start, count)
+    judged = engine._target.judge(engine._target.build(batch, feed), batch, one, batch.seq_len)
+    proposal = none.propose(batch, state)
+    outcome = speculative.verify(
+        engine._target.backend, judged.logits, judged.stats, row_starts(one), proposal, batch
+    )
+    speculative.commit(outcome, batch, state)
     for slot in slots:
         manager.set_computed(slot, TARGET, start)
-    end = start + NUM_TOKENS
     rows = torch.arange(len(slots))
     while rows.numel():
         running = [slots[row] for row in rows.tolist()]
         lengths = state.seq_len[running]
-        limits = (end - 1 - lengths).clamp(max=K).tolist()
-        batch = _build_batch(engine, running, seeds[rows], filters, acceptance, limits=limits)
-        drafter = engine._drafter if any(limits) else engine._no_drafter
+        k = int((end - 1 - lengths).clamp(max=K).max())
+        batch = _build_batch(engine, running, seeds[rows], filters, acceptance, k=k)
+        drafter = engine._drafter if k else none
+        drafter.prepare(batch, state)
         outcome = speculative.run_round(batch, state, engine._target, drafter)
+        results = zip(running, lengths.tolist(), outcome.num_draft.tolist(), strict=True)
+        drafter.observe(batch, [RowResult(*result, 0) for result in results])
         drafted, accepted = outcome.num_draft, outcome.num_accepted
         computed, kept = (lengths + drafted).tolist(), (lengths + accepted).tolist()
         for slot, reached, committed in zip(running, computed, kept, strict=True):
@@ -283,15 +293,14 @@ def _sample_batch(
 
 
 def _build_batch(
-    engine: Engine, slots: list[int], seeds: Tensor, filters: Filters, acceptance: str, *, limits: list[int]
+    engine: Engine, slots: list[int], seeds: Tensor, filters: Filters, acceptance: str, *, k: int
 ) -> RunningBatch:
-    seq_len = engine._state.seq_len[slots]
+    lengths = engine._state.seq_len[slots].tolist()
     is_rejection = acceptance == "rejection"
     return RunningBatch(
         sequence_ids=tuple(slots),
         slots=torch.tensor(slots, dtype=torch.int32),
-        seq_len=seq_len,
-        max_draft=torch.tensor(limits, dtype=torch.int32),
+        k=k,
         temperature=torch.full((len(slots),), filters.temperature),
         top_k=torch.full((len(slots),), filters.top_k, dtype=torch.int32),
         top_p=torch.full((len(slots),), filters.top_p),
@@ -301,12 +310,10 @@ def _build_batch(
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),
         bias=None,
-        lengths=tuple(seq_len.tolist()),
-        draft_limits=tuple(limits),
-        has_rejection=is_rejection,
-        is_all_rejection=is_rejection,
-        wants_logprobs=False,
-        has_filters=True,
+        mode=RoundMode(has_rejection=is_rejection, is_all_rejection=is_rejection, has_filters=True),
+        host_slots=tuple(slots),
+        lengths=tuple(lengths),
+        draft_limits=tuple(min(k, len(PROMPT) + NUM_TOKENS - 1 - length) for length in lengths),
     )
 
 
@@ -423,7 +430,9 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     """q as it was before the filters."""
     verify, backend = speculative.verify, engine._target.backend
 
-    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any) -> Any:
+    def mutant(
+        ops: Any, logits: Tensor, stats_: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any
+    ) -> Any:
         if proposal.logits is not None:
             rows = proposal.logits.flatten(0, 1)
             temperature = rest[0].temperature.repeat_interleave(proposal.tokens.shape[1])
@@ -434,7 +443,7 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
             proposal = replace(
                 proposal, log_probs=log_probs.view_as(proposal.tokens), stats=stats.view_as(proposal.stats)
             )
-        return verify(ops, logits, starts, proposal, *rest)
+        return verify(ops, logits, stats_, starts, proposal, *rest)
 
     patch.setattr(speculative, "verify", mutant)
 
@@ -493,11 +502,13 @@ def judged_by_the_next_row(engine: Engine, patch: pytest.MonkeyPatch) -> None:
 def draft_law_of_the_row_before(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     verify = speculative.verify
 
-    def mutant(ops: Any, logits: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any) -> Any:
+    def mutant(
+        ops: Any, logits: Tensor, stats: Tensor, starts: Tensor, proposal: DraftProposal, *rest: Any
+    ) -> Any:
         if proposal.logits is not None:
             moved = (proposal.log_probs.roll(1, 1), proposal.logits.roll(1, 1), proposal.stats.roll(1, 1))
             proposal = DraftProposal(proposal.tokens, proposal.num_tokens, *moved)
-        return verify(ops, logits, starts, proposal, *rest)
+        return verify(ops, logits, stats, starts, proposal, *rest)
 
     patch.setattr(speculative, "verify", mutant)
 
@@ -524,31 +535,23 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     build, reached = model_runner.build_forward_batch, {}
 
     def stale(
-        backend: Backend,
-        tokens: Tensor,
-        table: Tensor,
-        slots: Tensor,
-        start: Tensor,
-        q_len: Tensor,
-        *rest: Tensor,
-        **sizes: int,
+        backend: Backend, tokens: Tensor, table: Tensor, slots: Tensor, feed: Feed, **sizes: int
     ) -> Any:
-        batch = build(backend, tokens, table, slots, start, q_len, *rest, **sizes)
+        batch = build(backend, tokens, table, slots, feed, **sizes)
+        start, q_len = feed.start, feed.q_len
         known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
         reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))
         is_known = batch.positions < known.repeat_interleave(q_len)
         return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_known, -1))
 
-    def mutant(forward: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any) -> Any:
-            with pytest.MonkeyPatch.context() as inner:
-                inner.setattr(model_runner, "build_forward_batch", stale)
-                return forward(*given)
+    make = engine._target.build
 
-        return run
+    def mutant(*given: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(model_runner, "build_forward_batch", stale)
+            return make(*given)
 
-    for name in ("forward", "forward_stats"):
-        patch.setattr(engine._target, name, mutant(getattr(engine._target, name)))
+    patch.setattr(engine._target, "build", mutant)
 
 
 def no_mutation(engine: Engine, patch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from specengine.engine import Engine
 from specengine.outputs import GenerationResult
 from specengine.runtime.state import BatchState
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
 MODES: list[dict[str, Any]] = [
     {},
@@ -236,8 +237,12 @@ def test_rows_that_accept_zero_to_k_tokens_at_once_accept_exactly_that(
 
 
 def verify_with_the_neighbours_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    row_starts = speculative.row_starts
-    monkeypatch.setattr(speculative, "row_starts", lambda counts: row_starts(counts).roll(1))
+    verify = speculative.verify
+    monkeypatch.setattr(
+        speculative,
+        "verify",
+        lambda ops, logits, stats, starts, *rest: verify(ops, logits, stats, starts.roll(1), *rest),
+    )
 
 
 def filter_with_the_neighbours_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,11 +293,12 @@ def test_the_law_notices_draft_noise_of_a_neighbour(
     engine = build_engine(path, checkpoint("gpt2", seed=6, noise=0.1))
     rows = make_rows(seed=5)
     alone = prepare(engine, None, rows)
-    draw = draft_model._draw
+    sample = draft_model._Draft._sample
 
-    def faulty(runner: Any, part: Any, logits: Tensor, stats: Tensor, position: Tensor) -> Any:
-        return draw(runner, part, logits, stats, position + part.slots)
+    def faulty(self: Any, step: int, rows: Any, logits: Tensor, stats: Tensor) -> Any:
+        moved = replace(rows, positions=rows.positions + rows.slots[0])
+        return sample(self, step, moved, logits, stats)
 
-    monkeypatch.setattr(draft_model, "_draw", faulty)
+    monkeypatch.setattr(draft_model._Draft, "_sample", faulty)
     with pytest.raises(AssertionError):
         check_company(engine, rows, alone)

@@ -109,8 +109,8 @@ def check_shared_size(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     proposed: list[int] = []
     propose = DraftModelDrafter.propose
 
-    def spy(self: DraftModelDrafter, batch: Any) -> Any:
-        proposal = propose(self, batch)
+    def spy(self: DraftModelDrafter, batch: Any, state: Any) -> Any:
+        proposal = propose(self, batch, state)
         for row, count in enumerate(proposal.num_tokens.tolist()):
             proposed.extend(proposal.tokens[row, :count].tolist())
         return proposal

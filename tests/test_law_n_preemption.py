@@ -18,6 +18,7 @@ from specengine.runtime.kv_cache import DRAFT, TARGET, KVCache
 from specengine.runtime.state import BatchState
 from specengine.scheduler import Scheduler
 
+HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
 BLOCK = 4
 K = 3
@@ -220,7 +221,7 @@ class Interruption(BaseException):
 
 
 @each_sampling
-@pytest.mark.parametrize("method", ["propose", "observe", "_advance"])
+@pytest.mark.parametrize("method", ["prepare", "propose", "observe"])
 def test_an_interrupted_round_is_as_if_it_had_never_begun(
     build_pair: BuildPair,
     tally: Tally,
@@ -228,7 +229,7 @@ def test_an_interrupted_round_is_as_if_it_had_never_begun(
     sampling: dict[str, Any],
     method: str,
 ) -> None:
-    """Before it, in the middle of the drafting, and after the commit on the device."""
+    """Before it, at the drafting, and after the commit on the device."""
     engine = build_pair()
     alone = [spec(engine, prompt, K, **sampling) for prompt in PROMPTS]
     num_free = engine.num_free_blocks

@@ -286,3 +286,36 @@ def test_acceptance_that_increases_with_the_position_is_noticed(
     result.metrics.speculative_decoding.num_accepted_by_position.reverse()
     with pytest.raises(AssertionError, match="increases"):
         check_identity(result)
+
+
+# -- forced acceptance, for timing --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.6, 1.0])
+def test_forced_acceptance_is_what_was_asked_for_and_says_that_it_is_not_the_models(
+    rate: float, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    models = checkpoint("gpt2", seed=1, max_positions=512), checkpoint("gpt2", seed=2, max_positions=512)
+    engine = build_engine(*models, forced_acceptance=rate)
+    results = engine.generate([PROMPT] * 4, max_new_tokens=400, ignore_eos=True, num_speculative_tokens=4)
+    for result in results:
+        assert not result.lossless
+        assert len(result.token_ids) == 400
+        counts = result.metrics.speculative_decoding
+        by_position = zip(counts.num_drafted_by_position, counts.num_accepted_by_position, strict=True)
+        drafted, accepted = next(iter(by_position))
+        assert abs(accepted / drafted - rate) < (0.12 if 0 < rate < 1 else 1e-9)
+    assert engine.generate(PROMPT, max_new_tokens=5).lossless is False
+    assert build_engine(*models).generate(PROMPT, max_new_tokens=5).lossless
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"temperature": 1.0}, {"logprobs": 1}, {"logit_bias": {3: 1.0}}, {"min_new_tokens": 2}]
+)
+def test_forced_acceptance_refuses_what_it_cannot_time(
+    sampling: dict[str, Any], checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(checkpoint("gpt2", seed=1), checkpoint("gpt2", seed=2), forced_acceptance=0.5)
+    with pytest.raises(ValueError, match="forced_acceptance"):
+        engine.generate(PROMPT, **{"max_new_tokens": 5, **sampling})
+    assert len(engine.generate(PROMPT, max_new_tokens=5, temperature=1.0, seed=3).token_ids) == 5

@@ -25,7 +25,7 @@ from specengine import Engine, SamplingParams
 from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, build_program
 from specengine.ops import Interpreter
-from specengine.runtime.batch import build_forward_batch
+from specengine.runtime.batch import Feed, build_forward_batch
 
 ARCHITECTURES = ("gpt2", "opt", "gpt_neox")
 VOCAB = 64
@@ -44,14 +44,13 @@ def ragged_batch(q_lens: list[int], starts: list[int], num_logits: list[int]) ->
     blocks = torch.randperm(num_slots * max_blocks, generator=generator)
     tokens = torch.randint(0, VOCAB, (num_slots, max_blocks * BLOCK_SIZE), generator=generator)
     slots = torch.randperm(num_slots, generator=generator)[: len(q_lens)]
+    lengths = (torch.tensor(values, dtype=torch.int32) for values in (starts, q_lens, num_logits))
     return build_forward_batch(
         NATIVE,
         tokens.int(),
         blocks.view(num_slots, max_blocks).int(),
         slots.int(),
-        torch.tensor(starts, dtype=torch.int32),
-        torch.tensor(q_lens, dtype=torch.int32),
-        torch.tensor(num_logits, dtype=torch.int32),
+        Feed(*lengths, sum(q_lens), sum(num_logits)),
         block_size=BLOCK_SIZE,
     )
 
@@ -133,10 +132,14 @@ def test_greedy_and_coupled_rounds_store_no_logits(
 ) -> None:
     engine = build_engine(checkpoint("gpt2", seed=5), checkpoint("gpt2", seed=6))
 
-    def refuse(*_: Any) -> Any:
-        raise AssertionError("logits were stored")
+    forward = Decoder.forward
+
+    def refuse(self: Decoder, rows: ForwardBatch, *rest: Any) -> Any:
+        assert not rows.logit_rows.numel(), "logits were stored"
+        return forward(self, rows, *rest)
 
     monkeypatch.setattr(Decoder, "forward", refuse)
+    monkeypatch.setattr(Decoder, "forward_stats", refuse)
     for sampling in SAMPLINGS.values():
         engine.generate(make_prompt(5, 0, VOCAB), num_speculative_tokens=3, max_new_tokens=20, **sampling)
     with pytest.raises(AssertionError, match="logits were stored"):

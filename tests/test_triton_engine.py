@@ -133,8 +133,8 @@ def test_a_wrong_noise_stream_is_noticed(
     backend = engines[1]._target.backend
     head_draw = backend.head_draw
 
-    def shifted(*given: Any) -> Any:
-        return head_draw(*given[:-1], given[-1] + 1)
+    def shifted(*given: Any, **padding: Any) -> Any:
+        return head_draw(*given[:-1], given[-1] + 1, **padding)
 
     monkeypatch.setattr(backend, "head_draw", shifted)
     results = [engine.generate(make_prompt(5, 1, VOCAB), params(**COUPLED)) for engine in engines]
@@ -178,16 +178,22 @@ def test_a_triton_that_was_imported_without_the_interpreter_is_refused() -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("cuda_graphs", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_a_hundred_thousand_tokens_have_plains_bits(
-    model_type: str, dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    model_type: str,
+    dtype: str,
+    cuda_graphs: bool,
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tally: Tally,
 ) -> None:
-    """Law M on the device: k = 1 … 8, batches of 1 … 9 that shrink as sequences finish."""
+    """Law M on the device, with graphs and without: k = 1 … 8, batches of 1 … 9 that shrink as sequences finish."""
     shape = {"hidden_size": 256, "num_heads": 4, "intermediate_size": 1024, "num_layers": 3}
     model = checkpoint(model_type, seed=8, vocab_size=1000, max_positions=640, **shape)
     drafter = ScriptedDrafter(vocab_size=1000)
-    engine = triton(build_engine, model, drafter, dtype=dtype, max_batch_size=9)
+    engine = triton(build_engine, model, drafter, dtype=dtype, max_batch_size=9, cuda_graphs=cuda_graphs)
     compared = 0
     for size in range(1, 10):
         prompts = [make_prompt(3 + 29 * row, row, 1000) for row in range(size)]

@@ -2,21 +2,52 @@
 
 `with record() as launches:` collects what the ops would launch. Nothing runs, so meta tensors of any size will do:
 that is how kernels are compiled ahead of time at real shapes, and counted.
+
+It also decides which launches are dependent (`specengine.kernels.device.dependent`): those of kernels with a constexpr
+PDL, on GPUs that can. The environment variable SPECENGINE_PDL=0 turns it off.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton decides when a kernel is decorated: this module's import is where it is decided for all of them.
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
+
+
+_assumed = 90
+
+
+def capability_of(device: torch.device) -> int:
+    """A device's generation, 80 or 90 (and later); what cannot be asked (CPU, meta) counts as 90."""
+    if device.type != "cuda":
+        return _assumed
+    major, minor = torch.cuda.get_device_capability(device)
+    return 90 if 10 * major + minor >= 90 else 80
+
+
+def assume_capability(capability: int) -> None:
+    """What `capability_of` says of devices that have none: for compiling ahead of time."""
+    global _assumed
+    _assumed = capability
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels on a device begin while the one before them still runs."""
+    wanted = os.environ.get("SPECENGINE_PDL", "1")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"SPECENGINE_PDL={wanted!r}: expected 0 or 1")
+    return wanted == "1" and not IS_INTERPRETED and capability_of(device) >= 90
 
 
 @dataclass(frozen=True)
@@ -55,10 +86,13 @@ def launch(
     """Runs `kernel` with positional arguments and constexprs on a grid; an empty grid is nothing.
 
     Multiplications and additions are never contracted: two kernels that compute the same expression must agree on
-    its bits.
+    its bits. PDL, where the kernel has it, is set here.
     """
     if 0 in grid:
         return
+    if "PDL" in kernel.arg_names:
+        device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+        constants["PDL"] = has_dependent_launch(device)
     if _recorders:
         names = kernel.arg_names
         given = {**dict(zip(names, arguments, strict=False)), **constants}
@@ -66,7 +100,7 @@ def launch(
         _recorders[-1].append(Launch(kernel, grid, ordered, num_warps, num_stages))
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
-    kernel[grid](*arguments, **constants, **options)
+    kernel[grid](*arguments, **constants, **options, launch_pdl=constants.get("PDL", False))
 
 
 def ceil_div(value: int, divisor: int) -> int:

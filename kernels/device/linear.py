@@ -197,6 +197,12 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def first_block(split, WIDTH: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The block of K that range `split` begins with."""
+    return split * ((WIDTH + BLOCK_K - 1) // BLOCK_K) // SPLIT_K
+
+
+@triton.jit
 def multiply_split(
     x_ptr,
     x_stride,
@@ -214,7 +220,6 @@ def multiply_split(
     BLOCK_K: tl.constexpr,
 ):
     """Range `split` of K of rows W^T for `columns`, `[BLOCK_M, BLOCK_N]` fp32."""
-    NUM_BLOCKS: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
     total = multiply_range(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         x_ptr,
@@ -227,8 +232,8 @@ def multiply_split(
         None,
         None,
         None,
-        split * NUM_BLOCKS // SPLIT_K,
-        (split + 1) * NUM_BLOCKS // SPLIT_K,
+        first_block(split, WIDTH, SPLIT_K, BLOCK_K),
+        first_block(split + 1, WIDTH, SPLIT_K, BLOCK_K),
         WIDTH,
         WEIGHT_STRIDE,
         BLOCK_K,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from specengine.kernels.device.launch import IS_INTERPRETED, ceil_div
+from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil_div
 
 BLOCK_M = 16  # rows of every tile: one mma.sync tile, so that one row costs what sixteen do
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
@@ -34,23 +34,6 @@ class Tile:
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
-
-
-def capability_of(device: torch.device) -> int:
-    """The table's key for a device: 80 or 90; what cannot be asked (CPU, meta) counts as 90."""
-    if device.type != "cuda":
-        return _assumed
-    major, minor = torch.cuda.get_device_capability(device)
-    return 90 if 10 * major + minor >= 90 else 80
-
-
-_assumed = 90
-
-
-def assume_capability(capability: int) -> None:
-    """What `capability_of` says of devices that have none: for compiling ahead of time."""
-    global _assumed
-    _assumed = capability
 
 
 @cache

@@ -1,15 +1,22 @@
 """Device memory that launches share: counters that kernels leave at zero, and scratch that they write before reading.
 
-One workspace a device and stream: launches on a stream follow each other, so they may all use the same memory.
+One workspace a device and stream: launches on a stream follow each other, so they may all use the same memory. What
+was outgrown is kept: CUDA graphs that were recorded with it go on using it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
-_zeroed: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
-_scratch: dict[tuple[torch.device, int, torch.dtype], Tensor] = {}
+_Key = tuple[torch.device, int, torch.dtype]
+_Workspaces = dict[_Key, Tensor]
+
+_zeroed: _Workspaces = {}
+_scratch: _Workspaces = {}
+_outgrown: list[Tensor] = []
 _MIN_COUNT = 4096
 
 
@@ -18,9 +25,7 @@ def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.zeros(count, dtype=dtype, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, dtype)
-    if key not in _zeroed or _zeroed[key].numel() < count:
-        _zeroed[key] = torch.zeros(_rounded(count), dtype=dtype, device=device)
-    return _zeroed[key]
+    return _at_least(count, _zeroed, key, torch.zeros)
 
 
 def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -28,10 +33,15 @@ def scratch(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cuda":
         return torch.empty(count, dtype=dtype, device=device)
     key = (device, torch.cuda.current_stream(device).cuda_stream, dtype)
-    if key not in _scratch or _scratch[key].numel() < count:
-        _scratch[key] = torch.empty(_rounded(count), dtype=dtype, device=device)
-    return _scratch[key]
+    return _at_least(count, _scratch, key, torch.empty)
 
 
-def _rounded(count: int) -> int:
-    return max(_MIN_COUNT, 1 << (count - 1).bit_length())
+def _at_least(count: int, known: _Workspaces, key: _Key, make: Callable[..., Tensor]) -> Tensor:
+    old = known.get(key)
+    if old is None or old.numel() < count:
+        if old is not None:
+            _outgrown.append(old)
+        device, _, dtype = key
+        size = max(_MIN_COUNT, 1 << (count - 1).bit_length())
+        known[key] = make(size, dtype=dtype, device=device)
+    return known[key]

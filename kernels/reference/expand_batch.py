@@ -14,12 +14,18 @@ def expand_batch(
     q_len: Tensor,
     num_logits: Tensor,
     block_size: int,
+    *,
+    num_tokens: int | None = None,
+    num_logit_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Sequence b feeds tokens[slots[b], start[b] : start[b] + q_len[b]] and wants its last num_logits[b] logits.
 
     tokens:      `[S, max_seq_len]` int32
     block_table: `[S, max_blocks]` int32
-    slots, start, q_len, num_logits: `[B]` int32; num_logits <= q_len
+    slots, start, q_len, num_logits: `[B]` int32; num_logits <= q_len; where q_len is 0, start may be anything,
+                 and the context_len is 0
+    num_tokens, num_logit_rows: bounds of T and R for backends that cannot look at the lengths; here, and natively,
+                 they are ignored: the results have the exact sizes
     returns      token_ids `[T]` int32, positions `[T]` int32, kv_slots `[T]` int64, q_start `[B + 1]` int32,
                  context_len `[B]` int32 and logit_rows `[R]` int64: the first fields of a `ForwardBatch`
     """
@@ -35,7 +41,7 @@ def expand_batch(
         positions.int(),
         block * block_size + positions % block_size,
         torch.cat((q_end.new_zeros(1), q_end)).int(),
-        start + q_len,
+        torch.where(q_len > 0, start + q_len, 0),
         (q_end - num_logits)[logit_row] + logit_offset,
     )
 

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
-from specengine.runtime.state import RunningBatch
+from specengine.runtime.state import BatchState, RunningBatch
 
 
 @dataclass(frozen=True)
@@ -106,27 +106,97 @@ class Drafter(Protocol):
         """The sequence is finished, aborted or preempted: its state can go (a preempted one may come back)."""
 
 
-class CheckedDrafter:
-    """Wraps a drafter that is not the engine's own, so that a malformed proposal is an error and not a crash."""
+class RoundDrafter(Protocol):
+    """What drafts in an engine's rounds: the host's part, and the part that touches device state only.
+
+    name:            for people
+    draft_positions: the positions its model has; it never drafts beyond them
+    may_run_ahead:   whether it drafts without having seen what the last round accepted
+    """
+
+    name: str
+    draft_positions: int
+    may_run_ahead: bool
+
+    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+        """The host's part, before a round; returns whether `propose` will only read device state, at places that
+        depend on the batch's size and k alone."""
+
+    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
+        """The proposal for a round that has begun, staged behind the committed tokens."""
+
+    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
+        """Told, once the host knows, what became of each sequence of a round; None: it was over before."""
+
+    def release(self, sequence_id: int) -> None:
+        """See `Drafter`."""
+
+
+@dataclass(frozen=True)
+class RowResult:
+    """What a round did to one sequence: committed tokens before it, drafts judged and accepted."""
+
+    slot: int
+    length: int
+    num_draft: int
+    num_accepted: int
+
+
+class HostDrafter:
+    """A `Drafter` that is not the engine's own in the rounds: what it proposes is checked, then uploaded."""
+
+    draft_positions = 2**31 - 1
+    may_run_ahead = False
 
     def __init__(self, drafter: Drafter, *, vocab_size: int) -> None:
         self.name = drafter.name
         self._drafter = drafter
         self._vocab_size = vocab_size
+        self._uploads: dict[int, tuple[Tensor, Tensor]] = {}
+        self._proposal: DraftProposal | None = None
+        self._asked: RunningBatch
 
-    def propose(self, batch: RunningBatch) -> DraftProposal:
-        """The drafter's proposal, checked."""
+    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+        """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is."""
+        self._asked = batch = state.plan(batch)
         proposal = self._drafter.propose(batch)
         check_proposal(proposal, batch, name=self.name, vocab_size=self._vocab_size)
+        self._proposal = proposal if proposal.logits is not None else None
+        if self._proposal is None:
+            tokens, num_tokens = self._upload(state, batch.k)
+            tokens[: batch.size, : proposal.tokens.shape[1]] = proposal.tokens
+            num_tokens.zero_()
+            num_tokens[: batch.size] = proposal.num_tokens
+        return self._proposal is None
+
+    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
+        """What was prepared."""
+        proposal = self._proposal
+        if proposal is None:
+            count = batch.slots.numel()
+            tokens, num_tokens = self._upload(state, batch.k)
+            # Rows that do not run, padding's for one, still hold what was there before.
+            used = torch.minimum(num_tokens[:count], batch.planned.num_draft)
+            proposal = DraftProposal(tokens[:count], used)
+        state.stage(batch, proposal.tokens)
         return proposal
 
-    def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
-        """Passed on."""
-        self._drafter.observe(batch, num_accepted)
+    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
+        """Passed on, as the public interface has it."""
+        counts = [0 if result is None else result.num_accepted for result in results]
+        device = batch.slots.device
+        self._drafter.observe(self._asked, torch.tensor(counts, dtype=torch.int32, device=device))
 
     def release(self, sequence_id: int) -> None:
         """Passed on."""
         self._drafter.release(sequence_id)
+
+    def _upload(self, state: BatchState, k: int) -> tuple[Tensor, Tensor]:
+        """The place of proposals of up to `k` tokens: `[slots, k]`, and their numbers `[slots]`."""
+        if k not in self._uploads:
+            new = state.seq_len.new_zeros
+            self._uploads[k] = new(state.num_slots, k), new(state.num_slots)
+        return self._uploads[k]
 
 
 def check_proposal(proposal: DraftProposal, batch: RunningBatch, *, name: str, vocab_size: int) -> None:

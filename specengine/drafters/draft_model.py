@@ -2,146 +2,168 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from specengine import rng
-from specengine.drafters.base import DraftProposal
-from specengine.kernels.reference.filter_rows import STAT_ERROR
-from specengine.runtime.batch import row_starts
-from specengine.runtime.model_runner import ModelRunner, draft_steps
-from specengine.runtime.state import RunningBatch, apply_bias
+from specengine.drafters.base import DraftProposal, RowResult
+from specengine.kernels.program import ForwardBatch
+from specengine.ops import row_keys
+from specengine.runtime.batch import Feed
+from specengine.runtime.model_runner import ModelRunner, draw_keys
+from specengine.runtime.state import BatchState, RunningBatch
+
+# A round's first forward feeds the last two committed tokens: after full acceptance the draft's KV lacks the first
+# of them too. Where it does not, it is written again with the same bits.
+_NUM_FED = 2
 
 
 class DraftModelDrafter:
     """Drafts k tokens one by one with a model that shares the target's block table.
 
-    Its first forward of a round feeds whatever was committed beyond its watermark: one token, two after a fully
-    accepted round (its KV lacks the last accepted token), more after rounds without drafting or a prefix hit that
-    only the target had.
+    What its KV lacks beyond the last two committed tokens (after a prompt, after rounds without drafting, or a prefix
+    hit that only the target had) is computed in chunks before the round.
     """
+
+    may_run_ahead = True
 
     def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int) -> None:
         self.name = name
         self.runner = runner
+        self.draft_positions = runner.max_positions
         self._chunk_size = chunk_size
 
-    def propose(self, batch: RunningBatch) -> DraftProposal:
-        limits = [
-            self._context_limit(length, limit)
-            for length, limit in zip(batch.lengths, batch.draft_limits, strict=True)
-        ]
-        num_tokens = torch.tensor(limits, dtype=torch.int32, device=batch.seq_len.device)
-        k = max(limits, default=0)
-        if k == 0:
-            return DraftProposal(num_tokens.new_zeros(batch.size, 0), num_tokens)
-        start = self._catch_up(batch, limits)
-        if batch.bias is None and not batch.has_rejection:
-            tokens, error = self.runner.draft(batch, start, limits)
-            proposal = DraftProposal(tokens, _up_to_errors(num_tokens, error))
-        else:
-            proposal = self._draft_from_logits(batch, start, limits, num_tokens)
-        self._advance(batch, limits)
-        return proposal
+    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+        """Computes all but the last two committed tokens of what the draft's KV lacks."""
+        cache, index = self.runner.kv_cache, self.runner.model_index
+        slots = batch.host_slots
+        while feeds := self._next_chunks(batch, slots):
+            starts, lengths = zip(*feeds, strict=True)
+            start, q_len = (
+                torch.tensor(values, dtype=torch.int32, device=batch.slots.device)
+                for values in (starts, lengths)
+            )
+            rows = self.runner.build(batch, Feed(start, q_len, torch.zeros_like(q_len), sum(lengths), 0))
+            self.runner.forward(rows)
+            for slot, first, length in zip(slots, starts, lengths, strict=False):
+                if length:
+                    cache.manager.set_computed(slot, index, first + length)
+        return batch.bias is None
 
-    def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
-        """Nothing to do: rollback is a minimum, and the block manager takes it."""
+    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
+        """k draws in a row, in one call where the backend has it."""
+        if batch.bias is None and not batch.may_reject:
+            drafted = self.runner.draft(batch)
+            if drafted is not None:
+                tokens, error = drafted
+                return DraftProposal(tokens, _up_to_errors(batch.planned.num_draft, error))
+        draft = _Draft(batch, self.runner)
+        for step in range(batch.k):
+            draft.draw(step)
+        return draft.proposal()
+
+    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
+        """Notes what the draft's KV holds: of k drafts the last was never fed. Rollback is the block manager's."""
+        manager, index = self.runner.kv_cache.manager, self.runner.model_index
+        for result in results:
+            if result is not None and result.num_draft > 0:
+                manager.set_computed(result.slot, index, result.length + result.num_draft - 1)
 
     def release(self, sequence_id: int) -> None:
         """Nothing to do: the state is KV, which the block manager frees."""
 
-    def _draft_from_logits(
-        self, batch: RunningBatch, start: Tensor, limits: list[int], num_tokens: Tensor
-    ) -> DraftProposal:
-        draft = _Draft(batch, max(limits))
-        for step, rows, part, fed in draft_steps(batch, start, limits):
-            draft.draw(self.runner, part, rows, step, *self._logits(part, step, fed))
-        return draft.proposal(num_tokens)
-
-    def _logits(
-        self, part: RunningBatch, step: int, fed: tuple[Tensor, Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The logits that step `step` of a draft draws from, biases included, and their statistics."""
-        if part.bias is None:
-            return self.runner.forward_stats(part, *fed)
-        ones = torch.ones_like(part.seq_len)
-        logits = self.runner.forward(part, *fed)
-        logits = apply_bias(logits, part, row_starts(ones), ones, part.seq_len + step)
-        filters = (part.temperature, part.top_k, part.top_p, part.min_p)
-        return logits, self.runner.backend.filter_rows(logits, *filters)
-
-    def _context_limit(self, length: int, limit: int) -> int:
-        """The last draft forward feeds position length + k - 2, which the draft's context must hold."""
-        return max(0, min(limit, self.runner.max_positions - length + 1))
-
-    def _catch_up(self, batch: RunningBatch, limits: list[int]) -> Tensor:
-        """Computes all but the last chunk of what the draft's KV lacks; returns where the rest starts, `[B]`."""
+    def _next_chunks(self, batch: RunningBatch, slots: Sequence[int]) -> list[tuple[int, int]]:
+        """Start and length of what each row computes next, padding's included; [] when nobody lacks anything."""
         cache, index = self.runner.kv_cache, self.runner.model_index
-        slots = batch.slots.tolist()
-        start = [cache.num_computed(slot, index) for slot in slots]
-        while True:
-            rows = [
-                row
-                for row, limit in enumerate(limits)
-                if limit > 0 and batch.lengths[row] - start[row] > self._chunk_size
-            ]
-            if not rows:
-                return torch.tensor(start, dtype=torch.int32, device=batch.seq_len.device)
-            part = batch.take(rows)
-            first = torch.tensor([start[row] for row in rows], dtype=torch.int32, device=batch.seq_len.device)
-            chunk = torch.full_like(first, self._chunk_size)
-            self.runner.forward(part, first, chunk, torch.zeros_like(first))
-            for row in rows:
-                start[row] += self._chunk_size
-                cache.manager.set_computed(slots[row], index, start[row])
-
-    def _advance(self, batch: RunningBatch, limits: list[int]) -> None:
-        manager, index = self.runner.kv_cache.manager, self.runner.model_index
-        for slot, length, limit in zip(batch.slots.tolist(), batch.lengths, limits, strict=True):
-            if limit > 0:
-                manager.set_computed(slot, index, length + limit - 1)
+        chunks = [(0, 0)] * batch.slots.numel()
+        for row, (length, limit) in enumerate(zip(batch.lengths, batch.draft_limits, strict=True)):
+            if limit > 0 and length < self.draft_positions + 1:
+                start = cache.num_computed(slots[row], index)
+                chunks[row] = start, max(0, min(length - _NUM_FED - start, self._chunk_size))
+        return chunks if any(length for _, length in chunks) else []
 
 
-def _up_to_errors(num_tokens: Tensor, error: Tensor) -> Tensor:
+def _up_to_errors(num_draft: Tensor, error: Tensor) -> Tensor:
     """Rows stop before the first draft distribution that is not one (a NaN, say)."""
-    return torch.minimum(num_tokens, (error == 0).cumprod(dim=1).sum(dim=1, dtype=torch.int32))
+    return torch.minimum(num_draft, (error == 0).cumprod(dim=1).sum(dim=1, dtype=torch.int32))
 
 
 class _Draft:
-    """The proposal under construction from logits: tokens, and in rejection mode the rows they were drawn from."""
+    """The proposal under construction: tokens, and in rejection mode the rows they were drawn from."""
 
-    def __init__(self, batch: RunningBatch, k: int) -> None:
-        self.tokens = batch.slots.new_zeros(batch.size, k)
-        self.error = torch.zeros_like(self.tokens)
-        self.law: _Law | None = None
+    def __init__(self, batch: RunningBatch, runner: ModelRunner) -> None:
+        self._batch = batch
+        self._runner = runner
+        self._tokens = batch.slots.new_zeros(batch.slots.numel(), batch.k)
+        self._num_draft = batch.planned.num_draft.clone()
+        self._law: _Law | None = None
 
-    def draw(
+    def draw(self, step: int) -> None:
+        """Draws token `step` of every sequence that still drafts, and stages it."""
+        batch, plan, runner = self._batch, self._batch.planned, self._runner
+        count = batch.slots.numel()
+        q_len = plan.draft_q_len[step]
+        if step == 0:
+            feed = Feed(plan.draft_start[0], q_len, plan.is_drafting[0], _NUM_FED * count, count)
+        else:
+            feed = Feed(plan.draft_start[step], q_len, q_len, count, count)
+        rows = runner.build(batch, feed)
+        if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
+            return
+        if batch.bias is None and not batch.may_reject:
+            self._stage(step, *runner.draw(rows, batch))
+            return
+        position = plan.seq_len if batch.bias is None else plan.seq_len + step
+        _, logits, stats = runner.judge(rows, batch, plan.is_drafting[step], position)
+        tokens, log_probs = self._sample(step, rows, logits, stats)
+        if not batch.may_reject:
+            self._stage(step, tokens, None, (log_probs, None, stats))
+            return
+        if self._law is None:
+            self._law = _Law.empty(self._tokens.shape, logits)
+        self._stage(step, tokens, None, (log_probs, logits, stats))
+
+    def proposal(self) -> DraftProposal:
+        if self._law is None:
+            return DraftProposal(self._tokens, self._num_draft)
+        return DraftProposal(
+            self._tokens, self._num_draft, self._law.log_probs, self._law.logits, self._law.stats
+        )
+
+    def _stage(
         self,
-        runner: ModelRunner,
-        part: RunningBatch,
-        rows: list[int],
         step: int,
-        logits: Tensor,
-        stats: Tensor,
+        drawn: Tensor,
+        error: Tensor | None,
+        drawn_from: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ) -> None:
-        """Draws token `step` of the given rows from their logits and stages it."""
-        position = part.seq_len + step
-        tokens, log_probs = _draw(runner, part, logits, stats, position)
-        if part.has_rejection:
-            if self.law is None:
-                self.law = _Law.empty(self.tokens.shape, logits)
-            self.law.record(rows, step, log_probs, logits, stats)
-        self.tokens[rows, step] = tokens
-        self.error[rows, step] = stats[:, STAT_ERROR].int()
-        part.tokens[part.slots.long(), position.long()] = tokens
+        batch, plan, law = self._batch, self._batch.planned, self._law
+        where = (batch.tokens, batch.slots, plan.seq_len, plan.is_drafting[step])
+        kept = (None, None, None) if law is None else (law.log_probs, law.logits, law.stats)
+        drafts = (self._tokens, self._num_draft)
+        self._runner.backend.stage_draft(step, *where, drawn, error, *drafts, *drawn_from, *kept)
 
-    def proposal(self, limits: Tensor) -> DraftProposal:
-        num_tokens = _up_to_errors(limits, self.error)
-        if self.law is None:
-            return DraftProposal(self.tokens, num_tokens)
-        return DraftProposal(self.tokens, num_tokens, self.law.log_probs, self.law.logits, self.law.stats)
+    def _sample(self, step: int, rows: ForwardBatch, logits: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
+        """Match mode draws with the target's own noise, rejection mode with the draft stream's."""
+        batch, backend = self._batch, self._runner.backend
+        temperature, *_, seeds, position = row_keys(backend, draw_keys(batch), rows)
+
+        def draw(stream: int, base: Tensor) -> tuple[Tensor, Tensor]:
+            return backend.sample_rows(logits, stats, temperature, seeds, position, stream, base)
+
+        if batch.mode.is_all_rejection:
+            return draw(rng.STREAM_DRAFT, position - step)
+        matched = draw(rng.STREAM_TARGET, torch.zeros_like(position))
+        if not batch.mode.has_rejection:
+            return matched
+        own = draw(rng.STREAM_DRAFT, position - step)
+        owner = torch.searchsorted(rows.q_start, rows.logit_rows.int(), right=True) - 1
+        is_rejection = batch.uses_rejection[owner.clamp_max(batch.slots.numel() - 1)]
+        tokens, log_probs = (torch.where(is_rejection, *pair) for pair in zip(own, matched, strict=True))
+        return tokens, log_probs
 
 
 @dataclass(frozen=True)
@@ -158,26 +180,3 @@ class _Law:
         device = like.device
         logits = torch.full((*shape, like.shape[1]), float("-inf"), device=device)
         return _Law(torch.zeros(shape, device=device), logits, torch.zeros(*shape, 4, device=device))
-
-    def record(self, rows: list[int], step: int, log_probs: Tensor, logits: Tensor, stats: Tensor) -> None:
-        self.log_probs[rows, step] = log_probs
-        self.logits[rows, step] = logits
-        self.stats[rows, step] = stats
-
-
-def _draw(
-    runner: ModelRunner, part: RunningBatch, logits: Tensor, stats: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Match mode draws with the target's own noise, rejection mode with the draft stream's."""
-
-    def draw(stream: int, base: Tensor) -> tuple[Tensor, Tensor]:
-        return runner.backend.sample_rows(logits, stats, part.temperature, part.seeds, position, stream, base)
-
-    if part.is_all_rejection:
-        return draw(rng.STREAM_DRAFT, part.seq_len)
-    matched = draw(rng.STREAM_TARGET, torch.zeros_like(position))
-    if not part.has_rejection:
-        return matched
-    own = draw(rng.STREAM_DRAFT, part.seq_len)
-    tokens, log_probs = (torch.where(part.uses_rejection, *pair) for pair in zip(own, matched, strict=True))
-    return tokens, log_probs

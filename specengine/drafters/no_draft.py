@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
 
-from specengine.drafters.base import DraftProposal
-from specengine.runtime.state import RunningBatch
+from specengine.drafters.base import DraftProposal, RowResult
+from specengine.runtime.state import BatchState, RunningBatch
 
 
 class NoDrafter:
     """Proposes nothing."""
 
     name = "none"
+    draft_positions = 2**31 - 1
+    may_run_ahead = True
 
-    def propose(self, batch: RunningBatch) -> DraftProposal:
+    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+        """Nothing to do."""
+        return True
+
+    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """Empty proposals: `[B, 0]`."""
-        tokens = batch.seq_len.new_zeros(batch.size, 0)
-        return DraftProposal(tokens, batch.seq_len.new_zeros(batch.size))
+        return DraftProposal(batch.slots.new_zeros(batch.slots.numel(), 0), batch.planned.num_draft)
 
-    def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
+    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
         """Nothing to do."""
 
     def release(self, sequence_id: int) -> None:

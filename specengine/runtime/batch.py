@@ -2,33 +2,64 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from specengine.kernels.program import ForwardBatch
 from specengine.ops import Backend
 
 
+@dataclass(frozen=True)
+class Feed:
+    """What a forward feeds: sequence b its q_len[b] tokens from start[b] on, for its last num_logits[b] logits.
+
+    start, q_len, num_logits: `[B]` int32; the same tensor for the last two: every token's logits are wanted
+    max_tokens, max_logits:   bounds of their sums, as the host knows them
+    """
+
+    start: Tensor
+    q_len: Tensor
+    num_logits: Tensor
+    max_tokens: int
+    max_logits: int
+
+
 def build_forward_batch(
-    backend: Backend,
-    tokens: Tensor,
-    block_table: Tensor,
-    slots: Tensor,
-    start: Tensor,
-    q_len: Tensor,
-    num_logits: Tensor,
-    *,
-    block_size: int,
+    backend: Backend, tokens: Tensor, block_table: Tensor, slots: Tensor, feed: Feed, *, block_size: int
 ) -> ForwardBatch:
-    """Sequence b feeds tokens[slots[b], start[b] : start[b] + q_len[b]] and wants its last num_logits[b] logits.
+    """Sequence b feeds tokens[slots[b], start[b] : start[b] + q_len[b]].
 
     tokens:      `[S, max_seq_len]` int32, committed tokens and, beyond them, staged drafts
     block_table: `[S, max_blocks]` int32
-    slots, start, q_len, num_logits: `[B]` int32
+    slots:       `[B]` int32
     """
+    wants_all = feed.num_logits is feed.q_len
     token_ids, positions, kv_slots, q_start, context_len, logit_rows = backend.expand_batch(
-        tokens, block_table, slots, start, q_len, num_logits, block_size
+        tokens,
+        block_table,
+        slots,
+        feed.start,
+        feed.q_len,
+        feed.num_logits,
+        block_size,
+        num_tokens=feed.max_tokens,
+        num_logit_rows=feed.max_logits,
     )
-    return ForwardBatch(token_ids, positions, kv_slots, q_start, context_len, slots, block_table, logit_rows)
+    num_tokens = q_start[-1:] if backend.has_padding else None
+    return ForwardBatch(
+        token_ids,
+        positions,
+        kv_slots,
+        q_start,
+        context_len,
+        slots,
+        block_table,
+        logit_rows,
+        wants_all_logits=wants_all,
+        num_tokens=num_tokens,
+        num_logit_rows=num_tokens if wants_all else None,
+    )
 
 
 def row_starts(num_rows: Tensor) -> Tensor:

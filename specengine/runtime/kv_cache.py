@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import deque
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,7 @@ from specengine.models.decoder import DecoderSpec
 TARGET, DRAFT = 0, 1
 _DEFAULT_CPU_BYTES = 4 << 30
 _DEFAULT_GPU_SHARE = 0.5
+_NUM_SNAPSHOTS = 4
 
 
 def bytes_per_token(spec: DecoderSpec, dtype: torch.dtype) -> int:
@@ -29,7 +31,8 @@ class KVCache:
 
     manager:     who owns which block; watermarks, reference counts, prefix index
     tensors:     per model `[layers, 2, num_blocks, kv_heads, block_size, head_dim]`
-    block_table: `[max_batch_size, max_blocks]` int32 in host memory (pinned with CUDA), written by the manager
+    block_table: `[max_batch_size + 1, max_blocks]` int32 in host memory, written by the manager; the last row is
+                 padding's, and always the scratch block
     """
 
     def __init__(
@@ -47,10 +50,8 @@ class KVCache:
         block_bytes = self.block_size * sum(map(bytes_per_token, specs, dtypes))
         self.num_blocks = plan_num_blocks(config, block_bytes, max_seq_len, device)
         max_blocks = math.ceil(max_seq_len / self.block_size)
-        is_cuda = device.type == "cuda"
-        self.block_table = torch.zeros(
-            config.max_batch_size, max_blocks, dtype=torch.int32, pin_memory=is_cuda
-        )
+        self.block_table = torch.zeros(config.max_batch_size + 1, max_blocks, dtype=torch.int32)
+        self._device_table = _DeviceTable(self.block_table, device)
         self.manager = _C.PagedKVCache(
             self.num_blocks,
             self.block_size,
@@ -76,8 +77,8 @@ class KVCache:
             ) from error
 
     def device_block_table(self) -> Tensor:
-        """The block table as kernels on `device` read it."""
-        return self.block_table if self.device.type == "cpu" else self.block_table.to(self.device)
+        """The block table as kernels on `device` read it from here on; always the same memory."""
+        return self._device_table.current()
 
     def num_computed(self, slot: int, model: int) -> int:
         """The watermark: leading tokens of `slot` whose KV `model` holds."""
@@ -101,6 +102,31 @@ class KVCache:
     def num_usable_blocks(self) -> int:
         """Blocks that sequences can own: all but the scratch block."""
         return self.num_blocks - 1
+
+
+class _DeviceTable:
+    """The host's block table on the device. What is under way there reads the table as it was when it was queued.
+
+    Changes travel through pinned copies in turn, so that the manager may write on at once and nobody waits.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        self._table = table
+        self._on_device = table if device.type == "cpu" else table.to(device)
+        self._snapshots: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        if device.type == "cuda":
+            pinned = (table.clone().pin_memory() for _ in range(_NUM_SNAPSHOTS))
+            self._snapshots.extend((snapshot, torch.cuda.Event()) for snapshot in pinned)
+
+    def current(self) -> Tensor:
+        if self._snapshots and not torch.equal(self._snapshots[-1][0], self._table):
+            snapshot, is_sent = self._snapshots.popleft()
+            is_sent.synchronize()  # queued many changes ago: done, as a rule
+            snapshot.copy_(self._table)
+            self._on_device.copy_(snapshot, non_blocking=True)
+            is_sent.record()
+            self._snapshots.append((snapshot, is_sent))
+        return self._on_device
 
 
 def plan_num_blocks(config: EngineConfig, block_bytes: int, max_seq_len: int, device: torch.device) -> int:

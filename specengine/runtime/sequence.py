@@ -23,7 +23,10 @@ _sequence_ids = itertools.count()
 
 @dataclass(eq=False)
 class Sequence:
-    """One sample of one request. Its committed tokens are the truth; `slot` is set while it owns KV blocks."""
+    """One sample of one request. Its committed tokens are the truth; `slot` is set while it owns KV blocks.
+
+    num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
+    """
 
     request: Request
     sample_index: int
@@ -41,6 +44,8 @@ class Sequence:
     stop_reason: str | int | None = None
     error: str | None = None
     metrics: SpeculativeDecodingMetrics = field(default_factory=SpeculativeDecodingMetrics)
+    num_rounds_ahead: int = 0
+    num_tokens_ahead: int = 0
     num_target_forwards: int = 0
     num_preemptions: int = 0
     num_reported: int = 0
@@ -70,14 +75,29 @@ class Sequence:
         return self.num_tokens - (1 if self.output_ids else 0)
 
     @property
+    def length_limit(self) -> int:
+        """The most tokens the sequence may have, the prompt's included."""
+        return len(self.request.prompt_ids) + self.max_new_tokens
+
+    @property
     def remaining(self) -> int:
         """New tokens that may still be generated."""
         return self.max_new_tokens - len(self.output_ids)
 
     @property
+    def may_run(self) -> bool:
+        """Whether another round may emit something: one does, at least, in each round that is under way."""
+        return self.remaining > self.num_rounds_ahead
+
+    @property
     def max_draft_tokens(self) -> int:
-        """k of the next round: what is asked for, but never past the budget (a round emits up to k + 1)."""
-        return min(self.num_speculative_tokens, self.remaining - 1)
+        """The most drafts of the next round: what is asked for, never past the budget (a round emits up to k + 1)."""
+        return min(self.num_speculative_tokens, self.remaining - self.num_rounds_ahead - 1)
+
+    @property
+    def max_num_computed(self) -> int:
+        """The most tokens whose KV the rounds under way and another one write."""
+        return min(self.num_tokens + self.num_tokens_ahead + max(0, self.max_draft_tokens), self.length_limit)
 
     @property
     def ending_ids(self) -> tuple[int, ...]:
@@ -104,6 +124,7 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
+    is_lossless: bool = True
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     events: deque[StreamEvent] = field(default_factory=deque)

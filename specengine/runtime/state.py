@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from specengine import rng
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
+from specengine.kernels.reference.plan_round import RoundPlan
+from specengine.ops import Backend
 from specengine.runtime.sequence import Sequence
 
 _FOREVER = 2**31 - 1
+# What a row of a batch is made of that only `admit` changes.
+_CONSTANTS = ("temperature", "top_k", "top_p", "min_p", "seeds", "uses_rejection")
 
 
 @dataclass(frozen=True)
@@ -27,29 +32,47 @@ class LogitBias:
 
 
 @dataclass(frozen=True)
+class RoundMode:
+    """What kind of round a batch needs; rounds of one mode and size run the same operations.
+
+    has_rejection, is_all_rejection: whether any / every row uses rejection mode
+    has_filters:    whether any row has top-k, top-p or min-p
+    wants_logprobs: whether any row's log-probabilities are wanted
+    has_bias:       whether any row's logits are biased
+    """
+
+    has_rejection: bool = False
+    is_all_rejection: bool = False
+    has_filters: bool = False
+    wants_logprobs: bool = False
+    has_bias: bool = False
+
+
+@dataclass(frozen=True)
 class RunningBatch:
     """B running sequences as one round sees them. Tensors are `[B]` unless said otherwise.
 
+    Rows beyond the sequences are padding: they point at a row of the state where nothing ever runs.
+
     sequence_ids:   stable names, for drafters that keep state
     slots:          int32, rows of `tokens` and `block_table`
-    seq_len:        int32, committed tokens
-    max_draft:      int32, how many tokens may be drafted this round
+    k:              the most tokens that any sequence may draft this round
     temperature, top_p, min_p: fp32; top_k: int32
     seeds:          int64, the bits of the 64-bit seeds
     uses_rejection: bool, rejection mode (never set on greedy rows)
     tokens:         `[S, max_seq_len + 65]` int32, committed tokens; beyond seq_len staged drafts
     block_table:    `[S, max_blocks]` int32
     bias:           sparse additions to the logits, or None
-    lengths, draft_limits: seq_len and max_draft as the host knows them
-    has_rejection, is_all_rejection: whether any / every row uses rejection mode
-    wants_logprobs: whether any row's log-probabilities are wanted
-    has_filters: whether any row has top-k, top-p or min-p
+    mode:           what kind of round this is
+    host_slots, lengths, draft_limits: slot, committed tokens and the most drafts of each sequence, as the host knows
+                    them (`lengths` lags behind while earlier rounds have not been read)
+    forced_acceptance: for timing only, see `EngineConfig`
+    plan:           what the round feeds, found on the device when it begins
     """
 
     sequence_ids: tuple[int, ...]
     slots: Tensor
-    seq_len: Tensor
-    max_draft: Tensor
+    k: int
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -59,92 +82,94 @@ class RunningBatch:
     tokens: Tensor
     block_table: Tensor
     bias: LogitBias | None
+    mode: RoundMode
+    host_slots: tuple[int, ...]
     lengths: tuple[int, ...]
     draft_limits: tuple[int, ...]
-    has_rejection: bool
-    is_all_rejection: bool
-    wants_logprobs: bool
-    has_filters: bool
+    forced_acceptance: float | None = None
+    plan: RoundPlan | None = None
 
     @property
     def size(self) -> int:
         return len(self.sequence_ids)
 
     @property
+    def planned(self) -> RoundPlan:
+        """The plan of a round that has begun."""
+        assert self.plan is not None, "the round has not begun"
+        return self.plan
+
+    @property
+    def seq_len(self) -> Tensor:
+        """`[B]` int32, committed tokens."""
+        return self.planned.seq_len
+
+    @property
+    def max_draft(self) -> Tensor:
+        """`[B]` int32, how many tokens may be drafted."""
+        return self.planned.num_draft
+
+    @property
+    def may_reject(self) -> bool:
+        """Whether some draft may be judged by rejection sampling."""
+        return self.mode.has_rejection and self.k > 0
+
+    @property
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
-        may_reject = self.has_rejection and any(self.draft_limits)
-        return self.bias is None and not self.wants_logprobs and not may_reject
+        return not (self.mode.has_bias or self.mode.wants_logprobs or self.may_reject)
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included."""
-        row: list[int] = self.tokens[int(self.slots[index]), : self.lengths[index]].tolist()
+        row: list[int] = self.tokens[self.host_slots[index], : self.lengths[index]].tolist()
         return row
-
-    def take(self, rows: list[int]) -> RunningBatch:
-        """The batch of the given rows only; the batch itself if that is all of them."""
-        if len(rows) == self.size:
-            return self
-        index = torch.tensor(rows, device=self.seq_len.device)
-        bias = self.bias
-        if bias is not None:
-            new_row = torch.full((self.size,), -1, device=index.device)
-            new_row[index] = torch.arange(len(rows), device=index.device)
-            kept = new_row[bias.row] >= 0
-            bias = replace(
-                bias,
-                row=new_row[bias.row][kept],
-                token=bias.token[kept],
-                value=bias.value[kept],
-                until=bias.until[kept],
-            )
-        uses_rejection = self.uses_rejection[index]
-        return replace(
-            self,
-            sequence_ids=tuple(self.sequence_ids[row] for row in rows),
-            slots=self.slots[index],
-            seq_len=self.seq_len[index],
-            max_draft=self.max_draft[index],
-            temperature=self.temperature[index],
-            top_k=self.top_k[index],
-            top_p=self.top_p[index],
-            min_p=self.min_p[index],
-            seeds=self.seeds[index],
-            uses_rejection=uses_rejection,
-            bias=bias,
-            lengths=tuple(self.lengths[row] for row in rows),
-            draft_limits=tuple(self.draft_limits[row] for row in rows),
-            has_rejection=bool(uses_rejection.any()),
-            is_all_rejection=bool(uses_rejection.all()),
-        )
 
 
 class BatchState:
-    """Owns the per-slot tensors. A row means nothing until `admit` fills it."""
+    """Owns the per-slot tensors. A row means nothing until `admit` fills it; the last one is padding's."""
 
-    def __init__(self, *, num_slots: int, max_seq_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        *,
+        num_slots: int,
+        max_seq_len: int,
+        device: torch.device,
+        backend: Backend,
+        forced_acceptance: float | None = None,
+    ) -> None:
         self.device = device
+        self.num_slots = num_slots
+        self._backend = backend
+        self._forced_acceptance = forced_acceptance
         # Rounds write up to k + 1 tokens past the committed ones, wherever those end.
         width = max_seq_len + MAX_NUM_SPECULATIVE_TOKENS + 1
-        self.tokens = torch.zeros(num_slots, width, dtype=torch.int32, device=device)
-        self.seq_len = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.temperature = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.top_k = torch.zeros(num_slots, dtype=torch.int32, device=device)
-        self.top_p = torch.ones(num_slots, dtype=torch.float32, device=device)
-        self.min_p = torch.zeros(num_slots, dtype=torch.float32, device=device)
-        self.seeds = torch.zeros(num_slots, dtype=torch.int64, device=device)
-        self.uses_rejection = torch.zeros(num_slots, dtype=torch.bool, device=device)
-        self._selected_slots: list[int | None] | None = None
-        self._selection: tuple[Tensor, Tensor, dict[str, Tensor]]
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        num_rows = num_slots + 1
+        self.tokens = zeros(num_rows, width)
+        self.seq_len = zeros(num_rows)
+        self.length_limit = zeros(num_rows)
+        self.num_speculative = zeros(num_rows)
+        self.temperature = zeros(num_rows, dtype=torch.float32)
+        self.top_k = zeros(num_rows)
+        self.top_p = zeros(num_rows, dtype=torch.float32) + 1
+        self.min_p = zeros(num_rows, dtype=torch.float32)
+        self.seeds = zeros(num_rows, dtype=torch.int64)
+        self.uses_rejection = zeros(num_rows, dtype=torch.bool)
+        self._selected: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
 
     def admit(self, sequence: Sequence) -> None:
         """Fills the row of a sequence that has just been given a slot."""
         slot, params = sequence.slot, sequence.params
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
-        self._selected_slots = None
+        self._forget_selections()
         ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
         self.tokens[slot, : ids.numel()] = ids.to(self.device)
         self.seq_len[slot] = sequence.num_tokens
+        self.length_limit[slot] = sequence.length_limit
+        self.num_speculative[slot] = sequence.num_speculative_tokens
         self.temperature[slot] = params.temperature
         self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
@@ -152,57 +177,103 @@ class BatchState:
         self.seeds[slot] = rng.signed_seed(sequence.seed)
         self.uses_rejection[slot] = params.uses_rejection
 
-    def select(self, sequences: Iterable[Sequence], block_table: Tensor, *, may_draft: bool) -> RunningBatch:
-        """The rows of `sequences`, in order; `may_draft=False` is a round with k = 0."""
-        chosen = list(sequences)
-        slots, index, constants = self._select_slots([sequence.slot for sequence in chosen])
-        limits = tuple(sequence.max_draft_tokens if may_draft else 0 for sequence in chosen)
-        params = [sequence.params for sequence in chosen]
-        rejection = [each.uses_rejection for each in params]
-        bias = _build_bias(chosen, self.device)
+    def select(
+        self, sequences: Collection[Sequence], block_table: Tensor, *, k: int, size: int | None = None
+    ) -> RunningBatch:
+        """The rows of `sequences`, in order, padded to `size`, for a round of up to `k` drafts each.
+
+        The tensors of one size are the same memory every time.
+        """
+        slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
+        assert len(slots) == len(sequences), "every sequence of a round has a slot"
+        bias = _build_bias(sequences, self.device)
         return RunningBatch(
-            sequence_ids=tuple(sequence.sequence_id for sequence in chosen),
-            slots=slots,
-            seq_len=self.seq_len[index],
-            max_draft=torch.tensor(limits, dtype=torch.int32, device=self.device),
+            sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
+            k=k,
             tokens=self.tokens,
             block_table=block_table,
             bias=bias,
-            lengths=tuple(sequence.num_tokens for sequence in chosen),
-            draft_limits=limits,
-            has_rejection=any(rejection),
-            is_all_rejection=all(rejection),
-            wants_logprobs=any(each.logprobs is not None for each in params),
-            has_filters=any(each.has_filters for each in params),
-            **constants,
+            mode=round_mode(sequences),
+            host_slots=tuple(slots),
+            lengths=tuple(sequence.num_tokens for sequence in sequences),
+            draft_limits=tuple(min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences),
+            forced_acceptance=self._forced_acceptance,
+            **self._rows(slots, size or len(slots)),
         )
 
-    def _select_slots(self, slots: list[int | None]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """The slots as int32 and int64, and those rows of what only `admit` changes; the last answer is kept."""
-        if slots != self._selected_slots:
-            of_slots = torch.tensor(slots, dtype=torch.int32, device=self.device)
-            index = of_slots.long()
-            names = ("temperature", "top_k", "top_p", "min_p", "seeds", "uses_rejection")
-            self._selection = of_slots, index, {name: getattr(self, name)[index] for name in names}
-            self._selected_slots = slots
-        return self._selection
+    def template(self, block_table: Tensor, *, k: int, size: int, mode: RoundMode) -> RunningBatch:
+        """A batch of padding: where `select` puts its rows later, with nothing of any host's knowledge."""
+        return RunningBatch(
+            sequence_ids=(),
+            k=k,
+            tokens=self.tokens,
+            block_table=block_table,
+            bias=None,
+            mode=mode,
+            host_slots=(),
+            lengths=(),
+            draft_limits=(),
+            forced_acceptance=self._forced_acceptance,
+            **self._rows([], size),
+        )
+
+    def _rows(self, slots: list[int], size: int) -> dict[str, Any]:
+        """The slots and those rows of what only `admit` changes; what is right already is not written again."""
+        padded = slots + [self.num_slots] * (size - len(slots))
+        known, rows = self._selected.get(size, ([], {}))
+        if known == padded:
+            return rows
+        of_slots = torch.tensor(padded, dtype=torch.int32, device=self.device)
+        index = of_slots.long()
+        fresh = {"slots": of_slots, **{name: getattr(self, name)[index] for name in _CONSTANTS}}
+        for name, values in rows.items():
+            values.copy_(fresh[name])
+        self._selected[size] = padded, rows or fresh
+        return self._selected[size][1]
+
+    def _forget_selections(self) -> None:
+        self._selected = {size: ([], rows) for size, (_, rows) in self._selected.items()}
+
+    def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
+        """The batch with what its round feeds, as the state stands now."""
+        where = (batch.slots, self.seq_len, self.length_limit, self.num_speculative)
+        return replace(batch, plan=self._backend.plan_round(*where, batch.k, draft_positions))
 
     def stage(self, batch: RunningBatch, drafted: Tensor) -> None:
         """Writes drafted tokens `[B, k]` behind the committed ones, where the next forward reads them."""
-        self._write(batch, drafted)
+        if drafted.shape[1]:
+            offset = torch.arange(drafted.shape[1], device=self.device)
+            self.tokens[batch.slots.long()[:, None], batch.seq_len.long()[:, None] + offset] = drafted
 
-    def commit(self, batch: RunningBatch, emitted: Tensor, num_emitted: Tensor) -> None:
-        """Appends emitted[b, : num_emitted[b]] to each sequence (`[B, k + 1]`, `[B]`)."""
-        self._write(batch, emitted)
-        self.seq_len[batch.slots.long()] = batch.seq_len + num_emitted
-
-    def _write(self, batch: RunningBatch, columns: Tensor) -> None:
-        if columns.shape[1]:
-            offset = torch.arange(columns.shape[1], device=self.device)
-            self.tokens[batch.slots.long()[:, None], batch.seq_len.long()[:, None] + offset] = columns
+    def commit(
+        self, batch: RunningBatch, tokens: Tensor, num_accepted: Tensor, num_draft: Tensor, error: Tensor
+    ) -> Tensor:
+        """Appends tokens[b, : num_accepted[b] + 1] to each running sequence; returns the record of `commit_round`."""
+        state = (self.tokens, self.seq_len, self.length_limit)
+        rows = (batch.slots, batch.seq_len, batch.planned.is_running)
+        return self._backend.commit_round(*state, *rows, tokens, num_accepted, num_draft, error)
 
 
-def _build_bias(sequences: list[Sequence], device: torch.device) -> LogitBias | None:
+def round_mode(sequences: Collection[Sequence]) -> RoundMode:
+    """The mode that a round of these sequences has."""
+    params = [sequence.params for sequence in sequences]
+    rejection = [each.uses_rejection for each in params]
+    return RoundMode(
+        has_rejection=any(rejection),
+        is_all_rejection=all(rejection) and bool(rejection),
+        has_filters=any(each.has_filters for each in params),
+        wants_logprobs=any(each.logprobs is not None for each in params),
+        has_bias=any(map(_has_bias, sequences)),
+    )
+
+
+def _has_bias(sequence: Sequence) -> bool:
+    return bool(sequence.params.logit_bias) or (
+        bool(sequence.ending_ids) and sequence.num_tokens < sequence.banned_until
+    )
+
+
+def _build_bias(sequences: Collection[Sequence], device: torch.device) -> LogitBias | None:
     entries: list[tuple[int, int, float, int]] = []
     for row, sequence in enumerate(sequences):
         entries += [(row, token, value, _FOREVER) for token, value in sequence.params.logit_bias]
