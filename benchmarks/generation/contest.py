@@ -5,8 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from measure import Report
@@ -32,23 +33,41 @@ class NotExactError(Exception):
     """Our speculative or batched tokens are not our plain ones: nothing that was timed is worth reporting."""
 
 
+class Memory(Protocol):
+    """Whose bandwidth stands beside a turn."""
+
+    def read_bandwidth(self) -> float:
+        """GB/s, now."""
+
+
 @dataclass
 class Contest:
-    """The contestants of a pair and dtype that could be started, and everybody's records."""
+    """The contestants of a pair and dtype that could be started, and everybody's records.
+
+    check: what must be true of the records after each repetition
+    pause: seconds before a turn
+    """
 
     workers: dict[str, Worker]
     records: list[Record]
-    report: Report
+    report: Memory
     say: Say
+    check: Callable[[list[Record]], None] = field(default_factory=lambda: check_exact)
+    pause: float = field(default_factory=lambda: PAUSE_SECONDS)
 
-    def take_turns(self, repetitions: int) -> None:
-        """Every entry once a repetition, to and fro, so that nobody always follows the same one."""
+    def take_turns(self, repetitions: int, *, is_late: Callable[[], bool] = lambda: False) -> None:
+        """Every entry once a repetition, to and fro, so that nobody always follows the same one.
+
+        is_late: whether there is no time for another repetition
+        """
         for repetition in range(repetitions):
             started = time.perf_counter()
             for record in self.records if repetition % 2 == 0 else reversed(self.records):
                 self._take_turn(record)
-            check_exact(self.records)
+            self.check(self.records)
             self.say(f"  repetition {repetition + 1} of {repetitions}: {time.perf_counter() - started:.0f} s")
+            if is_late():
+                return
 
     def warm_up(self) -> None:
         for record in self._able():
@@ -66,7 +85,7 @@ class Contest:
         if record.reason is not None:
             return
         bandwidth = self.report.read_bandwidth()
-        time.sleep(PAUSE_SECONDS)
+        time.sleep(self.pause)
         before, started = self._others_cpu_seconds(record.entry), time.perf_counter()
         with noting(record):
             answer = self.workers[record.entry.contestant].generate(record.entry.task)
@@ -132,16 +151,27 @@ def build_record(entry: Entry, setup: Setup, worker: Worker | None, reason: str 
     )
 
 
-def start(setups: list[Setup], stack: ExitStack, say: Say) -> tuple[dict[str, Worker], dict[str, str]]:
-    """(workers, reasons of those that could not be started), by contestant; everybody's files are written first."""
+def start(
+    setups: list[Setup],
+    stack: ExitStack,
+    say: Say,
+    *,
+    steps: tuple[Callable[[Setup], None], ...] = (process.prepare,),
+    timeout: float = process.TIMEOUT_SECONDS,
+) -> tuple[dict[str, Worker], dict[str, str]]:
+    """(workers, reasons of those that could not be started), by contestant; everybody's files are written first.
+
+    steps:   what comes before loading
+    timeout: seconds that loading, and then each answer, may take
+    """
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
 
     def load(setup: Setup) -> None:
-        workers[setup.contestant] = Worker(setup)
+        workers[setup.contestant] = Worker(setup, timeout=timeout)
         stack.callback(workers[setup.contestant].close)
 
-    for step in (process.prepare, load):
+    for step in (*steps, load):
         for setup in setups:
             if setup.contestant in reasons:
                 continue

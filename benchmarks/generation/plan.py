@@ -16,7 +16,7 @@ from generation.protocol import MODULES, Task
 OURS = "ours"
 PROMPT_LENGTH, PREFILL_LENGTH, BATCH_SIZE = 100, 256, 8
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
 Q8_0_BYTES = 34 / 32  # llama.cpp's 8 bits: an fp16 scale for 32 weights
 DRAFT_ROOM = 64
 MODES = ("plain", "batch", "speculative", "prefill")
@@ -46,7 +46,7 @@ class Options:
     """
 
     pairs: tuple[Pair, ...] = PAIRS
-    dtypes: tuple[str, ...] = tuple(BYTES_PER_WEIGHT)
+    dtypes: tuple[str, ...] = tuple(DTYPES.values())
     contestants: tuple[str, ...] = tuple(MODULES)
     modes: tuple[str, ...] = MODES
     k: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
@@ -67,7 +67,7 @@ class Options:
 class Entry:
     """A row to be: a contestant and its task.
 
-    kind: "generate", "batch" (ours, all prompts at once) or "prefill" (one token after a longer prompt)
+    kind: "generate", "batch" (all prompts at once) or "prefill" (one token after a longer prompt)
     """
 
     contestant: str
@@ -87,12 +87,11 @@ class Entry:
     def mode(self) -> str:
         if self.kind == "prefill":
             return f"prefill, {len(self.task.prompts[0])} tokens"
-        if self.kind == "batch":
-            return f"plain, batch {len(self.task.prompts)}"
+        batch = f", batch {len(self.task.prompts)}" if self.kind == "batch" else ""
         if self.is_plain:
-            return "plain"
+            return f"plain{batch}"
         k = self.task.num_speculative_tokens
-        return "speculative, its choice" if k is None else f"speculative, k={k}"
+        return f"speculative{batch}, " + ("its choice" if k is None else f"k={k}")
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,14 @@ CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 class Worker:
     """A process that holds one contestant. Close it: it then ends at once, whatever it is doing.
 
+    timeout: seconds that an answer may take; a contestant that takes longer is ended
+
     Raises `UnavailableError` with the reason where the contestant cannot do what it is asked.
     """
 
-    def __init__(self, setup: Setup, action: str = "load") -> None:
+    def __init__(self, setup: Setup, action: str = "load", *, timeout: float = TIMEOUT_SECONDS) -> None:
         self.setup = setup
+        self.timeout = timeout
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
             [sys.executable, "-m", "generation.worker", action, json.dumps(asdict(setup))],
@@ -74,8 +77,9 @@ class Worker:
     def _receive(self) -> dict[str, Any]:
         stdout = self._process.stdout
         assert stdout is not None, "stdout is a pipe"
-        if not select.select([stdout], [], [], TIMEOUT_SECONDS)[0]:
-            raise UnavailableError(f"no answer in {TIMEOUT_SECONDS:.0f} s")
+        if not select.select([stdout], [], [], self.timeout)[0]:
+            self._process.kill()  # what it still had to say would be taken for the next answer
+            raise UnavailableError(f"no answer in {self.timeout:.0f} s")
         line = stdout.readline()
         if not line:
             raise UnavailableError(self._last_words())

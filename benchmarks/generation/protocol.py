@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
 # Where the contestants are; also the order in which they take turns.
@@ -34,6 +34,9 @@ class Setup:
     speculates:    whether any task will speculate
     cache:         where `prepare` may leave files
     max_seq_len:   prompt and new tokens of the longest task, with room for a draft
+    module:        where the contestant is, unless it is one of MODULES
+    device:        "cpu" or "cuda"
+    max_batch_size, engine: of ours: prompts of the largest batch, and more options of `specengine.Engine`
     """
 
     contestant: str
@@ -45,6 +48,10 @@ class Setup:
     num_threads: int
     max_seq_len: int
     cache: str
+    module: str = ""
+    device: str = "cpu"
+    max_batch_size: int = 8
+    engine: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -158,3 +165,9 @@ def answer_one_by_one(
         num_decoded=sum(number for _, number in decoded),
         counts=sum(known, Counts()) if known else None,
     )
+
+
+def answer_at_once(token_ids: list[list[int]], arrivals: Arrivals, counts: Counts | None = None) -> Answer:
+    """The answer of a contestant whose prompts move on together; what arrives is counted over all of them."""
+    seconds, number = arrivals.after(arrivals.times[0])
+    return Answer(token_ids, [arrivals.prompt_seconds] * len(token_ids), seconds, number, counts)

@@ -56,7 +56,7 @@ def main() -> None:
     action, setup = sys.argv[1], Setup(**json.loads(sys.argv[2]))
     answers = private_stdout()
     try:
-        module = importlib.import_module(MODULES[setup.contestant])
+        module = importlib.import_module(setup.module or MODULES[setup.contestant])
         if action == "prepare":
             module.prepare(setup)
             say(answers, {"ready": {}})

@@ -9,10 +9,19 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
-from generation.protocol import Answer, Arrivals, Counts, Setup, Task, UnavailableError, answer_one_by_one
+from generation.protocol import (
+    Answer,
+    Arrivals,
+    Counts,
+    Setup,
+    Task,
+    UnavailableError,
+    answer_at_once,
+    answer_one_by_one,
+)
 
 DISTRIBUTIONS = ("transformers", "torch")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def prepare(setup: Setup) -> None:
@@ -48,8 +57,9 @@ class HuggingFace:
         if setup.dtype not in DTYPES:
             raise UnavailableError("transformers has no int8 weights for CPUs of its own")
         torch.set_num_threads(setup.num_threads)
-        self._target = load_model(setup.target, setup.dtype)
-        self._draft = load_model(setup.draft, setup.dtype) if setup.speculates else None
+        self._device = torch.device(setup.device)
+        self._target = load_model(setup.target, setup.dtype, self._device)
+        self._draft = load_model(setup.draft, setup.dtype, self._device) if setup.speculates else None
         self._num_forwards: dict[str, int] = {}
         self._count_forwards("target", self._target)
         if self._draft is not None:
@@ -62,11 +72,26 @@ class HuggingFace:
         model.register_forward_hook(count)
 
     def generate(self, task: Task) -> Answer:
+        if task.is_batch:
+            return self._generate_batch(task)
         return answer_one_by_one(task, lambda prompt: self._generate_one(prompt, task))
 
-    @torch.inference_mode()
+    def _generate_batch(self, task: Task) -> Answer:
+        if task.num_speculative_tokens != 0:
+            raise UnavailableError("assisted generation takes one prompt at a time")
+        tokens, arrivals, _ = self._generate(task.prompts, task)
+        return answer_at_once(tokens, arrivals)
+
     def _generate_one(self, prompt: list[int], task: Task) -> tuple[list[int], Arrivals, Counts | None]:
-        ids = torch.tensor([prompt])
+        tokens, arrivals, counts = self._generate([prompt], task)
+        return tokens[0], arrivals, counts
+
+    @torch.inference_mode()
+    def _generate(
+        self, prompts: list[list[int]], task: Task
+    ) -> tuple[list[list[int]], Arrivals, Counts | None]:
+        """Prompts of one length."""
+        ids = torch.tensor(prompts, device=self._device)
         is_plain = task.num_speculative_tokens == 0
         clock = TokenClock(on_first=self._num_forwards.clear)
         output = self._target.generate(
@@ -77,7 +102,7 @@ class HuggingFace:
             streamer=clock,
             **({} if is_plain else {"assistant_model": self._assistant(task.num_speculative_tokens)}),
         )
-        tokens = output[0, len(prompt) :].tolist()
+        tokens = output[:, ids.shape[1] :].tolist()
         return tokens, clock.arrivals, None if is_plain else self._counts(clock.arrivals)
 
     def _assistant(self, num_tokens: int | None) -> PreTrainedModel:
@@ -98,9 +123,9 @@ class HuggingFace:
         )
 
 
-def load_model(directory: str, dtype: str) -> PreTrainedModel:
+def load_model(directory: str, dtype: str, device: torch.device) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=DTYPES[dtype], local_files_only=True)
-    model.eval()
+    model.to(device).eval()
     model.generation_config.eos_token_id = None  # every token counts, end-of-text is one like another
     model.generation_config.pad_token_id = 0
     return model

@@ -10,7 +10,6 @@ from generation.protocol import Answer, Arrivals, Counts, Setup, Task, answer_on
 from specengine import Engine, GenerationResult, SamplingParams
 
 DISTRIBUTIONS = ("specengine", "torch")
-MAX_BATCH_SIZE = 8
 
 
 def prepare(setup: Setup) -> None:
@@ -28,12 +27,15 @@ class Ours:
             dtype="bfloat16" if is_int8 else setup.dtype,
             weight_dtype=setup.dtype,
             draft_weight_dtype=setup.draft_dtype,
-            max_batch_size=MAX_BATCH_SIZE,
+            max_batch_size=setup.max_batch_size,
             max_seq_len=setup.max_seq_len,
             num_threads=setup.num_threads,
+            device=setup.device,
             enable_prefix_cache=False,  # every repetition pays for its prompt
+            **setup.engine,
         )
         self.settings = f"{self._engine.backend_name}, keys and values in {self._engine.config.dtype}"
+        self.settings += "".join(f", {name}={value}" for name, value in setup.engine.items())
 
     def generate(self, task: Task) -> Answer:
         if task.is_batch:
