@@ -278,7 +278,7 @@ class Engine:
                 self._abort(*self._scheduler.requests)
             finally:
                 self._is_closed = True
-                self._rounds.clear()
+                self._rounds.close()
                 self._kv_cache.tensors.clear()
 
     def __enter__(self) -> Engine:

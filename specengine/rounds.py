@@ -145,6 +145,11 @@ class Rounds:
         while self.pop() is not None:
             pass
 
+    def close(self) -> None:
+        """Forgets what is under way and gives the recordings' memory back."""
+        self.clear()
+        self._recordings.clear()
+
     def _recorded(self, size: int, k: int, mode: RoundMode) -> Callable[[], RoundOutcome] | None:
         key = (size, k, mode)
         if key not in self._recordings and self.recorder is not None:
