@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from specengine.call import Call
 from specengine.engine import Engine
 from specengine.errors import SpecEngineError
 from specengine.outputs import GenerationResult
+from specengine.runtime.graphs import GraphReport
 from specengine.timeline import DECODE, Part, PartTimes, TraceRanges, device_parts, read_trace
 
 
@@ -53,6 +54,7 @@ class Profile:
     parts:          they add up to the time from the first token to the last; empty where nobody timed them
     is_by_device:   whether parts are times of the device, in the traced generation, instead of the measured one's
     decode_seconds: of the measured generation
+    graphs:         what recording rounds as CUDA graphs cost; None where none were to be recorded
     """
 
     parts: tuple[Part, ...]
@@ -60,6 +62,7 @@ class Profile:
     decode_seconds: float
     result: GenerationResult
     memory: Memory
+    graphs: GraphReport | None = None
 
     @property
     def num_rounds(self) -> int:
@@ -91,6 +94,7 @@ class Profile:
             "tokens_per_second": self.tokens_per_second,
             "mean_acceptance_length": metrics.speculative_decoding.mean_acceptance_length,
             "memory": {field.name: getattr(self.memory, field.name) for field in fields(self.memory)},
+            "graphs": None if self.graphs is None else asdict(self.graphs),
         }
 
     @property
@@ -131,6 +135,9 @@ class Profile:
             ("peak memory", "unknown" if memory.peak is None else _megabytes(memory.peak)),
             ("process's peak", _megabytes(memory.process_peak)),
         ]
+        if (graphs := self.graphs) is not None:
+            cost = f"{graphs.num_graphs} recorded in {graphs.seconds:.2f} s, {_megabytes(graphs.num_bytes)}"
+            rows.append(("CUDA graphs", cost))
         table = Table(show_header=False, box=None, pad_edge=False)
         for row in rows:
             table.add_row(*row)
@@ -168,7 +175,7 @@ def profile_call(call: Call, engine: Engine, *, trace_path: Path | None) -> Prof
         _trace(call, engine, trace_path)
         if is_cuda:
             parts = device_parts(read_trace(trace_path))
-    return Profile(parts, is_cuda, seconds, result, memory)
+    return Profile(parts, is_cuda, seconds, result, memory, engine.graph_report)
 
 
 def _decode(

@@ -374,6 +374,7 @@ def test_profile_of_the_bundled_pair(tmp_path: Path) -> None:
     report = json.loads(stdout)
     check_report(report)
     check_trace(out, report["num_rounds"])
+    assert report["graphs"] is None
     memory = report["memory"]
     assert report["num_tokens"] == 24
     assert report["mean_acceptance_length"] > 1

@@ -178,5 +178,5 @@ class _Law:
     def empty(shape: torch.Size, like: Tensor) -> _Law:
         """For [B, k] tokens, and logits as wide as `like`."""
         device = like.device
-        logits = torch.full((*shape, like.shape[1]), float("-inf"), device=device)
+        logits = like.new_empty(*shape, like.shape[1])  # of a draft that was not made nothing is read
         return _Law(torch.zeros(shape, device=device), logits, torch.zeros(*shape, 4, device=device))
