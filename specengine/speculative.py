@@ -128,13 +128,13 @@ def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> Rou
 
 
 def _empty_outcome(proposal: DraftProposal, row_start: Tensor) -> RoundOutcome:
+    """Room for an outcome: only what is said of running sequences is written, and read."""
     count, k = proposal.tokens.shape
-    counts = row_start.new_zeros(2, count)
     return RoundOutcome(
-        tokens=row_start.new_zeros(count, k + 1),
-        num_accepted=counts[0],
+        tokens=row_start.new_empty(count, k + 1),
+        num_accepted=row_start.new_empty(count),
         num_draft=proposal.num_tokens,
-        error=counts[1],
+        error=row_start.new_empty(count),
         logits=None,
         row_start=row_start,
     )

@@ -438,7 +438,7 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
             temperature = rest[0].temperature.repeat_interleave(proposal.tokens.shape[1])
             zeros = torch.zeros_like(temperature)
             stats = backend.filter_rows(rows, temperature, zeros.int(), torch.ones_like(zeros), zeros)
-            tokens = proposal.tokens.flatten().long()[:, None]
+            tokens = proposal.tokens.flatten().long().clamp(0, rows.shape[1] - 1)[:, None]
             log_probs = rows.gather(1, tokens)[:, 0] / temperature - stats[:, 2]
             proposal = replace(
                 proposal, log_probs=log_probs.view_as(proposal.tokens), stats=stats.view_as(proposal.stats)

@@ -97,8 +97,8 @@ class _Draft:
     def __init__(self, batch: RunningBatch, runner: ModelRunner) -> None:
         self._batch = batch
         self._runner = runner
-        self._tokens = batch.slots.new_zeros(batch.slots.numel(), batch.k)
-        self._num_draft = batch.planned.num_draft.clone()
+        self._tokens = batch.slots.new_empty(batch.slots.numel(), batch.k)
+        self._num_draft = batch.planned.num_draft
         self._law: _Law | None = None
 
     def draw(self, step: int) -> None:
@@ -176,7 +176,5 @@ class _Law:
 
     @staticmethod
     def empty(shape: torch.Size, like: Tensor) -> _Law:
-        """For [B, k] tokens, and logits as wide as `like`."""
-        device = like.device
-        logits = like.new_empty(*shape, like.shape[1])  # of a draft that was not made nothing is read
-        return _Law(torch.zeros(shape, device=device), logits, torch.zeros(*shape, 4, device=device))
+        """For [B, k] tokens, and logits as wide as `like`. Of a draft that is not made nothing is read."""
+        return _Law(like.new_empty(shape), like.new_empty(*shape, like.shape[1]), like.new_empty(*shape, 4))

@@ -21,7 +21,7 @@ class NoDrafter:
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """Empty proposals: `[B, 0]`."""
-        return DraftProposal(batch.slots.new_zeros(batch.slots.numel(), 0), batch.planned.num_draft)
+        return DraftProposal(batch.slots.new_empty(batch.slots.numel(), 0), batch.planned.num_draft)
 
     def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
         """Nothing to do."""

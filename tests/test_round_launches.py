@@ -1,0 +1,137 @@
+"""What a round asks of a GPU, found without one: it runs on meta tensors, which have no values to look at.
+
+Whatever would make the host wait for the device (`.item()`, `bool(tensor)`, a shape that depends on values) is an error
+on such tensors, so a round that comes to its end can be recorded as a CUDA graph, as far as its Python goes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import aot_suite
+import pytest
+import torch
+from aot_suite import SIZES, TRITON, integers, meta
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from specengine.drafters import draft_model
+from specengine.drafters.base import HostDrafter
+from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.drafters.no_draft import NoDrafter
+from specengine.kernels.device.launch import record
+from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.state import BatchState, RoundMode
+from specengine.speculative import run_round
+
+pytestmark = pytest.mark.triton
+
+NUM_LAYERS = 2
+K = 3
+MODES = {
+    "plain": RoundMode(),
+    "filtered": RoundMode(has_filters=True),
+    "logprobs": RoundMode(wants_logprobs=True),
+    "rejection": RoundMode(has_rejection=True, is_all_rejection=True),
+    "rejection, filtered": RoundMode(has_rejection=True, is_all_rejection=True, has_filters=True),
+    "mixed": RoundMode(has_rejection=True, has_filters=True),
+}
+# Those of PyTorch's ops that launch nothing (zeros are workspaces, which on a GPU are there already).
+NO_KERNEL = {
+    "zeros",
+    "empty",
+    "empty_strided",
+    "new_empty",
+    "empty_like",
+    "arange",
+    "detach",
+    "alias",
+    "lift_fresh",
+}
+
+
+class PyTorchKernels(TorchDispatchMode):
+    """Counts PyTorch's ops that would launch something: all but views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in NO_KERNEL:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def run(
+    mode: RoundMode, k: int, drafts: str = "model", size: str = "gpt2"
+) -> tuple[Counter[str], Counter[str]]:
+    """Kernels of ours and of PyTorch's in a round of two sequences, by name."""
+    shape = SIZES[size]
+    cache = meta(NUM_LAYERS, 2, 640, shape.num_heads, 16, shape.head_dim, dtype=torch.float16)
+    kv_cache: Any = SimpleNamespace(block_size=16, tensors=[cache, cache])
+    runners = [
+        ModelRunner(
+            aot_suite.build_decoder(shape, torch.float16, NUM_LAYERS),
+            kv_cache,
+            model_index=index,
+            vocab_size=shape.vocab_size,
+        )
+        for index in range(2)
+    ]
+    state = BatchState(num_slots=8, max_seq_len=1024, device=torch.device("meta"), backend=TRITON)
+    drafter: Any = NoDrafter()
+    if k:
+        drafter = DraftModelDrafter(runners[1], name="draft", chunk_size=512)
+    if drafts == "upload":
+        drafter = HostDrafter(SimpleNamespace(name="scripted"), vocab_size=shape.vocab_size)
+    batch = state.template(integers(9, 64), k=k, size=2, mode=mode)
+    with record() as launches, PyTorchKernels() as others, torch.inference_mode():
+        run_round(batch, state, runners[0], drafter)
+    return Counter(launch.name for launch in launches), others.counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("drafts", "k"), [("none", 0), ("model", K), ("upload", K)])
+def test_a_round_asks_the_host_nothing(mode: str, drafts: str, k: int) -> None:
+    ours, _ = run(MODES[mode], k, drafts)
+    assert ours["spec_plan_round"] == ours["spec_commit_round"] == 1
+    num_forwards = 1 + (k if drafts == "model" else 0)
+    assert ours["spec_paged_attention"] == NUM_LAYERS * num_forwards
+    assert ours["spec_expand_batch"] == ours["spec_embed"] == num_forwards
+
+
+def test_the_phases_of_a_plain_token() -> None:
+    """Five a layer, and six for the round: what is to be measured against the memory's time."""
+    ours, others = run(MODES["plain"], 0)
+    assert sum(ours.values()) == 5 * NUM_LAYERS + 7
+    assert not others
+
+
+def test_the_phases_of_a_speculative_round() -> None:
+    """A draft forward has five a layer and five more; PyTorch's own are few, and as many for every k."""
+    ours, others = run(MODES["plain"], K)
+    target, draft = 5 * NUM_LAYERS + 7, 5 * NUM_LAYERS + 5
+    assert sum(ours.values()) == target + K * draft
+    assert others == {"index": 1, "add": 1}
+    assert run(MODES["plain"], K + 2)[1] == others
+
+
+def test_a_parallel_layer_is_three() -> None:
+    ours, _ = run(MODES["plain"], 0, size="pythia-1.4b")
+    assert sum(ours.values()) == 3 * NUM_LAYERS + 7
+
+
+def test_a_round_that_looks_at_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drafting only while somebody drafts is such a look."""
+    draw = draft_model._Draft.draw
+
+    def mutant(self: Any, step: int) -> None:
+        if self._batch.planned.is_drafting[step].any():
+            draw(self, step)
+
+    monkeypatch.setattr(draft_model._Draft, "draw", mutant)
+    with pytest.raises(RuntimeError):
+        run(MODES["plain"], K)
