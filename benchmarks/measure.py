@@ -36,7 +36,7 @@ class Subject:
     num_bytes:  what one call must read, and on a GPU write
     pytorch:    the ops it is compared with
     flashinfer: the kernels it is compared with
-    target_us:  what KERNELS.md wants of it on an H200
+    target_us:  what docs/gpu.md wants of it on an H200
     """
 
     op: str

@@ -1,7 +1,7 @@
 """Widen a small trained GPT-2 to a real size without changing the function it computes.
 
 A widened pair keeps the natural acceptance of the pair it came from and costs what the real size costs, so that
-speed can be measured honestly where no checkpoint can be downloaded. The recipe (DESIGN.md §6), for a source of `d`
+speed can be measured honestly where no checkpoint can be downloaded. The recipe, for a source of `d`
 features widened to `D`:
 
 * Every writer into the residual stream (both embeddings, both output projections and their biases) is centred over

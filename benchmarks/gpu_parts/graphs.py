@@ -16,7 +16,7 @@ from gpu_parts.context import Context, FailedError
 from gpu_parts.models import build_models, read_prompts
 from specengine import Engine, SamplingParams
 
-TARGET_IDLE_SHARE = 0.03  # KERNELS.md §4
+TARGET_IDLE_SHARE = 0.03  # docs/gpu.md
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer
 
 from gpu_parts.context import Context
 
-# Kernels that wait for each other: of a layer, and embedding, head, draw and commit of a forward (KERNELS.md §4).
-PHASES_PER_LAYER, PHASES_BESIDE_LAYERS = 5, 4
+# Kernels that wait for each other, as tests/test_round_launches.py counts them: of a layer, of a forward beside its
+# layers, and of a round beside its forwards.
+PHASES_PER_LAYER, PHASES_PER_FORWARD, PHASES_PER_ROUND = 5, 5, 2
 US_PER_PHASE = 1.6
 
 
@@ -109,13 +110,13 @@ class Cost:
         return cls(
             weight_bytes=weight_bytes(directory, dtype, "ours"),
             kv_bytes=2.0 * config["n_layer"] * config["n_embd"] * itemsize,
-            num_phases=PHASES_PER_LAYER * config["n_layer"] + PHASES_BESIDE_LAYERS,
+            num_phases=PHASES_PER_LAYER * config["n_layer"] + PHASES_PER_FORWARD,
         )
 
 
 @dataclass(frozen=True)
 class Floor:
-    """Of a round, in µs, with the bandwidth of this machine. `target_us` is what KERNELS.md §4 allows beside it."""
+    """Of a round, in µs, with the bandwidth of this machine. `target_us` is what that and 1.6 µs a phase come to."""
 
     weights_us: float
     kv_us: float
@@ -132,7 +133,7 @@ class Floor:
         return cls(
             weights_us=sum(cost.weight_bytes for cost in every) / bandwidth / 1e3,
             kv_us=sum(cost.kv_bytes for cost in every) * num_tokens / bandwidth / 1e3,
-            num_phases=sum(cost.num_phases for cost in every),
+            num_phases=sum(cost.num_phases for cost in every) + PHASES_PER_ROUND,
         )
 
     @property

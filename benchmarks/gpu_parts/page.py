@@ -35,7 +35,7 @@ def draft_length(row: Row) -> str:
 
 
 def target(row: Row) -> str:
-    """What KERNELS.md wants of an H200."""
+    """What docs/gpu.md wants of an H200."""
     wants = (
         ("target_us", "≤ {:.0f} us"),
         ("target_ratio_to_compiled", "≥ {:.1f} x compile"),

@@ -15,7 +15,7 @@ from measure import quantiles
 from gpu_parts.entrants import System
 from gpu_parts.models import Cost, Floor, Workload
 
-# KERNELS.md §4, of an H200: one sequence in fp16, context 512.
+# The targets of docs/gpu.md, of an H200: one sequence in fp16, context 512.
 TARGET_US = {"gpt2-medium": 375.0, "gpt2-xl": 1150.0}
 TARGET_OF_COMPILED = {"gpt2-medium": 1.5}
 # To plain, at acceptance .7.
@@ -48,7 +48,7 @@ class Row:
     num_phases:        kernels of a round that wait for each other
     overhead_us_per_phase: (us_per_round - floor_us) / num_phases
     here_us:           floor_us and 1.6 µs a phase: the target with this machine's bandwidth
-    target_us, target_ratio, target_ratio_to_compiled: KERNELS.md §4, for an H200; the ratio to plain at .7
+    target_us, target_ratio, target_ratio_to_compiled: those of docs/gpu.md, for an H200; the ratio to plain at .7
     forced_acceptance, is_models_output: whether these are the model's tokens
     """
 
