@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -590,7 +591,11 @@ def test_an_interrupted_command_ends_its_part(planted: Path) -> None:
         "gpu.run(given, [Part('hang', '', 'planted_parts:hang', needs_cuda=False)], work)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT / "benchmarks", stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT / "benchmarks",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a background job's is ignored
     )
     pid_file = planted / "hang.pid"
     deadline = time.monotonic() + 30

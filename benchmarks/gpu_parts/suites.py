@@ -48,6 +48,11 @@ class Ended:
             raise FailedError(f"status {self.returncode}: {self.summary}")
 
 
+def _heed_interrupts() -> None:
+    """A shell's background job starts with SIGINT ignored, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def execute(context: Context, command: Sequence[str], *, label: str = "", **variables: str) -> Ended:
     """Runs a command in the repository; its output goes to a file of the part's. Adds a row of kind "suite".
 
@@ -66,6 +71,7 @@ def execute(context: Context, command: Sequence[str], *, label: str = "", **vari
             stdout=output,
             stderr=subprocess.STDOUT,
             env={**os.environ, **variables},
+            preexec_fn=_heed_interrupts,
             start_new_session=True,  # what is interrupted is the command and all it started, not the part
         )
         try:
