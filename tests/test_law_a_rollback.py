@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from law_helpers import (
     TOLERANCE,
     CheckpointFactory,
@@ -21,16 +22,16 @@ from law_helpers import (
     spec,
 )
 from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter, ScriptedDrafter
-from torch import Tensor
 
-from specengine import _C
+from specengine import _C, speculative
 from specengine.config import SamplingParams
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
 from specengine.models.decoder import ForwardBatch
 from specengine.outputs import GenerationResult
 from specengine.runtime import model_runner
-from specengine.runtime.state import BatchState
+from specengine.runtime.state import BatchState, RunningBatch
+from specengine.speculative import RoundOutcome
 
 HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
@@ -400,13 +401,19 @@ def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    commit = BatchState.commit
+    """One token more than was decided becomes part of every sequence that has room for it."""
+    commit = speculative.commit
 
-    def faulty(self: BatchState, batch: Any, tokens: Tensor, count: Tensor, *rest: Tensor) -> Tensor:
-        is_short = count + 1 < tokens.shape[1]
-        return commit(self, batch, tokens, count + is_short.int(), *rest)
+    def faulty(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> RoundOutcome:
+        is_running = batch.planned.is_running != 0
+        count = outcome.num_accepted.masked_fill(~is_running, 0)
+        is_short = is_running & (count + 1 < outcome.tokens.shape[1])
+        column = torch.arange(outcome.tokens.shape[1])
+        is_extra = is_short[:, None] & (column == count[:, None] + 1)
+        tokens = outcome.tokens.masked_fill(is_extra, 1)
+        return commit(replace(outcome, tokens=tokens, num_accepted=count + is_short.int()), batch, state)
 
-    monkeypatch.setattr(BatchState, "commit", faulty)
+    monkeypatch.setattr(speculative, "commit", faulty)
 
 
 @pytest.mark.parametrize(
