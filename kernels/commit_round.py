@@ -12,14 +12,13 @@ from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
-from specengine.kernels.device.race import check_small
+from specengine.kernels.device.race import check_output, check_small, check_table
 from specengine.kernels.reference.commit_round import (
     NUM_RESULT_COLUMNS,
     RESULT_DRAFTED,
     RESULT_EMITTED,
     RESULT_ERROR,
 )
-from specengine.kernels.stage_draft import check_history, check_output
 
 _NUM_RESULT_COLUMNS = tl.constexpr(NUM_RESULT_COLUMNS)
 _EMITTED = tl.constexpr(RESULT_EMITTED)
@@ -90,7 +89,7 @@ def commit_round(
     error: Tensor,
 ) -> Tensor:
     """See `specengine.kernels.reference.commit_round`. num_accepted outside 0 … k is taken as the nearest of them."""
-    check_history(tokens)
+    check_table("tokens", tokens)
     count, num_slots, width = slots.numel(), tokens.shape[0], emitted.shape[-1]
     if emitted.dim() != 2 or width < 1:
         raise ValueError(f"emitted: expected [{count}, k + 1] torch.int32, got {list(emitted.shape)}")

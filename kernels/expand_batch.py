@@ -9,6 +9,7 @@ from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
+from specengine.kernels.device.race import check_table
 
 
 @triton.jit
@@ -98,11 +99,8 @@ def expand_batch(
                                 from the device, which waits for it. Beyond the sums logit_rows are 0, so that they
                                 can be used as indices, and the tokens are left alone
     """
-    for name, table in (("tokens", tokens), ("block_table", block_table)):
-        if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
-            raise ValueError(
-                f"{name}: expected [S, n] torch.int32 with contiguous rows, got {list(table.shape)} {table.dtype}"
-            )
+    check_table("tokens", tokens)
+    check_table("block_table", block_table)
     count = slots.numel()
     for name, vector in (("slots", slots), ("start", start), ("q_len", q_len), ("num_logits", num_logits)):
         if vector.shape != (count,) or vector.dtype != torch.int32 or not vector.is_contiguous():

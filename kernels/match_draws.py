@@ -13,9 +13,8 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.noise import philox_lanes
-from specengine.kernels.device.race import check_small
+from specengine.kernels.device.race import check_output, check_small
 from specengine.kernels.match_verify import clamp_row
-from specengine.kernels.stage_draft import check_output
 from specengine.rng import STREAM_ACCEPT
 
 _STREAM_ACCEPT = tl.constexpr(STREAM_ACCEPT)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
-from specengine.kernels.device.race import ERROR, NUM_STATS, check_logits, check_small
+from specengine.kernels.device.race import (
+    ERROR,
+    NUM_STATS,
+    check_logits,
+    check_output,
+    check_small,
+    check_table,
+)
 
 # Logits that a program copies: 128 bytes of each thread's.
 TILE = 4096
@@ -99,22 +106,6 @@ def spec_stage_draft(
         tl.store(target_ptr + column, tl.load(source_ptr + column, is_token), is_token)
 
 
-def check_output(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """`check_small` of a tensor that is written where it lies."""
-    if check_small(name, tensor, shape, dtype) is not tensor:
-        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
-    return tensor
-
-
-def check_history(tokens: Tensor) -> Tensor:
-    """The tokens of all slots, written where they lie."""
-    if tokens.dim() != 2 or tokens.dtype != torch.int32 or tokens.stride(1) != 1:
-        raise ValueError(
-            f"tokens: expected [S, n] torch.int32 with contiguous rows, got {list(tokens.shape)} {tokens.dtype}"
-        )
-    return tokens
-
-
 def stage_draft(
     step: int,
     tokens: Tensor,
@@ -164,7 +155,7 @@ def stage_draft(
         spec_stage_draft,
         (count, ceil_div(vocab_size, TILE)),
         step,
-        check_history(tokens),
+        check_table("tokens", tokens),
         tokens.stride(0),
         check_small("slots", slots, (count,), torch.int32),
         check_small("seq_len", seq_len, (count,), torch.int32),

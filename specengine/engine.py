@@ -33,7 +33,7 @@ from specengine.runtime.graphs import GraphReport
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request, Sequence
-from specengine.runtime.state import BatchState, RoundMode
+from specengine.runtime.state import BatchState, RoundMode, round_mode
 from specengine.scheduler import Chunk, Plan, Scheduler
 from specengine.speculative import commit, match, verify
 from specengine.tokenizer import Tokenizer
@@ -372,7 +372,8 @@ class Engine:
         for sequence in sequences:
             sequence.num_target_forwards += 1
             sequence.request.first_forward_time = sequence.request.first_forward_time or now
-        batch = self._state.plan(self._state.select(sequences, self._kv_cache.device_block_table(), k=0))
+        table, mode = self._kv_cache.device_block_table(), round_mode(sequences)
+        batch = self._state.plan(self._state.select(sequences, table, mode, k=0))
         batch = replace(
             batch, plan=batch.planned._replace(is_running=self._int32(list(map(int, wants_first))))
         )

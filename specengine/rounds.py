@@ -93,16 +93,15 @@ class Rounds:
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
         drafter = self.drafter if k else self._no_drafter
         table, mode = self._kv_cache.device_block_table(), round_mode(sequences)
-        run = None
+        size, run = len(sequences), None
         if self.recorder is not None and not mode.has_bias:
-            k, size = draft_bucket(k), bucket(len(sequences), self._sizes)
+            k, size = draft_bucket(k), bucket(size, self._sizes)
             run = self._recorded(size, k, mode)
-        batch = self._state.select(sequences, table, k=k)
+        batch = self._state.select(sequences, table, mode, k=k, size=size)
         with ranges.span(ranges.DRAFT, batch_size=len(sequences), k=k):
             is_replayable = drafter.prepare(batch, self._state)
-        if is_replayable and run is not None:
-            batch = self._state.select(sequences, table, k=k, size=size)
-        else:
+        if run is None or not is_replayable:
+            batch = batch.without_padding()
             run = partial(run_round, batch, self._state, self._target, drafter)
         self.push(sequences, batch, run(), drafter)
 
@@ -154,7 +153,8 @@ class Rounds:
         key = (size, k, mode)
         if key not in self._recordings and self.recorder is not None:
             drafter = self.drafter if k else self._no_drafter
-            batch = self._state.template(self._kv_cache.device_block_table(), k=k, size=size, mode=mode)
+            # Padding alone, where later batches of this size lie: nothing of the host's knowledge is in it.
+            batch = self._state.select([], self._kv_cache.device_block_table(), mode, k=k, size=size)
             name = f"{size} sequences, k = {k}, {mode}"
             try:
                 self._recordings[key] = self.recorder.record(

@@ -261,7 +261,7 @@ def share_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def faulty(self: BatchState, *args: Any, **kwargs: Any) -> Any:
         batch = select(self, *args, **kwargs)
-        object.__setattr__(batch, "seeds", batch.seeds[:1].expand(batch.size).contiguous())
+        object.__setattr__(batch, "seeds", batch.seeds[:1].expand(batch.slots.numel()).contiguous())
         return batch
 
     monkeypatch.setattr(BatchState, "select", faulty)

@@ -87,7 +87,7 @@ def run(
         drafter = DraftModelDrafter(runners[1], name="draft", chunk_size=512)
     if drafts == "upload":
         drafter = HostDrafter(SimpleNamespace(name="scripted"), vocab_size=shape.vocab_size)
-    batch = state.template(integers(9, 64), k=k, size=2, mode=mode)
+    batch = state.select([], integers(9, 64), mode, k=k, size=2)
     with record() as launches, PyTorchKernels() as others, torch.inference_mode():
         run_round(batch, state, runners[0], drafter)
     return Counter(launch.name for launch in launches), others.counts

@@ -56,6 +56,22 @@ def check_small(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
     return tensor.contiguous()
 
 
+def check_output(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """`check_small` of a tensor that is written where it lies."""
+    if check_small(name, tensor, shape, dtype) is not tensor:
+        raise ValueError(f"{name}: expected a contiguous tensor, got strides {tensor.stride()}")
+    return tensor
+
+
+def check_table(name: str, table: Tensor) -> Tensor:
+    """A table with a row a slot, read and written where it lies."""
+    if table.dim() != 2 or table.dtype != torch.int32 or table.stride(1) != 1:
+        raise ValueError(
+            f"{name}: expected [S, n] torch.int32 with contiguous rows, got {list(table.shape)} {table.dtype}"
+        )
+    return table
+
+
 @triton.jit
 def stack_lanes(lane_0, lane_1, lane_2, lane_3):
     """The lanes of a tile, `[...]` each, as `[..., 2, 2]`."""

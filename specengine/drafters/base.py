@@ -158,7 +158,7 @@ class HostDrafter:
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
         """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is."""
-        self._asked = batch = state.plan(batch)
+        self._asked = batch = state.plan(batch.without_padding())
         proposal = self._drafter.propose(batch)
         check_proposal(proposal, batch, name=self.name, vocab_size=self._vocab_size)
         self._proposal = proposal if proposal.logits is not None else None

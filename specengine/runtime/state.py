@@ -119,6 +119,12 @@ class RunningBatch:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
         return not (self.mode.has_bias or self.mode.wants_logprobs or self.may_reject)
 
+    def without_padding(self) -> RunningBatch:
+        """The batch of its sequences alone."""
+        if self.size == self.slots.numel():
+            return self
+        return replace(self, **{name: getattr(self, name)[: self.size] for name in ("slots", *_CONSTANTS)})
+
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included."""
         row: list[int] = self.tokens[self.host_slots[index], : self.lengths[index]].tolist()
@@ -178,7 +184,13 @@ class BatchState:
         self.uses_rejection[slot] = params.uses_rejection
 
     def select(
-        self, sequences: Collection[Sequence], block_table: Tensor, *, k: int, size: int | None = None
+        self,
+        sequences: Collection[Sequence],
+        block_table: Tensor,
+        mode: RoundMode,
+        *,
+        k: int,
+        size: int | None = None,
     ) -> RunningBatch:
         """The rows of `sequences`, in order, padded to `size`, for a round of up to `k` drafts each.
 
@@ -186,35 +198,18 @@ class BatchState:
         """
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         assert len(slots) == len(sequences), "every sequence of a round has a slot"
-        bias = _build_bias(sequences, self.device)
         return RunningBatch(
             sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
             k=k,
             tokens=self.tokens,
             block_table=block_table,
-            bias=bias,
-            mode=round_mode(sequences),
+            bias=_build_bias(sequences, self.device),
+            mode=mode,
             host_slots=tuple(slots),
             lengths=tuple(sequence.num_tokens for sequence in sequences),
             draft_limits=tuple(min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences),
             forced_acceptance=self._forced_acceptance,
             **self._rows(slots, size or len(slots)),
-        )
-
-    def template(self, block_table: Tensor, *, k: int, size: int, mode: RoundMode) -> RunningBatch:
-        """A batch of padding: where `select` puts its rows later, with nothing of any host's knowledge."""
-        return RunningBatch(
-            sequence_ids=(),
-            k=k,
-            tokens=self.tokens,
-            block_table=block_table,
-            bias=None,
-            mode=mode,
-            host_slots=(),
-            lengths=(),
-            draft_limits=(),
-            forced_acceptance=self._forced_acceptance,
-            **self._rows([], size),
         )
 
     def _rows(self, slots: list[int], size: int) -> dict[str, Any]:
@@ -263,22 +258,20 @@ def round_mode(sequences: Collection[Sequence]) -> RoundMode:
         is_all_rejection=all(rejection) and bool(rejection),
         has_filters=any(each.has_filters for each in params),
         wants_logprobs=any(each.logprobs is not None for each in params),
-        has_bias=any(map(_has_bias, sequences)),
+        has_bias=any(_bias_entries(0, sequence) for sequence in sequences),
     )
 
 
-def _has_bias(sequence: Sequence) -> bool:
-    return bool(sequence.params.logit_bias) or (
-        bool(sequence.ending_ids) and sequence.num_tokens < sequence.banned_until
-    )
+def _bias_entries(row: int, sequence: Sequence) -> list[tuple[int, int, float, int]]:
+    """What `LogitBias` says of one sequence: row, token, value, until."""
+    entries = [(row, token, value, _FOREVER) for token, value in sequence.params.logit_bias]
+    if sequence.num_tokens < sequence.banned_until:
+        entries += [(row, token, float("-inf"), sequence.banned_until) for token in sequence.ending_ids]
+    return entries
 
 
 def _build_bias(sequences: Collection[Sequence], device: torch.device) -> LogitBias | None:
-    entries: list[tuple[int, int, float, int]] = []
-    for row, sequence in enumerate(sequences):
-        entries += [(row, token, value, _FOREVER) for token, value in sequence.params.logit_bias]
-        if sequence.num_tokens < sequence.banned_until:
-            entries += [(row, token, float("-inf"), sequence.banned_until) for token in sequence.ending_ids]
+    entries = [entry for row, sequence in enumerate(sequences) for entry in _bias_entries(row, sequence)]
     if not entries:
         return None
     rows, tokens, values, until = zip(*entries, strict=True)
