@@ -11,7 +11,7 @@ INSTALL = $(PIP) install $(PIP_FLAGS) -c constraints.txt
 
 # What was done is remembered under the hash of what it was done with. Of pyproject.toml, the part before the
 # settings of test and lint tools counts.
-CSRC_FILES := $(sort $(wildcard csrc/*.cpp csrc/*.h))
+CSRC_FILES := $(sort $(wildcard csrc/*/*.cpp csrc/*/*.h))
 SETUP_HASH := $(shell sed '/^\[tool\.pytest/,$$d' constraints.txt setup.py pyproject.toml | sha256sum | cut -c1-16)
 NATIVE_HASH := $(shell cat setup.py $(CSRC_FILES) | sha256sum | cut -c1-16)
 INSTALLED := $(VENV)/.installed-$(SETUP_HASH)

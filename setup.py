@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = sorted(str(path) for path in Path("csrc").glob("*.cpp"))
+SOURCES = sorted(str(path) for path in Path("csrc").glob("*/*.cpp"))
 IS_SANITIZED = os.environ.get("SPECENGINE_SANITIZE") == "1"
 
 
@@ -44,7 +44,13 @@ def _extension() -> dict[str, object]:
         link += sanitizers
     return {
         "ext_modules": [
-            CppExtension("specengine._C", SOURCES, extra_compile_args=flags, extra_link_args=link)
+            CppExtension(
+                "specengine._C",
+                SOURCES,
+                include_dirs=[str(Path("csrc").resolve())],
+                extra_compile_args=flags,
+                extra_link_args=link,
+            )
         ],
         "cmdclass": {"build_ext": BuildExtension.with_options(use_ninja=True)},
     }

@@ -25,7 +25,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.packed import PackedLinear
+from specengine.kernels.types.packed import PackedLinear
 
 
 @over_layers("native_layers", [HEAD_SHAPE])

@@ -10,7 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.reference.plan_round import RoundPlan
+from specengine.kernels.types.round import RoundPlan
 
 NUM_SLOTS, MAX_SEQ_LEN = 64, 1024
 

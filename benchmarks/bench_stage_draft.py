@@ -12,7 +12,7 @@ from torch import Tensor
 from verify_cases import PADDED_VOCAB_SIZE, VOCAB_SIZE
 
 from specengine.kernels import reference
-from specengine.kernels.reference.filter_rows import STAT_ERROR
+from specengine.kernels.types.statistics import STAT_ERROR
 
 K, STEP = 8, 3
 NUM_SLOTS, MAX_SEQ_LEN = 65, 1024

@@ -12,7 +12,7 @@ from linear_cases import Layers, build_gpu_layers, build_native_layers
 from measure import Report
 from verify_cases import Logits, build_logits
 
-from specengine.ops import load_backend
+from specengine.ops.load import load_backend
 
 REPORT = pytest.StashKey[Report]()
 CLOCK = gpu_timing.DeviceClock()

@@ -18,7 +18,7 @@ from timing import Call, Measured
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-    from specengine.ops import Backend
+    from specengine.ops.backend import Backend
 
 REPLAYS, WARM_UP_REPLAYS = 31, 3
 WARM_UP_CALLS = 3  # of an op before it is captured: they compile it and allocate what it keeps

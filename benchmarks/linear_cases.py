@@ -15,9 +15,9 @@ from kernel_cases import NATIVE, assert_earned, honest
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.reference.norm_qkv import rotate
-from specengine.ops import Backend
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.ops.backend import Backend
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 CPU_ROWS = (1, 2, 4, 6, 8, 9, 16, 64)

@@ -22,7 +22,7 @@ from timing import Call
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import load_backend
+from specengine.ops.load import load_backend
 
 SECONDS = {"ours": 64e-6, "torch": 640e-6}  # of a replay
 

@@ -26,8 +26,9 @@ from gpu_timing import Cuda, Device
 
 from specengine.kernels.device import tiles
 from specengine.kernels.device.tiles import Tile
-from specengine.kernels.packed import Norm, PackedLinear
-from specengine.ops import Backend, load_backend
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.ops.backend import Backend
+from specengine.ops.load import load_backend
 
 WIDTHS = (
     768,

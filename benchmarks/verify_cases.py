@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels.reference.filter_rows import filtered_log_probs
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50257, 50304
 ROW_BYTES = 4 * PADDED_VOCAB_SIZE

@@ -13,7 +13,7 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.race import check_output, check_small, check_table
-from specengine.kernels.reference.commit_round import (
+from specengine.kernels.types.round import (
     NUM_RESULT_COLUMNS,
     RESULT_DRAFTED,
     RESULT_EMITTED,

@@ -15,7 +15,7 @@ from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 @triton.jit(do_not_specialize=["num_rows"])

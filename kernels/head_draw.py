@@ -28,8 +28,8 @@ from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import zeroed
 from specengine.kernels.filter_rows import filter_rows
 from specengine.kernels.head import head
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.sample_rows import sample_rows
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 _STAT_ERROR = 3
 

@@ -19,7 +19,7 @@ from specengine.kernels.device.noise import NEGATIVE_INFINITY, scale_logits
 from specengine.kernels.device.statistics import group_share, group_sum, log_normaliser
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import scratch, zeroed
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 @triton.jit

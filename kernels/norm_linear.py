@@ -23,7 +23,7 @@ from specengine.kernels.device.linear import (
     norm_multiply,
 )
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 @triton.jit(do_not_specialize=["num_rows"])

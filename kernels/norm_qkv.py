@@ -16,7 +16,7 @@ from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import check_linear, chunk_of, count_rows, norm_multiply
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_blocks"])

@@ -23,7 +23,7 @@ from specengine.kernels.device.linear import (
 )
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import scratch, zeroed
-from specengine.kernels.packed import PackedLinear
+from specengine.kernels.types.packed import PackedLinear
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -13,7 +13,7 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.race import check_small
-from specengine.kernels.reference.plan_round import RoundPlan
+from specengine.kernels.types.round import RoundPlan
 
 # Sequences of a program.
 MAX_BLOCK = 32

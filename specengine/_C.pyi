@@ -1,6 +1,5 @@
-# Types of the C++ extension: the ops (csrc/bindings.cpp, csrc/round_state.cpp; meanings in
-# specengine.kernels.reference), a whole decoder (csrc/bindings_decoder.cpp; meanings in specengine.kernels.program) and
-# the KV cache manager (csrc/bindings_kv_cache.cpp; meanings in csrc/paged_kv_cache.h).
+# Types of the C++ extension (csrc/python): the ops (meanings in specengine.kernels.reference), a whole decoder
+# (meanings in specengine.kernels.types.program) and the KV cache manager (meanings in csrc/core/paged_kv_cache.h).
 from collections.abc import Sequence
 
 import numpy as np

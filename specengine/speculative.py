@@ -1,7 +1,7 @@
 """The round: propose, forward, verify, commit. With nothing proposed it is plain decoding.
 
 A round reads and writes device state only, at places that depend on the batch's size, its k and its mode: what is
-recorded once can be replayed (`specengine.rounds`).
+recorded once can be replayed (`specengine.engine.rounds`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.state import BatchState, RunningBatch

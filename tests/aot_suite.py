@@ -19,10 +19,10 @@ from aot import compile_launch, specialise
 from torch import Tensor
 
 from specengine.kernels.device.launch import Launch, assume_capability, record
-from specengine.kernels.packed import Norm, PackedLinear
-from specengine.kernels.program import DrawKeys, ForwardBatch
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.program import DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
-from specengine.ops import load_backend
+from specengine.ops.load import load_backend
 
 TRITON = load_backend("triton", torch.device("cuda"))
 BLOCK_SIZE = 16

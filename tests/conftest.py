@@ -21,11 +21,11 @@ from law_helpers import (
     Tally,
 )
 
-from specengine import _C, assembly, metrics
-from specengine import engine as engine_module
+from specengine import _C, metrics
 from specengine.drafters.base import Drafter
-from specengine.engine import Engine
-from specengine.ops import Backend
+from specengine.engine import Engine, assembly
+from specengine.engine import engine as engine_module
+from specengine.ops.backend import Backend
 
 torch.set_num_threads(1)
 if kernel_cases.DEVICE.type == "cpu":

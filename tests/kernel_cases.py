@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from specengine import _C
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.reference import quantize_rows
 from specengine.kernels.reference.norm_linear import linear
-from specengine.native import NativeBackend
-from specengine.ops import Backend, load_backend
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.ops.backend import Backend
+from specengine.ops.load import load_backend
+from specengine.ops.native import NativeBackend
 
 # The Triton kernels run on the GPU where there is one, else in Triton's interpreter.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -19,7 +19,7 @@ import torch
 
 from specengine.engine import Engine
 from specengine.models.decoder import build_program
-from specengine.ops import Interpreter
+from specengine.ops.interpreter import Interpreter
 from specengine.outputs import GenerationResult
 from specengine.runtime.graphs import GraphReport
 

@@ -14,7 +14,8 @@ from law_helpers import assert_idle, assert_same, make_prompt, spec
 from scripted_drafters import RandomDrafter
 
 from conftest import CheckpointFactory, EngineFactory
-from specengine import DraftProposal, Engine, EngineConfig, SamplingParams, SpecEngineError, assembly
+from specengine import DraftProposal, Engine, EngineConfig, SamplingParams, SpecEngineError
+from specengine.engine import assembly
 from specengine.errors import InsufficientMemoryError, VocabularyMismatchError
 from specengine.runtime import kv_cache
 

@@ -11,7 +11,7 @@ import transformers
 from law_helpers import BACKEND, Tally, assert_same, plain, run_op_by_op, spec
 
 from specengine import Engine, GenerationResult, bundled
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 KS = (1, 3, 4, 8)
 BATCH_SIZES = (1, 7)

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import specengine
 from specengine import SamplingParams, StreamEvent, bundled
 from specengine.cli import app, main
-from specengine.terminal import STYLES, TokenPainter, paint, wants_color
+from specengine.cli.terminal import STYLES, TokenPainter, paint, wants_color
 from specengine.tokenizer import Tokenizer
 
 PROMPT = "def binary_search(items, x):"

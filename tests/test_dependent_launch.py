@@ -23,8 +23,8 @@ from torch import Tensor
 
 from specengine import SamplingParams
 from specengine.kernels.device import launch as launching
-from specengine.kernels.packed import Norm, PackedLinear
-from specengine.ops import load_backend
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.ops.load import load_backend
 
 pytestmark = pytest.mark.triton
 

@@ -9,7 +9,7 @@ from law_helpers import CheckpointFactory, EngineFactory, assert_idle, assert_sa
 
 from specengine.config import SamplingParams
 from specengine.engine import Engine
-from specengine.ops import row_keys
+from specengine.ops.interpreter import row_keys
 from specengine.outputs import GenerationResult
 from specengine.runtime.model_runner import draw_keys
 from specengine.runtime.state import BatchState

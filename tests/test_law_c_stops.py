@@ -13,10 +13,10 @@ import torch
 from law_helpers import EngineFactory, Tally, assert_idle, assert_same, plain
 from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter
 
-from specengine import engine as engine_module
 from specengine import metrics
 from specengine.config import SamplingParams
 from specengine.engine import Engine
+from specengine.engine import engine as engine_module
 from specengine.outputs import GenerationResult, TokenLogprob
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.text import TextStream

@@ -24,7 +24,7 @@ from specengine.drafters.base import RowResult
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 from specengine.runtime import model_runner
 from specengine.runtime.batch import Feed, row_starts
 from specengine.runtime.kv_cache import TARGET

@@ -13,9 +13,9 @@ import torch
 from law_helpers import EngineFactory, Tally, assert_idle, assert_same, make_prompt, plain, spec
 from tokenizers import models
 
-from specengine import assembly, tokenizer
+from specengine import tokenizer
 from specengine.drafters.draft_model import DraftModelDrafter
-from specengine.engine import Engine
+from specengine.engine import Engine, assembly
 from specengine.errors import VocabularyMismatchError
 
 SIZE = 300

@@ -25,9 +25,8 @@ from law_helpers import (
 )
 from scripted_drafters import ScriptedDrafter
 
-from specengine import assembly
 from specengine.config import SamplingParams
-from specengine.engine import Engine
+from specengine.engine import Engine, assembly
 from specengine.errors import GraphCaptureError
 from specengine.runtime import graphs
 from specengine.runtime.kv_cache import KVCache, _DeviceTable

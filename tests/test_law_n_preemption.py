@@ -14,9 +14,9 @@ from scripted_drafters import RandomDrafter
 from conftest import CheckpointFactory, EngineFactory
 from specengine import Engine, SamplingParams, StreamEvent, rng
 from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.engine.scheduler import Scheduler
 from specengine.runtime.kv_cache import DRAFT, TARGET, KVCache
 from specengine.runtime.state import BatchState
-from specengine.scheduler import Scheduler
 
 HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64

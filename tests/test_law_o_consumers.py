@@ -14,10 +14,10 @@ import pytest
 from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same, make_prompt
 from scripted_drafters import Known, ScriptedDrafter
 
-from specengine import engine as engine_module
 from specengine import speculative
 from specengine.config import SamplingParams
 from specengine.engine import Engine
+from specengine.engine import engine as engine_module
 from specengine.models.decoder import Decoder
 from specengine.outputs import GenerationResult
 

@@ -12,7 +12,7 @@ from scripted_drafters import PerfectDrafter, ScriptedDrafter
 
 from conftest import CheckpointFactory, EngineFactory
 from specengine import Engine, GenerationResult, SamplingParams
-from specengine import engine as engine_module
+from specengine.engine import engine as engine_module
 from specengine.outputs import SpeculativeDecodingMetrics
 
 VOCAB = 64

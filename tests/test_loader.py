@@ -27,7 +27,7 @@ from specengine.models import gpt2, loader
 from specengine.models.checkpoint import SafetensorsSource
 from specengine.models.loader import ARCHITECTURES, choose_dtype, load_model, read_spec
 from specengine.models.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
-from specengine.ops import load_backend
+from specengine.ops.load import load_backend
 
 CPU = torch.device("cpu")
 REFERENCE = load_backend("reference", CPU)
@@ -633,7 +633,7 @@ def test_tiny_configs_are_quick_to_build() -> None:
 _LOAD_AND_WEIGH = """
 import sys, torch
 from specengine.models import loader
-from specengine.ops import load_backend
+from specengine.ops.load import load_backend
 
 def high_water_mark():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10

@@ -14,7 +14,8 @@ from specengine.errors import BackendUnavailableError
 from specengine.models import gpt_neox, opt
 from specengine.models.decoder import Decoder, ForwardBatch
 from specengine.models.loader import LoadedModel, load_model
-from specengine.ops import Backend, load_backend
+from specengine.ops.backend import Backend
+from specengine.ops.load import load_backend
 
 CPU = torch.device("cpu")
 BLOCK_SIZE = 4

@@ -22,9 +22,9 @@ from law_helpers import (
 from scripted_drafters import ScriptedDrafter
 
 from specengine import Engine, SamplingParams
-from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
+from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder, build_program
-from specengine.ops import Interpreter
+from specengine.ops.interpreter import Interpreter
 from specengine.runtime.batch import Feed, build_forward_batch
 
 ARCHITECTURES = ("gpt2", "opt", "gpt_neox")

@@ -84,7 +84,8 @@ def test_switches_refuse_what_they_do_not_know() -> None:
 def test_the_environment_chooses_the_instruction_set(wanted: str | None, expected: str) -> None:
     program = """
 import torch
-from specengine import _C, native
+from specengine import _C
+from specengine.ops import native
 try:
     native.NativeBackend()
     print(_C.build_info()["instruction_set"])

@@ -19,9 +19,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from specengine import profiling, ranges, timeline
+from specengine import ranges
 from specengine.cli import app, main
-from specengine.timeline import PartTimes, device_parts, read_trace
+from specengine.measure import profile as profiling
+from specengine.measure import timeline
+from specengine.measure.timeline import PartTimes, device_parts, read_trace
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = {"batch_size": 4, "k": 5}

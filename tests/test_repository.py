@@ -19,8 +19,8 @@ from packaging.utils import canonicalize_name
 import specengine
 from specengine.kernels.reference import OPS
 from specengine.models.loader import ARCHITECTURES
-from specengine.native import NativeBackend
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
+from specengine.ops.native import NativeBackend
 
 try:
     import tomllib

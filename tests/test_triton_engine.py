@@ -165,7 +165,7 @@ def test_a_mask_that_lets_padding_in_is_noticed(
 def test_a_triton_that_was_imported_without_the_interpreter_is_refused() -> None:
     script = (
         "import os; os.environ.pop('TRITON_INTERPRET', None); import triton, torch\n"
-        "from specengine.ops import load_backend\n"
+        "from specengine.ops.load import load_backend\n"
         "from specengine.errors import BackendUnavailableError\n"
         "try:\n    load_backend('triton', torch.device('cpu'))\n"
         "except BackendUnavailableError as error:\n    print(error)"

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from specengine import Engine, GenerationResult, SamplingParams, bundled
-from specengine.terminal import TokenPainter, legend, paint, wants_color
+from specengine.cli.terminal import TokenPainter, legend, paint, wants_color
 
 PROMPTS = {
     "binary search": 'def binary_search(items, x):\n    """Return the index of x in items, or -1."""\n',

@@ -24,7 +24,7 @@ def measure_bandwidth(device: str) -> tuple[str, float]:
     import torch
     from gpu_timing import Cuda, DeviceClock, Gpu
 
-    from specengine.ops import load_backend
+    from specengine.ops.load import load_backend
 
     cuda = Cuda()
     bandwidth = Gpu(cuda, load_backend("triton", cuda.device), DeviceClock()).bandwidth()

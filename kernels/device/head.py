@@ -8,7 +8,7 @@ from torch import Tensor
 
 from specengine.kernels.device.linear import check_linear, norm_multiply
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, gumbel, philox_lanes, vocabulary_counter
-from specengine.kernels.packed import PackedLinear
+from specengine.kernels.types.packed import PackedLinear
 
 # Tokens of a tile: the noise comes in groups of 128, and padded rows of logits are whole tiles.
 TILE_TOKENS = 128

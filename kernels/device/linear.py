@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.rounding import as_operand, round_to
-from specengine.kernels.packed import PackedLinear
+from specengine.kernels.types.packed import PackedLinear
 
 # Columns at a time in which a norm's mean and variance are found.
 STATISTICS_CHUNK = 256

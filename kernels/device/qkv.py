@@ -9,7 +9,7 @@ from torch import Tensor
 
 from specengine.kernels.device.launch import ceil_div
 from specengine.kernels.device.rounding import round_to
-from specengine.kernels.packed import PackedLinear
+from specengine.kernels.types.packed import PackedLinear
 
 
 @triton.jit

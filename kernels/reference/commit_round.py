@@ -5,9 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-NUM_RESULT_COLUMNS = 3
-RESULT_EMITTED, RESULT_DRAFTED, RESULT_ERROR = range(NUM_RESULT_COLUMNS)
-
 
 def commit_round(
     tokens: Tensor,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-STAT_MAX, STAT_THRESHOLD, STAT_LOG_NORMALISER, STAT_ERROR = range(4)
+from specengine.kernels.types.statistics import STAT_LOG_NORMALISER, STAT_THRESHOLD
 
 
 def sanitise(logits: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from specengine import rng
-from specengine.kernels.packed import Norm, PackedLinear
-from specengine.kernels.reference.filter_rows import STAT_ERROR, filter_rows
+from specengine.kernels.reference.filter_rows import filter_rows
 from specengine.kernels.reference.head import head
 from specengine.kernels.reference.sample_rows import sample_rows
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.statistics import STAT_ERROR
 
 
 def head_draw(

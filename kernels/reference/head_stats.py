@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.reference.filter_rows import filter_rows
 from specengine.kernels.reference.head import head
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 def head_stats(

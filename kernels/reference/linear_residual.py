@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specengine.kernels.packed import PackedLinear
 from specengine.kernels.reference.norm_linear import linear
+from specengine.kernels.types.packed import PackedLinear
 
 
 def linear_residual(x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:

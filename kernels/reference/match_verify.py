@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from specengine import rng
-from specengine.kernels.reference.filter_rows import STAT_ERROR
 from specengine.kernels.reference.sample_rows import sample_rows
+from specengine.kernels.types.statistics import STAT_ERROR
 
 
 def match_verify(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.reference.norm_linear import layer_norm, linear
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 def rotate(x: Tensor, rotary: Tensor) -> Tensor:

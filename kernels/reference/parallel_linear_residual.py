@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specengine.kernels.packed import PackedLinear
 from specengine.kernels.reference.linear_residual import linear_residual
+from specengine.kernels.types.packed import PackedLinear
 
 
 def parallel_linear_residual(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specengine.kernels.packed import Norm, PackedLinear
 from specengine.kernels.reference.norm_linear import norm_linear
 from specengine.kernels.reference.norm_qkv import norm_qkv
+from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 def parallel_norm_linear(

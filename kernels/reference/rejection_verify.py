@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from specengine import rng
-from specengine.kernels.reference.filter_rows import STAT_ERROR, filtered_log_probs
+from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
+from specengine.kernels.types.statistics import STAT_ERROR
 
 
 def rejection_verify(

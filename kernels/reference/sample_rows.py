@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from specengine import rng
-from specengine.kernels.reference.filter_rows import STAT_LOG_NORMALISER, STAT_THRESHOLD, scale_rows
+from specengine.kernels.reference.filter_rows import scale_rows
+from specengine.kernels.types.statistics import STAT_LOG_NORMALISER, STAT_THRESHOLD
 
 
 def race(scores: Tensor, seeds: Tensor, positions: Tensor, stream: int, round_base: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specengine.kernels.reference.filter_rows import STAT_ERROR
+from specengine.kernels.types.statistics import STAT_ERROR
 
 
 def stage_draft(

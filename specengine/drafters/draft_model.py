@@ -10,8 +10,8 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.drafters.base import DraftProposal, RowResult
-from specengine.kernels.program import ForwardBatch
-from specengine.ops import row_keys
+from specengine.kernels.types.program import ForwardBatch
+from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner, draw_keys
 from specengine.runtime.state import BatchState, RunningBatch

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specengine.kernels.packed import Norm, PackedLinear
-from specengine.kernels.program import (
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
     ForwardBatch,
@@ -21,7 +21,7 @@ from specengine.kernels.program import (
     ParallelNormLinear,
     Program,
 )
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 @dataclass(frozen=True)

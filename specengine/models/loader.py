@@ -20,7 +20,7 @@ from specengine.models.architecture import Architecture
 from specengine.models.checkpoint import StateDictSource, TensorSource, open_checkpoint
 from specengine.models.decoder import Decoder, DecoderSpec
 from specengine.models.weights import ConfiguredModel, Progress, read_weights
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 from specengine.tokenizer import Tokenizer, Vocabulary, find_tokenizer
 
 # Adding an architecture: one file, and its name here.

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
-from specengine.kernels.packed import Norm, PackedLinear
+from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.models.architecture import Architecture, LayerTensors, LinearTensors, NormTensors
 from specengine.models.checkpoint import TensorSource
 from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 Progress = Callable[[int, int], None]
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from specengine.kernels.program import ForwardBatch
-from specengine.ops import Backend
+from specengine.kernels.types.program import ForwardBatch
+from specengine.ops.backend import Backend
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from specengine.kernels.program import DraftRows, DrawKeys, ForwardBatch
+from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch
 from specengine.models.decoder import Decoder
-from specengine.ops import Backend, row_keys
+from specengine.ops.backend import Backend
+from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed, build_forward_batch, row_starts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.state import RunningBatch, apply_bias

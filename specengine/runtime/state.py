@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
-from specengine.kernels.reference.plan_round import RoundPlan
-from specengine.ops import Backend
+from specengine.kernels.types.round import RoundPlan
+from specengine.ops.backend import Backend
 from specengine.runtime.sequence import Sequence
 
 _FOREVER = 2**31 - 1

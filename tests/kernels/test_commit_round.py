@@ -10,8 +10,8 @@ from kernel_cases import NATIVE, TRITON
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.reference.commit_round import NUM_RESULT_COLUMNS
-from specengine.ops import Backend
+from specengine.kernels.types.round import NUM_RESULT_COLUMNS
+from specengine.ops.backend import Backend
 
 WIDTH = 60
 WRITTEN = ("tokens", "seq_len", "length_limit")

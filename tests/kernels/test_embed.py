@@ -8,7 +8,7 @@ from kernel_cases import DTYPES, NATIVE, TRITON
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 def check_embed(op, dtype: torch.dtype, num_rows: int, width: int, has_positions: bool) -> None:

@@ -10,7 +10,7 @@ from kernel_cases import NATIVE, TRITON
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 # slots, start, q_len, num_logits
 BATCHES = {

@@ -21,7 +21,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 # temperature, top_k, top_p, min_p
 SETTINGS = [

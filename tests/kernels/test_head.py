@@ -16,7 +16,7 @@ from kernel_cases import (
 )
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 def check_head(

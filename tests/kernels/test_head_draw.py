@@ -11,8 +11,8 @@ from torch import Tensor
 
 from specengine import _C, rng
 from specengine.kernels import reference
-from specengine.kernels.reference.filter_rows import STAT_ERROR
-from specengine.ops import Backend
+from specengine.kernels.types.statistics import STAT_ERROR
+from specengine.ops.backend import Backend
 
 NUM_ROWS = 17
 WIDTH = 48

@@ -8,7 +8,7 @@ from kernel_cases import NATIVE, TRITON, WEIGHT_DTYPES, random_layer, random_row
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 WIDTH, NUM_ROWS = 48, 19
 

@@ -15,7 +15,7 @@ from kernel_cases import (
 )
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 SHAPES = [(1, 1, 1), (5, 33, 50), (6, 3072, 96), (2, 128, 1024), (65, 100, 70)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 UNTOUCHED = -77
 

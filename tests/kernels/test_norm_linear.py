@@ -21,9 +21,9 @@ from kernel_cases import (
 )
 
 from specengine.kernels import reference
-from specengine.kernels.packed import PackedLinear
 from specengine.kernels.reference.norm_linear import apply_activation
-from specengine.ops import Backend
+from specengine.kernels.types.packed import PackedLinear
+from specengine.ops.backend import Backend
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 # Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
@@ -178,7 +178,7 @@ def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
 
 
 def unpack(panels: torch.Tensor, num_columns: int, width: int) -> torch.Tensor:
-    """`[num_columns, width]` from int8 panels of whole quads of weights + 128 (csrc/kernels.h)."""
+    """`[num_columns, width]` from int8 panels of whole quads of weights + 128 (csrc/core/kernels.h)."""
     tiles = panels.view(-1, width // 4, 64, 4) ^ -128  # panel, quad, column, k
     return tiles.permute(0, 2, 1, 3).reshape(-1, width)[:num_columns]
 

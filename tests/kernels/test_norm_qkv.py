@@ -20,8 +20,8 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.packed import PackedLinear
-from specengine.ops import Backend
+from specengine.kernels.types.packed import PackedLinear
+from specengine.ops.backend import Backend
 
 NUM_BLOCKS, BLOCK_SIZE, WIDTH = 7, 4, 40
 

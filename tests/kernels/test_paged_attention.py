@@ -15,7 +15,7 @@ from specengine import _C
 from specengine.kernels import paged_attention as kernel
 from specengine.kernels import reference
 from specengine.kernels.device.launch import record
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 # Rows, attention width, MLP width, columns.
 SHAPES = [(1, 1, 1, 1), (5, 33, 70, 50), (21, 128, 512, 130), (3, 300, 1200, 300)]

@@ -18,7 +18,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 WIDTH, EXPANDED, HEADS, HEAD_DIM, ROTARY_DIM = 40, 150, 3, 20, 6
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.reference.plan_round import RoundPlan
-from specengine.ops import Backend
+from specengine.kernels.types.round import RoundPlan
+from specengine.ops.backend import Backend
 
 LARGEST = 2**31 - 1
 NUM_SLOTS = 40

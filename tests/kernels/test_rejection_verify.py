@@ -22,7 +22,7 @@ from torch import Tensor
 
 from specengine import _C, rng
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 UNTOUCHED = -77
 OFF = (0, 1.0, 0.0)

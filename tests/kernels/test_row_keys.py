@@ -10,7 +10,7 @@ from kernel_cases import TRITON, random_seeds
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 NAMES = ("temperature", "top_k", "top_p", "min_p", "seeds", "q_start", "positions", "logit_rows")
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from specengine import rng
 from specengine.kernels import reference
 from specengine.kernels.reference.filter_rows import scale_rows
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 def race_scores(logits: Tensor, stats: Tensor, temperature: Tensor, noise: tuple) -> Tensor:

@@ -11,7 +11,7 @@ from kernel_cases import NATIVE, TRITON
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 WIDTH = 80
 FLAGGED = 3  # the statistics' column of the error flag

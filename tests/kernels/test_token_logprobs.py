@@ -20,7 +20,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.ops import Backend
+from specengine.ops.backend import Backend
 
 
 def check_logprobs(op, logits: Tensor, num_top: int) -> None:

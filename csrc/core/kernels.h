@@ -1,0 +1,142 @@
+// The functions that exist once per instruction set. Each works on one panel, row or tile, is
+// single-threaded, and its results depend on nothing but its own row and weights.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "core/half.h"
+#include "core/philox.h"
+
+namespace specengine {
+
+// Weights are packed in panels of 64 output columns, one contiguous stream each: [k / depth, 64,
+// depth], `depth` weights of a column beside each other for products that add pairs or quads;
+// padded with zeros to whole panels and steps. int8 weights are stored with 128 added.
+constexpr int kPanelColumns = 64;
+constexpr int depth_of(DType dtype) {
+  return dtype == DType::kInt8 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
+}
+// An output element is the sum, in order, of sequential sums over K chunks of this length. Rows
+// that meet int8 weights are rounded to int8 chunk by chunk; the sum over a chunk is then exact.
+constexpr int kChunkK = 128;
+// Rows that share one pass over a panel.
+constexpr int kMaxPassRows = 256;
+// Attention partials cover KV tiles that start at absolute multiples of this.
+constexpr int kAttentionTile = 128;
+constexpr int kMaxHeadDim = 256;
+// Query vectors (rows times heads of a group) that share one visit of a tile.
+constexpr int kMaxSharedQueries = 32;
+// Floats that one call of Kernels::attention needs: queries, outputs, sums and weights, 16 keys
+// twice and a tile of values.
+constexpr int64_t attention_scratch(int64_t head_dim) {
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  return kMaxSharedQueries * (3 * padded + kAttentionTile) + (16 + 16 + kAttentionTile) * padded;
+}
+// Groups whose maxima bound the k-th largest from below.
+constexpr int kNumMaximaGroups = 512;
+// Bins of 1/32 nat below the maximum; the last holds the tail.
+constexpr int kNumMassBins = 1024;
+constexpr float kMassBinsPerNat = 32.0f;
+
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
+
+// Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, row_words] words, each a
+// float, a pair of bf16 or a quad of int8, as the instruction set likes to multiply with the
+// weights' type.
+struct LinearArgs {
+  const float* x;
+  int64_t num_rows;
+  const void* panels;
+  DType dtype;
+  int64_t k;
+  const float* scale;     // [num_columns] of int8 weights, else null
+  const float* bias;      // [num_columns] or null
+  const float* residual;  // [num_rows, num_columns] or null
+  Activation activation;
+  float* out;  // [num_rows, stride out_stride]
+  int64_t out_stride;
+  int64_t num_columns;       // columns that are stored
+  int64_t first_column = 0;  // the column that out[row][0] holds
+};
+
+struct AttentionArgs {
+  const float* query;  // [T, H, head_dim]
+  const void* kv;      // [2, N, Hkv, block_size, head_dim]
+  DType dtype;
+  const int32_t* block_table;
+  int64_t table_stride;
+  const int32_t* slots;
+  const int32_t* q_start;
+  const int32_t* context_len;
+  int64_t num_heads, num_kv_heads, head_dim, num_blocks, block_size;
+  float* out;  // [T, H * head_dim]
+};
+
+// One row of logits as the verification ops see it.
+struct RowView {
+  const float* logits;
+  int64_t vocab;
+  float divisor;    // temperature, 1 for a greedy row
+  float threshold;  // keep z / T >= threshold
+  float log_normaliser;
+};
+
+struct RowMaximum {
+  float value;
+  bool has_nan;
+};
+
+struct RaceResult {
+  int32_t token;
+  float score;  // -inf when nothing could win
+};
+
+struct Kernels {
+  const char* name;
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
+                     int64_t size, float* out);
+  int (*row_words)(DType weights);
+  void (*pack_row)(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride);
+  void (*linear_panel)(const LinearArgs& args, int64_t panel);
+  // scratch: [attention_scratch(head_dim)]
+  void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
+                    int64_t row_end, float* scratch);
+  RowMaximum (*row_maximum)(const RowView& row);
+  // Sum of exp(z / T - maximum) over the kept tokens.
+  double (*row_sum_exp)(const RowView& row, float maximum);
+  // group_maxima: [kNumMaximaGroups]; the maxima of disjoint groups of the row.
+  void (*row_group_maxima)(const RowView& row, float* group_maxima);
+  // Kept values >= low, in index order; returns how many were written to `values`.
+  int64_t (*row_collect)(const RowView& row, float low, float* values);
+  // Mass exp(z / T - maximum) of the kept tokens by bin of distance from the maximum.
+  void (*row_mass_bins)(const RowView& row, float maximum, double* mass);
+  int64_t (*row_collect_bin)(const RowView& row, float maximum, int bin, float* values);
+  int32_t (*row_argmax)(const RowView& row);
+  // Gumbel race over the kept tokens of `target`; with `draft`, over log max(p - q, 0); `excluded`
+  // (or -1) cannot win.
+  RaceResult (*race)(const RowView& target, const RowView* draft, int64_t excluded,
+                     const NoiseKey& key);
+  // One tile of a row, token ids `first_id` (a multiple of 128) and up: the largest z / T, or with
+  // a key the winner of the race. Nothing below `best` need be found.
+  RaceResult (*draw_tile)(const RowView& tile, int64_t first_id, const NoiseKey* key, float best);
+  void (*vocabulary_bits)(const NoiseKey& key, int64_t vocab, uint32_t* bits);
+  // A checksum of `num_bytes`, a multiple of 256.
+  uint64_t (*read_block)(const void* data, int64_t num_bytes);
+};
+
+#if defined(__x86_64__)
+extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx2Kernels;
+#endif
+extern const Kernels kPortableKernels;
+
+// The kernels in use: the best the processor has, unless SPECENGINE_INSTRUCTION_SET names others or
+// set_instruction_set chose some.
+const Kernels& kernels();
+// "auto", "avx512_bf16", "avx512", "avx2" or "portable"; false when unknown or not supported here.
+bool set_instruction_set(const char* name);
+bool supports_instruction_set(const char* name);
+
+}  // namespace specengine

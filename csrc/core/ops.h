@@ -1,0 +1,180 @@
+// The native ops on raw pointers: they parallelise and combine the kernels of the instruction set
+// in use. Shapes and meaning are those of specengine.kernels.reference; every pointer was checked
+// before.
+#pragma once
+
+#include <cstdint>
+
+#include "core/kernels.h"
+
+namespace specengine {
+
+// --- pack_linear.cpp
+
+// An [out_features, in_features] weight as a checkpoint has it.
+struct WeightView {
+  const void* data;
+  DType dtype;
+  int64_t out_features, in_features;
+  int64_t out_stride, in_stride;
+};
+
+// Elements of the packed layout (kernels.h) of an [out_features, in_features] weight.
+int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype);
+// To int8 each output channel is rounded: scale = max |w| / 127, w / scale to the nearest integer,
+// ties to even; a channel that is not finite has the scale NaN. `scale` is for int8 only.
+void pack_linear(const WeightView& weight, DType dtype, void* panels, float* scale);
+
+// --- linear.cpp
+
+struct LinearWeight {
+  const void* panels;
+  DType dtype;
+  const float* scale;  // [out_features] of int8 weights, else null
+  const float* bias;   // or null
+  int64_t in_features;
+  int64_t out_features;
+};
+
+struct NormWeight {
+  const float* weight;
+  const float* bias;
+  float eps;
+};
+
+void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows, int64_t width,
+           const void* token_table, const void* position_table, DType dtype, float* out);
+
+// out = activation(norm(x) W^T + b) (+ residual), for `num_columns` columns; norm may be null.
+struct LinearCall {
+  const float* x;
+  int64_t num_rows;
+  const NormWeight* norm;
+  const LinearWeight* weight;
+  Activation activation;
+  const float* residual;
+  float* out;
+  int64_t out_stride;
+  int64_t num_columns;
+};
+void linear(const LinearCall& call);
+
+// The same layer in tiles of kTileColumns columns, nothing of it stored: `consume` gets each tile
+// [num_rows, kTileColumns] once, from any thread, with the first column and the number of columns
+// in it. `call.out` and `call.residual` are not used.
+constexpr int64_t kTileColumns = 128;
+using TileConsumer = void (*)(void* context, int64_t first_column, int64_t num_columns,
+                              const float* tile);
+void linear_tiles(const LinearCall& call, TileConsumer consume, void* context);
+
+// Columns from `vocab_size` on are -inf.
+void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const LinearWeight& weight,
+          int64_t vocab_size, float* logits, int64_t padded_vocab_size);
+
+// Each row's draw: argmax of the logits where its temperature is 0, else the race on the target's
+// stream at its position over what the row's filters keep. error is 1 where a row holds a NaN or
+// nothing finite. Only rows with a filter need their logits kept until all are known: in a buffer
+// of the thread's.
+struct DrawRows {
+  const float* temperature;
+  const int32_t* top_k;
+  const float* top_p;
+  const float* min_p;
+  const int64_t* seeds;
+  const int32_t* positions;
+  int32_t* tokens;
+  int32_t* error;
+};
+void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
+               const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws);
+
+struct KvAppend {
+  const int32_t* positions;
+  const int64_t* kv_slots;
+  void* kv_cache;  // [2, N, Hkv, block_size, head_dim]
+  DType dtype;
+  int64_t num_blocks, num_kv_heads, block_size, head_dim;
+  const float* rotary;  // [P, 2, half] or null
+  int64_t rotary_half;
+};
+void norm_qkv(const float* hidden, int64_t num_rows, const NormWeight& norm,
+              const LinearWeight& weight, const KvAppend& append, float* query);
+
+// --- attention.cpp
+
+void paged_attention(const AttentionArgs& args, int64_t num_sequences);
+
+// --- sampling.cpp
+
+// Rows of logits; row r starts at data + r * stride.
+struct LogitRows {
+  const float* data;
+  int64_t stride;
+  int64_t num_rows;
+  int64_t vocab;
+  const float* row(int64_t index) const { return data + index * stride; }
+};
+
+enum StatsColumn { kStatMaximum, kStatThreshold, kStatLogNormaliser, kStatError, kNumStats };
+
+// The target's draw at one row of logits as filter_rows and sample_rows make it, and whether the
+// row is bad.
+struct FilteredDraw {
+  int32_t token;
+  bool is_bad;
+};
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
+                           float top_p, float min_p, const NoiseKey& key);
+
+void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
+                 const float* top_p, const float* min_p, float* stats);
+
+void sample_rows(const LogitRows& logits, const float* stats, const float* temperature,
+                 const int64_t* seeds, const int32_t* positions, uint32_t stream,
+                 const int32_t* round_base, int32_t* tokens, float* log_probs);
+
+// What both verifications read and write, B sequences.
+struct VerifyCall {
+  LogitRows logits;
+  const float* stats;  // [R, 4]
+  int64_t num_sequences;
+  const int32_t* row_start;
+  const int32_t* num_draft;
+  const int32_t* draft_tokens;  // [B, stride]
+  int64_t draft_stride;
+  const float* temperature;
+  const int64_t* seeds;
+  const int32_t* seq_len;
+  const bool* is_selected;
+  int32_t* tokens;  // [B, stride]
+  int64_t tokens_stride;
+  int32_t* num_accepted;
+  int32_t* error;
+};
+
+void match_verify(const VerifyCall& call);
+
+// The proposal's law; logits may be null (point mass).
+struct DraftLaw {
+  const float* log_probs;  // [B, k]
+  int64_t log_probs_stride;
+  const float* logits;  // [B, k, vocab]
+  int64_t sequence_stride, row_stride, vocab;
+  const float* stats;  // [B, k, 4], dense
+  int64_t max_draft;
+};
+void rejection_verify(const VerifyCall& call, const DraftLaw& draft);
+
+// --- logprobs.cpp
+
+// top_ids, top_log_probs: [R, num_top], num_top <= vocab.
+void token_logprobs(const LogitRows& logits, const int32_t* token_ids, int64_t num_top,
+                    float* log_probs, int32_t* top_ids, float* top_log_probs);
+
+// --- read_loop.cpp
+
+// Reads `num_bytes` (a multiple of 256) once with every thread, and returns a checksum: what the
+// memory can do, for benchmarks to compare with.
+uint64_t read_all(const void* data, int64_t num_bytes);
+
+}  // namespace specengine

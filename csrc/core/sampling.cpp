@@ -1,0 +1,278 @@
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+
+#include "core/ops.h"
+#include "core/scratch.h"
+#include "core/thread_pool.h"
+
+namespace specengine {
+namespace {
+
+constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+// Logits below which a region costs more than it saves.
+constexpr int64_t kMinParallelLogits = 8192;
+// Candidates that are sorted outright rather than binned.
+constexpr int64_t kMaxSortedCandidates = 4096;
+
+float divisor_of(float temperature) { return temperature > 0.0f ? temperature : 1.0f; }
+
+RowView unfiltered(const float* logits, int64_t vocab, float temperature) {
+  return {logits, vocab, divisor_of(temperature), kNegativeInfinity, 0.0f};
+}
+
+RowView filtered(const float* logits, int64_t vocab, float temperature, const float* stats) {
+  return {logits, vocab, divisor_of(temperature), stats[kStatThreshold], stats[kStatLogNormaliser]};
+}
+
+Scratch<float>& candidate_scratch() {
+  static thread_local Scratch<float> scratch;
+  return scratch;
+}
+
+// Values are in descending order; returns the smallest kept one, walking whole groups of equal
+// values until `wanted` mass (in units of exp(value - maximum)) is reached. `mass` is what lies
+// above.
+float nucleus_end(const float* values, int64_t count, float maximum, double mass, double wanted) {
+  float threshold = values[0];
+  for (int64_t i = 0; i < count && mass < wanted;) {
+    threshold = values[i];
+    const double each = std::exp(static_cast<double>(threshold) - maximum);
+    for (; i < count && values[i] == threshold; ++i) mass += each;
+  }
+  return threshold;
+}
+
+// The k-th largest scaled value. Where k is small, the k-th largest of 512 disjoint groups' maxima
+// bounds it from below, and only what reaches that bound is looked at again. Leaves every value >=
+// the result in `values`, their number in `num_candidates`.
+float kth_largest(const RowView& row, int64_t k, float* values, int64_t& num_candidates) {
+  const Kernels& isa = kernels();
+  float bound = kNegativeInfinity;
+  if (k <= kNumMaximaGroups / 2 && row.vocab > 2 * kNumMaximaGroups) {
+    alignas(64) float group_maxima[kNumMaximaGroups];
+    isa.row_group_maxima(row, group_maxima);
+    std::nth_element(group_maxima, group_maxima + k - 1, group_maxima + kNumMaximaGroups,
+                     std::greater<>());
+    bound = group_maxima[k - 1];
+  }
+  num_candidates = isa.row_collect(row, bound, values);
+  if (num_candidates < k) return kNegativeInfinity;
+  std::nth_element(values, values + k - 1, values + num_candidates, std::greater<>());
+  return values[k - 1];
+}
+
+// Top-p by bins of mass: only the bin in which the cumulative mass crosses top_p is sorted.
+float nucleus_by_bins(const RowView& row, float maximum, double top_p, float* values) {
+  const Kernels& isa = kernels();
+  alignas(64) double mass[kNumMassBins];
+  isa.row_mass_bins(row, maximum, mass);
+  double total = 0.0;
+  for (double bin : mass) total += bin;
+  const double wanted = top_p * total;
+  double above = 0.0;
+  int bin = 0;
+  while (bin + 1 < kNumMassBins && above + mass[bin] < wanted) above += mass[bin++];
+  int64_t count = 0;
+  // Rounding may leave an empty bin as the crossing one: its upper neighbour then holds the end.
+  while ((count = isa.row_collect_bin(row, maximum, bin, values)) == 0) above -= mass[--bin];
+  std::sort(values, values + count, std::greater<>());
+  return nucleus_end(values, count, maximum, above, wanted);
+}
+
+float row_threshold(RowView row, float maximum, int64_t top_k, float top_p, float min_p) {
+  float threshold = kNegativeInfinity;
+  float* values = candidate_scratch().reserve(row.vocab + 16);
+  int64_t num_candidates = row.vocab;
+  const bool has_top_k = top_k > 0 && top_k < row.vocab;
+  if (has_top_k) threshold = row.threshold = kth_largest(row, top_k, values, num_candidates);
+  if (top_p < 1.0f) {
+    if (has_top_k && num_candidates <= kMaxSortedCandidates) {
+      const auto end = std::partition(values, values + num_candidates,
+                                      [&](float value) { return value >= threshold; });
+      std::sort(values, end, std::greater<>());
+      double total = 0.0;
+      for (auto value = values; value != end; ++value)
+        total += std::exp(static_cast<double>(*value) - maximum);
+      threshold =
+          nucleus_end(values, end - values, maximum, 0.0, static_cast<double>(top_p) * total);
+    } else {
+      threshold = nucleus_by_bins(row, maximum, static_cast<double>(top_p), values);
+    }
+  }
+  if (min_p > 0.0f) {
+    const double bound = static_cast<double>(maximum) + std::log(static_cast<double>(min_p));
+    threshold = std::max(threshold, static_cast<float>(bound));
+  }
+  return threshold;
+}
+
+void filter_row(RowView row, bool is_greedy, int64_t top_k, float top_p, float min_p,
+                float* stats) {
+  const Kernels& isa = kernels();
+  const auto [maximum, has_nan] = isa.row_maximum(row);
+  const bool is_bad = has_nan || maximum == kNegativeInfinity;
+  if (!is_greedy && !is_bad) row.threshold = row_threshold(row, maximum, top_k, top_p, min_p);
+  stats[kStatMaximum] = maximum;
+  stats[kStatThreshold] = row.threshold;
+  stats[kStatLogNormaliser] = maximum == kNegativeInfinity
+                                  ? kNegativeInfinity
+                                  : static_cast<float>(static_cast<double>(maximum) +
+                                                       std::log(isa.row_sum_exp(row, maximum)));
+  stats[kStatError] = is_bad ? 1.0f : 0.0f;
+}
+
+// The target's draw at one row: argmax where greedy, else the Gumbel race.
+int32_t draw(const RowView& row, bool is_greedy, const NoiseKey& key) {
+  const Kernels& isa = kernels();
+  return is_greedy ? isa.row_argmax(row) : isa.race(row, nullptr, -1, key).token;
+}
+
+float scaled_at(const RowView& row, int64_t token) {
+  return kernels()
+      .row_maximum({row.logits + token, 1, row.divisor, row.threshold, row.log_normaliser})
+      .value;
+}
+
+// log p(token) under the filtered law; -inf outside the support or the row.
+float filtered_log_prob(const RowView& row, bool is_greedy, int64_t token) {
+  if (token < 0 || token >= row.vocab) return kNegativeInfinity;
+  if (is_greedy) return kernels().row_argmax(row) == token ? 0.0f : kNegativeInfinity;
+  const float scaled = scaled_at(row, token);
+  return scaled < row.threshold ? kNegativeInfinity : scaled - row.log_normaliser;
+}
+
+// One sequence of a verification.
+struct Sequence {
+  const VerifyCall& call;
+  int64_t b;
+
+  bool is_greedy() const { return !(call.temperature[b] > 0.0f); }
+  int64_t num_draft() const { return call.num_draft[b]; }
+  int32_t draft_token(int64_t i) const { return call.draft_tokens[b * call.draft_stride + i]; }
+  RowView row(int64_t i) const {
+    const int64_t index = call.row_start[b] + i;
+    return filtered(call.logits.row(index), call.logits.vocab, call.temperature[b],
+                    call.stats + index * kNumStats);
+  }
+  NoiseKey target_key(int64_t i) const {
+    return {static_cast<uint64_t>(call.seeds[b]), static_cast<uint32_t>(call.seq_len[b] + i),
+            kStreamTarget, 0};
+  }
+  void commit(int64_t num_accepted, int32_t next_token) const {
+    int32_t* tokens = call.tokens + b * call.tokens_stride;
+    for (int64_t i = 0; i < num_accepted; ++i) tokens[i] = draft_token(i);
+    tokens[num_accepted] = next_token;
+    call.num_accepted[b] = static_cast<int32_t>(num_accepted);
+    bool is_bad = false;
+    for (int64_t i = 0; i <= num_accepted; ++i) {
+      is_bad |= call.stats[(call.row_start[b] + i) * kNumStats + kStatError] != 0.0f;
+    }
+    call.error[b] = is_bad ? 1 : 0;
+  }
+};
+
+bool verify_is_parallel(const VerifyCall& call) {
+  return call.num_sequences * call.logits.vocab >= kMinParallelLogits;
+}
+
+int64_t count_accepted(const Sequence& sequence, const DraftLaw& draft) {
+  const VerifyCall& call = sequence.call;
+  const auto base = static_cast<uint32_t>(call.seq_len[sequence.b]);
+  for (int64_t i = 0; i < sequence.num_draft(); ++i) {
+    const uint32_t bits = accept_bits(static_cast<uint64_t>(call.seeds[sequence.b]),
+                                      base + static_cast<uint32_t>(i), base, 0);
+    const auto uniform = static_cast<float>((bits + 0.5) * 0x1p-32);
+    const float log_p =
+        filtered_log_prob(sequence.row(i), sequence.is_greedy(), sequence.draft_token(i));
+    const float log_ratio = log_p - draft.log_probs[sequence.b * draft.log_probs_stride + i];
+    if (!(std::log(uniform) <= log_ratio)) return i;
+  }
+  return sequence.num_draft();
+}
+
+// The recovered or bonus token: a race on max(p - q, 0) after a rejection at i < k, else on p.
+int32_t draw_next(const Sequence& sequence, const DraftLaw& draft, int64_t i) {
+  const Kernels& isa = kernels();
+  const RowView row = sequence.row(i);
+  const NoiseKey key = sequence.target_key(i);
+  if (sequence.is_greedy()) return isa.row_argmax(row);
+  if (i < sequence.num_draft()) {
+    RaceResult recovered;
+    if (draft.logits == nullptr) {
+      recovered = isa.race(row, nullptr, sequence.draft_token(i), key);
+    } else {
+      const float* logits =
+          draft.logits + sequence.b * draft.sequence_stride + i * draft.row_stride;
+      const float* stats = draft.stats + (sequence.b * draft.max_draft + i) * kNumStats;
+      const RowView law =
+          filtered(logits, draft.vocab, sequence.call.temperature[sequence.b], stats);
+      recovered = isa.race(row, &law, -1, key);
+    }
+    if (recovered.score != kNegativeInfinity) return recovered.token;
+  }
+  return isa.race(row, nullptr, -1, key).token;
+}
+
+}  // namespace
+
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
+                           float top_p, float min_p, const NoiseKey& key) {
+  const bool is_greedy = !(temperature > 0.0f);
+  float stats[kNumStats];
+  filter_row(unfiltered(logits, vocab, temperature), is_greedy, top_k, top_p, min_p, stats);
+  return {draw(filtered(logits, vocab, temperature, stats), is_greedy, key),
+          stats[kStatError] != 0.0f};
+}
+
+void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
+                 const float* top_p, const float* min_p, float* stats) {
+  parallel_for(logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits,
+               [&](int64_t r) {
+                 const bool is_greedy = !(temperature[r] > 0.0f);
+                 filter_row(unfiltered(logits.row(r), logits.vocab, temperature[r]), is_greedy,
+                            top_k[r], top_p[r], min_p[r], stats + r * kNumStats);
+               });
+}
+
+void sample_rows(const LogitRows& logits, const float* stats, const float* temperature,
+                 const int64_t* seeds, const int32_t* positions, uint32_t stream,
+                 const int32_t* round_base, int32_t* tokens, float* log_probs) {
+  parallel_for(
+      logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits, [&](int64_t r) {
+        const RowView row =
+            filtered(logits.row(r), logits.vocab, temperature[r], stats + r * kNumStats);
+        const bool is_greedy = !(temperature[r] > 0.0f);
+        tokens[r] = draw(row, is_greedy,
+                         {static_cast<uint64_t>(seeds[r]), static_cast<uint32_t>(positions[r]),
+                          stream, static_cast<uint32_t>(round_base[r])});
+        log_probs[r] = is_greedy ? 0.0f : scaled_at(row, tokens[r]) - row.log_normaliser;
+      });
+}
+
+void match_verify(const VerifyCall& call) {
+  parallel_for(call.num_sequences, verify_is_parallel(call), [&](int64_t b) {
+    if (!call.is_selected[b]) return;
+    const Sequence sequence{call, b};
+    int64_t i = 0;
+    int32_t drawn = draw(sequence.row(0), sequence.is_greedy(), sequence.target_key(0));
+    while (i < sequence.num_draft() && drawn == sequence.draft_token(i)) {
+      ++i;
+      drawn = draw(sequence.row(i), sequence.is_greedy(), sequence.target_key(i));
+    }
+    sequence.commit(i, drawn);
+  });
+}
+
+void rejection_verify(const VerifyCall& call, const DraftLaw& draft) {
+  parallel_for(call.num_sequences, verify_is_parallel(call), [&](int64_t b) {
+    if (!call.is_selected[b]) return;
+    const Sequence sequence{call, b};
+    const int64_t num_accepted = count_accepted(sequence, draft);
+    sequence.commit(num_accepted, draw_next(sequence, draft, num_accepted));
+  });
+}
+
+}  // namespace specengine

@@ -1,0 +1,14 @@
+// Everything an instruction set has. Included inside its namespace, after its simd_*.h.
+#include "isa/math.h"
+//
+#include "isa/attention.h"
+#include "isa/linear.h"
+#include "isa/rows.h"
+
+constexpr Kernels table(const char* name) {
+  return {
+      name,        layer_norm,  row_words,        pack_row,        linear_panel,  attention,
+      row_maximum, row_sum_exp, row_group_maxima, row_collect,     row_mass_bins, row_collect_bin,
+      row_argmax,  race,        draw_tile,        vocabulary_bits, read_block,
+  };
+}

@@ -1,0 +1,470 @@
+// The Python face of the native ops: checks every tensor, names the argument that is wrong, then
+// passes raw pointers on with the interpreter's lock released.
+#include <tuple>
+
+#include "core/memory.h"
+#include "core/ops.h"
+#include "core/thread_pool.h"
+#include "python/tensor_checks.h"
+
+void bind_paged_kv_cache(pybind11::module_& m);
+void bind_decoder(pybind11::module_& m);
+void bind_round_state(pybind11::module_& m);
+
+namespace specengine {
+namespace {
+
+namespace py = pybind11;
+using at::Tensor;
+
+Tensor empty_panels(const WeightView& weight, DType dtype, at::ScalarType type) {
+  const int64_t count = packed_elements(weight.out_features, weight.in_features, dtype);
+  const int64_t num_bytes = count * element_size(dtype);
+  if (num_bytes < kLargeBytes) return at::empty({count}, type);
+  void* memory = allocate_large(num_bytes);
+  const auto free = [num_bytes](void* data) { free_large(data, num_bytes); };
+  return at::from_blob(memory, {count}, free, at::TensorOptions(type));
+}
+
+WeightView weight_view(const Tensor& weight) {
+  const DType dtype = dtype_of(weight, "weight");
+  if (weight.dim() != 2 || weight.size(0) < 1 || weight.size(1) < 1) {
+    fail("weight: expected [out_features, in_features], got ", shape_of(weight));
+  }
+  return {weight.data_ptr(), dtype,           weight.size(0), weight.size(1),
+          weight.stride(0),  weight.stride(1)};
+}
+
+Tensor pack_linear_op(const Tensor& weight, at::ScalarType type) {
+  const WeightView view = weight_view(weight);
+  const DType dtype = dtype_of(type, "dtype");
+  Tensor panels = empty_panels(view, dtype, type);
+  py::gil_scoped_release release;
+  pack_linear(view, dtype, panels.data_ptr(), nullptr);
+  return panels;
+}
+
+std::tuple<Tensor, Tensor> pack_linear_int8_op(const Tensor& weight) {
+  const WeightView view = weight_view(weight);
+  Tensor panels = empty_panels(view, DType::kInt8, at::kChar);
+  Tensor scale = at::empty({view.out_features}, at::kFloat);
+  py::gil_scoped_release release;
+  pack_linear(view, DType::kInt8, panels.data_ptr(), scale.data_ptr<float>());
+  return {panels, scale};
+}
+
+Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& token_table,
+                const std::optional<Tensor>& position_table) {
+  const DType dtype = dtype_of(token_table, "token_table");
+  dense_input(token_table, "token_table", token_table.scalar_type(), {-1, -1});
+  const int64_t width = token_table.size(1);
+  const Tensor ids = small_input(token_ids, "token_ids", at::kInt, {-1});
+  const int64_t num_rows = ids.size(0);
+  const Tensor places = small_input(positions, "positions", at::kInt, {num_rows});
+  check_range(ids.data_ptr<int32_t>(), num_rows, "token_ids", 0, token_table.size(0));
+  if (position_table) {
+    dense_input(*position_table, "position_table", token_table.scalar_type(), {-1, width});
+    check_range(places.data_ptr<int32_t>(), num_rows, "positions", 0, position_table->size(0));
+  }
+  Tensor out = at::empty({num_rows, width}, at::kFloat);
+  py::gil_scoped_release release;
+  embed(ids.data_ptr<int32_t>(), places.data_ptr<int32_t>(), num_rows, width,
+        token_table.data_ptr(), position_table ? position_table->data_ptr() : nullptr, dtype,
+        out.data_ptr<float>());
+  return out;
+}
+
+Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
+                      double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                      const std::string& activation) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
+  const Activation kind = activation_of(activation);
+  dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
+  Tensor out = at::empty({hidden.size(0), out_features}, at::kFloat);
+  py::gil_scoped_release release;
+  linear({hidden.data_ptr<float>(), hidden.size(0), &norm, &weight, kind, nullptr,
+          out.data_ptr<float>(), out_features, out_features});
+  return out;
+}
+
+Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::optional<Tensor>& scale,
+                          const std::optional<Tensor>& bias, int64_t in_features,
+                          int64_t out_features, const Tensor& residual) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+  dense_input(x, "x", at::kFloat, {-1, in_features});
+  dense_input(residual, "residual", at::kFloat, {x.size(0), out_features});
+  Tensor out = at::empty({x.size(0), out_features}, at::kFloat);
+  py::gil_scoped_release release;
+  linear({x.data_ptr<float>(), x.size(0), nullptr, &weight, Activation::kNone,
+          residual.data_ptr<float>(), out.data_ptr<float>(), out_features, out_features});
+  return out;
+}
+
+Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
+               const Tensor& panels, const std::optional<Tensor>& scale,
+               const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+               int64_t vocab_size) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
+  check_vocab_size(vocab_size, out_features);
+  dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
+  const int64_t padded = padded_vocab_size(vocab_size);
+  Tensor logits = at::empty({hidden.size(0), padded}, at::kFloat);
+  py::gil_scoped_release release;
+  head(hidden.data_ptr<float>(), hidden.size(0), norm, weight, vocab_size, logits.data_ptr<float>(),
+       padded);
+  return logits;
+}
+
+std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm_scale,
+                                        const Tensor& norm_bias, double eps, const Tensor& panels,
+                                        const std::optional<Tensor>& scale,
+                                        const std::optional<Tensor>& bias, int64_t in_features,
+                                        int64_t out_features, int64_t vocab_size,
+                                        const Tensor& temperature, const Tensor& top_k,
+                                        const Tensor& top_p, const Tensor& min_p,
+                                        const Tensor& seeds, const Tensor& positions) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
+  check_vocab_size(vocab_size, out_features);
+  dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
+  const int64_t count = hidden.size(0);
+  const DrawInputs inputs(temperature, top_k, top_p, min_p, seeds, count);
+  const Tensor places = small_input(positions, "positions", at::kInt, {count});
+  Tensor tokens = at::empty({count}, at::kInt);
+  Tensor error = at::empty({count}, at::kInt);
+  py::gil_scoped_release release;
+  head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
+            inputs.rows(places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(),
+                        error.data_ptr<int32_t>()));
+  return {tokens, error};
+}
+
+Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
+                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                   const Tensor& positions, const Tensor& kv_slots, const Tensor& kv_cache,
+                   const std::optional<Tensor>& rotary) {
+  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
+  dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
+  const int64_t num_rows = hidden.size(0);
+  const DType dtype = dtype_of(kv_cache, "kv_cache");
+  dense_input(kv_cache, "kv_cache", kv_cache.scalar_type(), {2, -1, -1, -1, -1});
+  const int64_t num_kv_heads = kv_cache.size(2), head_dim = kv_cache.size(4);
+  if (kv_cache.size(3) < 1 || head_dim < 1 || num_kv_heads < 1)
+    fail("kv_cache: empty ", shape_of(kv_cache));
+  const int64_t query_width = out_features - 2 * num_kv_heads * head_dim;
+  if (query_width <= 0 || query_width % head_dim != 0) {
+    fail("weight: ", out_features, " output features are not (H + 2 * ", num_kv_heads, ") * ",
+         head_dim);
+  }
+  const Tensor places = small_input(positions, "positions", at::kInt, {num_rows});
+  const Tensor slots = small_input(kv_slots, "kv_slots", at::kLong, {num_rows});
+  check_range(slots.data_ptr<int64_t>(), num_rows, "kv_slots", -1,
+              kv_cache.size(1) * kv_cache.size(3));
+  KvAppend append{places.data_ptr<int32_t>(),
+                  slots.data_ptr<int64_t>(),
+                  kv_cache.data_ptr(),
+                  dtype,
+                  kv_cache.size(1),
+                  num_kv_heads,
+                  kv_cache.size(3),
+                  head_dim,
+                  nullptr,
+                  0};
+  if (rotary) {
+    dense_input(*rotary, "rotary", at::kFloat, {-1, 2, -1});
+    if (2 * rotary->size(2) > head_dim)
+      fail("rotary: ", rotary->sizes(), " rotates more than ", head_dim, " features");
+    check_range(places.data_ptr<int32_t>(), num_rows, "positions", 0, rotary->size(0));
+    append.rotary = rotary->data_ptr<float>();
+    append.rotary_half = rotary->size(2);
+  }
+  Tensor query = at::empty({num_rows, query_width / head_dim, head_dim}, at::kFloat);
+  py::gil_scoped_release release;
+  norm_qkv(hidden.data_ptr<float>(), num_rows, norm, weight, append, query.data_ptr<float>());
+  return query;
+}
+
+Tensor paged_attention_op(const Tensor& query, const Tensor& kv_cache, const Tensor& block_table,
+                          const Tensor& slots, const Tensor& q_start, const Tensor& context_len) {
+  const DType dtype = dtype_of(kv_cache, "kv_cache");
+  dense_input(kv_cache, "kv_cache", kv_cache.scalar_type(), {2, -1, -1, -1, -1});
+  const int64_t num_blocks = kv_cache.size(1), num_kv_heads = kv_cache.size(2);
+  const int64_t block_size = kv_cache.size(3), head_dim = kv_cache.size(4);
+  if (head_dim < 1 || head_dim > kMaxHeadDim || block_size < 1 || num_kv_heads < 1) {
+    fail("kv_cache: ", shape_of(kv_cache), " has a size outside 1 … , or a head of more than ",
+         kMaxHeadDim);
+  }
+  dense_input(query, "query", at::kFloat, {-1, -1, head_dim});
+  if (query.size(1) < 1 || query.size(1) % num_kv_heads != 0) {
+    fail("query: ", query.size(1), " heads are no multiple of ", num_kv_heads, " key/value heads");
+  }
+  check_shape(block_table, "block_table", at::kInt, {-1, -1});
+  if (block_table.size(1) > 1 && block_table.stride(1) != 1)
+    fail("block_table: expected rows with stride 1");
+  const Tensor table_rows = small_input(slots, "slots", at::kInt, {-1});
+  const int64_t num_sequences = table_rows.size(0);
+  const Tensor starts = small_input(q_start, "q_start", at::kInt, {num_sequences + 1});
+  const Tensor lengths = small_input(context_len, "context_len", at::kInt, {num_sequences});
+  const int32_t* start = starts.data_ptr<int32_t>();
+  const int32_t* length = lengths.data_ptr<int32_t>();
+  check_ragged(num_sequences, start, length, table_rows.data_ptr<int32_t>(), block_table,
+               query.size(0), num_blocks, block_size);
+  Tensor out = at::empty({query.size(0), query.size(1) * head_dim}, at::kFloat);
+  const AttentionArgs args{query.data_ptr<float>(),
+                           kv_cache.data_ptr(),
+                           dtype,
+                           block_table.data_ptr<int32_t>(),
+                           block_table.stride(0),
+                           table_rows.data_ptr<int32_t>(),
+                           start,
+                           length,
+                           query.size(1),
+                           num_kv_heads,
+                           head_dim,
+                           num_blocks,
+                           block_size,
+                           out.data_ptr<float>()};
+  py::gil_scoped_release release;
+  paged_attention(args, num_sequences);
+  return out;
+}
+
+Tensor filter_rows_op(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
+                      const Tensor& top_p, const Tensor& min_p) {
+  const LogitRows rows = logit_rows(logits, "logits");
+  const int64_t count = rows.num_rows;
+  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
+  const Tensor k = small_input(top_k, "top_k", at::kInt, {count});
+  const Tensor p = small_input(top_p, "top_p", at::kFloat, {count});
+  const Tensor m = small_input(min_p, "min_p", at::kFloat, {count});
+  Tensor stats = at::empty({count, kNumStats}, at::kFloat);
+  py::gil_scoped_release release;
+  filter_rows(rows, t.data_ptr<float>(), k.data_ptr<int32_t>(), p.data_ptr<float>(),
+              m.data_ptr<float>(), stats.data_ptr<float>());
+  return stats;
+}
+
+std::tuple<Tensor, Tensor> sample_rows_op(const Tensor& logits, const Tensor& stats,
+                                          const Tensor& temperature, const Tensor& seeds,
+                                          const Tensor& positions, int64_t stream,
+                                          const Tensor& round_base) {
+  const LogitRows rows = logit_rows(logits, "logits");
+  const int64_t count = rows.num_rows;
+  const Tensor s = small_input(stats, "stats", at::kFloat, {count, kNumStats});
+  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
+  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
+  const Tensor places = small_input(positions, "positions", at::kInt, {count});
+  const Tensor bases = small_input(round_base, "round_base", at::kInt, {count});
+  if (stream < 0 || stream > INT32_MAX) fail("stream: ", stream, " is no stream of specengine.rng");
+  Tensor tokens = at::empty({count}, at::kInt);
+  Tensor log_probs = at::empty({count}, at::kFloat);
+  py::gil_scoped_release release;
+  sample_rows(rows, s.data_ptr<float>(), t.data_ptr<float>(), keys.data_ptr<int64_t>(),
+              places.data_ptr<int32_t>(), static_cast<uint32_t>(stream), bases.data_ptr<int32_t>(),
+              tokens.data_ptr<int32_t>(), log_probs.data_ptr<float>());
+  return {tokens, log_probs};
+}
+
+// What the two verifications share; holds contiguous copies of small inputs alive.
+struct VerifyInputs {
+  std::vector<Tensor> kept;
+  VerifyCall call;
+  int64_t max_draft;
+
+  template <class T>
+  const T* small(const Tensor& tensor, const char* name, at::ScalarType dtype,
+                 std::vector<int64_t> shape) {
+    kept.push_back(small_input(tensor, name, dtype, std::move(shape)));
+    return kept.back().data_ptr<T>();
+  }
+
+  VerifyInputs(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
+               const Tensor& num_draft, const Tensor& draft_tokens, const Tensor& temperature,
+               const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
+               const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
+    call.logits = logit_rows(logits, "logits");
+    call.stats = small<float>(stats, "stats", at::kFloat, {call.logits.num_rows, kNumStats});
+    call.row_start = small<int32_t>(row_start, "row_start", at::kInt, {-1});
+    const int64_t count = call.num_sequences = row_start.size(0);
+    call.num_draft = small<int32_t>(num_draft, "num_draft", at::kInt, {count});
+    call.draft_tokens = small<int32_t>(draft_tokens, "draft_tokens", at::kInt, {count, -1});
+    call.draft_stride = max_draft = draft_tokens.size(1);
+    call.temperature = small<float>(temperature, "temperature", at::kFloat, {count});
+    call.seeds = small<int64_t>(seeds, "seeds", at::kLong, {count});
+    call.seq_len = small<int32_t>(seq_len, "seq_len", at::kInt, {count});
+    call.is_selected = small<bool>(is_selected, "is_selected", at::kBool, {count});
+    check_shape(tokens, "tokens", at::kInt, {count, -1});
+    if (tokens.size(1) > 1 && tokens.stride(1) != 1) fail("tokens: expected rows with stride 1");
+    call.tokens = tokens.data_ptr<int32_t>();
+    call.tokens_stride = tokens.stride(0);
+    call.num_accepted =
+        dense_input(num_accepted, "num_accepted", at::kInt, {count}).data_ptr<int32_t>();
+    call.error = dense_input(error, "error", at::kInt, {count}).data_ptr<int32_t>();
+    for (int64_t b = 0; b < count; ++b) {
+      if (!call.is_selected[b]) continue;
+      const int64_t k = call.num_draft[b];
+      if (k < 0 || k > max_draft || k >= tokens.size(1)) {
+        fail("num_draft: ", k, " at index ", b, " does not fit draft_tokens ", draft_tokens.sizes(),
+             " and tokens ", tokens.sizes());
+      }
+      if (call.row_start[b] < 0 || call.row_start[b] + k >= call.logits.num_rows) {
+        fail("row_start: rows ", call.row_start[b], " … ", call.row_start[b] + k, " at index ", b,
+             " are outside the ", call.logits.num_rows, " rows of logits");
+      }
+    }
+  }
+};
+
+void match_verify_op(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
+                     const Tensor& num_draft, const Tensor& draft_tokens, const Tensor& temperature,
+                     const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
+                     const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
+  const VerifyInputs inputs(logits, stats, row_start, num_draft, draft_tokens, temperature, seeds,
+                            seq_len, is_selected, tokens, num_accepted, error);
+  py::gil_scoped_release release;
+  match_verify(inputs.call);
+}
+
+void rejection_verify_op(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
+                         const Tensor& num_draft, const Tensor& draft_tokens,
+                         const Tensor& draft_log_probs, const std::optional<Tensor>& draft_logits,
+                         const std::optional<Tensor>& draft_stats, const Tensor& temperature,
+                         const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
+                         const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
+  VerifyInputs inputs(logits, stats, row_start, num_draft, draft_tokens, temperature, seeds,
+                      seq_len, is_selected, tokens, num_accepted, error);
+  const int64_t count = inputs.call.num_sequences, k = inputs.max_draft;
+  DraftLaw draft{};
+  draft.log_probs = inputs.small<float>(draft_log_probs, "draft_log_probs", at::kFloat, {count, k});
+  draft.log_probs_stride = draft.max_draft = k;
+  if (draft_logits.has_value() != draft_stats.has_value()) {
+    fail("draft_stats: give draft_logits and draft_stats together, or neither");
+  }
+  if (draft_logits) {
+    check_shape(*draft_logits, "draft_logits", at::kFloat, {count, k, -1});
+    if (draft_logits->size(2) > 1 && draft_logits->stride(2) != 1)
+      fail("draft_logits: expected rows with stride 1");
+    draft.logits = draft_logits->data_ptr<float>();
+    draft.sequence_stride = draft_logits->stride(0);
+    draft.row_stride = draft_logits->stride(1);
+    draft.vocab = draft_logits->size(2);
+    draft.stats =
+        inputs.small<float>(*draft_stats, "draft_stats", at::kFloat, {count, k, kNumStats});
+  }
+  py::gil_scoped_release release;
+  rejection_verify(inputs.call, draft);
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprobs_op(const Tensor& logits, const Tensor& token_ids,
+                                                     int64_t num_top) {
+  const LogitRows rows = logit_rows(logits, "logits");
+  const Tensor ids = small_input(token_ids, "token_ids", at::kInt, {rows.num_rows});
+  check_range(ids.data_ptr<int32_t>(), rows.num_rows, "token_ids", 0, rows.vocab);
+  if (num_top < 0) fail("num_top: ", num_top, " is negative");
+  num_top = std::min(num_top, rows.vocab);
+  Tensor log_probs = at::empty({rows.num_rows}, at::kFloat);
+  Tensor top_ids = at::empty({rows.num_rows, num_top}, at::kInt);
+  Tensor top_log_probs = at::empty({rows.num_rows, num_top}, at::kFloat);
+  py::gil_scoped_release release;
+  token_logprobs(rows, ids.data_ptr<int32_t>(), num_top, log_probs.data_ptr<float>(),
+                 top_ids.data_ptr<int32_t>(), top_log_probs.data_ptr<float>());
+  return {log_probs, top_ids, top_log_probs};
+}
+
+py::list vocabulary_bits_op(uint64_t seed, uint32_t position, uint32_t stream, uint32_t round_base,
+                            int64_t vocab) {
+  if (vocab < 0 || vocab > INT32_MAX) fail("vocab: ", vocab, " is outside 0 … 2^31 - 1");
+  std::vector<uint32_t> bits(vocab);
+  kernels().vocabulary_bits({seed, position, stream, round_base}, vocab, bits.data());
+  return py::cast(bits);
+}
+
+uint64_t read_all_op(const Tensor& tensor) {
+  check_contiguous(tensor, "tensor");
+  if (!tensor.device().is_cpu() || tensor.nbytes() % 256 != 0) {
+    fail("tensor: expected a CPU tensor of a multiple of 256 bytes, got ", shape_of(tensor));
+  }
+  py::gil_scoped_release release;
+  return read_all(tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes()));
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (const char* name : {"avx512_bf16", "avx512", "avx2", "portable"}) {
+    if (supports_instruction_set(name)) names.emplace_back(name);
+  }
+  return names;
+}
+
+void set_instruction_set_op(const std::string& name) {
+  if (set_instruction_set(name.c_str())) return;
+  std::string known = "auto";
+  for (const auto& supported : instruction_sets()) known += ", " + supported;
+  fail("instruction set: '", name, "' is not one of this processor's: ", known);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["instruction_set"] = kernels().name;
+  info["num_threads"] = num_threads();
+  info["torch"] = TORCH_VERSION;
+  info["panel_columns"] = kPanelColumns;
+  info["attention_tile"] = kAttentionTile;
+#if defined(__SANITIZE_ADDRESS__)
+  info["sanitized"] = true;
+#else
+  info["sanitized"] = false;
+#endif
+  return info;
+}
+
+void bind_ops(py::module_& m) {
+  m.def("pack_linear", &pack_linear_op);
+  m.def("pack_linear_int8", &pack_linear_int8_op);
+  m.def("embed", &embed_op);
+  m.def("norm_linear", &norm_linear_op);
+  m.def("linear_residual", &linear_residual_op);
+  m.def("head", &head_op);
+  m.def("head_draw", &head_draw_op);
+  m.def("norm_qkv", &norm_qkv_op);
+  m.def("paged_attention", &paged_attention_op);
+  m.def("filter_rows", &filter_rows_op);
+  m.def("sample_rows", &sample_rows_op);
+  m.def("match_verify", &match_verify_op);
+  m.def("rejection_verify", &rejection_verify_op);
+  m.def("token_logprobs", &token_logprobs_op);
+}
+
+void bind_tools(py::module_& m) {
+  m.def("philox4x32", [](uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0,
+                         uint32_t k1) { return philox4x32({c0, c1, c2, c3}, k0, k1); });
+  m.def("vocabulary_bits", &vocabulary_bits_op);
+  m.def("accept_bits", &accept_bits);
+  m.def("read_all", &read_all_op);
+  m.def("num_threads", &num_threads);
+  m.def("set_num_threads", [](int64_t count) {
+    if (count < 1) fail("num_threads: ", count, " is below 1");
+    set_num_threads(static_cast<int>(std::min<int64_t>(count, INT32_MAX)));
+  });
+  m.def("instruction_sets", &instruction_sets);
+  m.def("set_instruction_set", &set_instruction_set_op);
+  m.def("build_info", &build_info);
+}
+
+}  // namespace
+}  // namespace specengine
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Native parts of specengine: CPU ops and the paged KV cache manager.";
+  specengine::bind_ops(m);
+  specengine::bind_tools(m);
+  bind_paged_kv_cache(m);
+  bind_decoder(m);
+  bind_round_state(m);
+}

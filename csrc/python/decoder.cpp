@@ -1,0 +1,384 @@
+// The Python face of DecoderRunner: weights are checked once, when an op is added; a batch is
+// checked on every call, for its numbers index memory.
+#include "core/decoder.h"
+
+#include <algorithm>
+#include <tuple>
+
+#include "python/tensor_checks.h"
+
+namespace specengine {
+namespace {
+
+constexpr const char* kRegisterNames[] = {"hidden", "query", "attended", "residual", "expanded"};
+
+Register register_of(const std::string& name) {
+  for (size_t i = 0; i < std::size(kRegisterNames); ++i) {
+    if (name == kRegisterNames[i]) return static_cast<Register>(i);
+  }
+  fail("register: '", name, "' is unknown");
+}
+
+// What ForwardBatch holds, from where each sequence starts, how many tokens it feeds and how many
+// logits it wants: token_ids, positions, kv_slots, q_start, context_len, logit_rows.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
+    const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
+    const Tensor& q_len, const Tensor& num_logits, int64_t block_size) {
+  check_shape(tokens, "tokens", at::kInt, {-1, -1});
+  check_shape(block_table, "block_table", at::kInt, {tokens.size(0), -1});
+  if (tokens.stride(1) != 1 || block_table.stride(1) != 1)
+    fail("tokens, block_table: expected rows with stride 1");
+  const Tensor rows = small_input(slots, "slots", at::kInt, {-1});
+  const int64_t count = rows.size(0);
+  const Tensor firsts = small_input(start, "start", at::kInt, {count});
+  const Tensor lengths = small_input(q_len, "q_len", at::kInt, {count});
+  const Tensor wanted = small_input(num_logits, "num_logits", at::kInt, {count});
+  const int32_t* slot = rows.data_ptr<int32_t>();
+  const int32_t* first = firsts.data_ptr<int32_t>();
+  const int32_t* length = lengths.data_ptr<int32_t>();
+  const int32_t* logits = wanted.data_ptr<int32_t>();
+  check_range(slot, count, "slots", 0, tokens.size(0));
+  if (block_size < 1) fail("block_size: ", block_size, " is below 1");
+  const int64_t capacity = std::min(tokens.size(1), block_table.size(1) * block_size);
+  int64_t num_tokens = 0, num_rows = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    // Where nothing is fed, start means nothing.
+    const bool is_fed = length[b] != 0;
+    if (length[b] < 0 || (is_fed && (first[b] < 0 || int64_t{first[b]} + length[b] > capacity))) {
+      fail("q_len: ", length[b], " tokens from ", first[b], " on do not fit ", capacity);
+    }
+    if (logits[b] < 0 || logits[b] > length[b])
+      fail("num_logits: ", logits[b], " at index ", b, " is outside 0 … ", length[b]);
+    num_tokens += length[b];
+    num_rows += logits[b];
+  }
+  Tensor token_ids = at::empty({num_tokens}, at::kInt),
+         positions = at::empty({num_tokens}, at::kInt);
+  Tensor kv_slots = at::empty({num_tokens}, at::kLong),
+         logit_rows = at::empty({num_rows}, at::kLong);
+  Tensor q_start = at::empty({count + 1}, at::kInt), context_len = at::empty({count}, at::kInt);
+  auto* ids = token_ids.data_ptr<int32_t>();
+  auto* places = positions.data_ptr<int32_t>();
+  auto* targets = kv_slots.data_ptr<int64_t>();
+  auto* chosen = logit_rows.data_ptr<int64_t>();
+  auto* starts = q_start.data_ptr<int32_t>();
+  auto* contexts = context_len.data_ptr<int32_t>();
+  int32_t at = 0;
+  starts[0] = 0;
+  for (int64_t b = 0; b < count; ++b) {
+    const int32_t* ids_of = tokens.data_ptr<int32_t>() + slot[b] * tokens.stride(0);
+    const int32_t* blocks = block_table.data_ptr<int32_t>() + slot[b] * block_table.stride(0);
+    for (int32_t i = 0; i < length[b]; ++i, ++at) {
+      const int32_t position = first[b] + i;
+      ids[at] = ids_of[position];
+      places[at] = position;
+      targets[at] = blocks[position / block_size] * block_size + position % block_size;
+    }
+    for (int32_t i = logits[b]; i > 0; --i) *chosen++ = at - i;
+    starts[b + 1] = at;
+    contexts[b] = length[b] == 0 ? 0 : first[b] + length[b];
+  }
+  return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
+}
+
+class PyDecoder {
+ public:
+  PyDecoder(const Tensor& token_table, const std::optional<Tensor>& position_table,
+            const std::optional<Tensor>& rotary, int64_t num_heads, int64_t num_kv_heads,
+            int64_t head_dim) {
+    Program& program = program_;
+    program.table_dtype = dtype_of(token_table, "token_table");
+    dense_input(token_table, "token_table", token_table.scalar_type(), {-1, -1});
+    program.hidden_size = token_table.size(1);
+    program.token_table = keep(token_table).data_ptr();
+    num_tokens_ = token_table.size(0);
+    if (position_table) {
+      dense_input(*position_table, "position_table", token_table.scalar_type(),
+                  {-1, program.hidden_size});
+      program.position_table = keep(*position_table).data_ptr();
+      num_positions_ = position_table->size(0);
+    }
+    if (head_dim < 1 || head_dim > kMaxHeadDim || num_kv_heads < 1 || num_heads < 1 ||
+        num_heads % num_kv_heads != 0) {
+      fail("num_heads: ", num_heads, " heads on ", num_kv_heads, " of ", head_dim, " features");
+    }
+    if (rotary) {
+      dense_input(*rotary, "rotary", at::kFloat, {-1, 2, -1});
+      if (2 * rotary->size(2) > head_dim)
+        fail("rotary: ", rotary->sizes(), " rotates more than ", head_dim, " features");
+      program.rotary = keep(*rotary).data_ptr<float>();
+      program.rotary_half = rotary->size(2);
+      num_positions_ = std::min(num_positions_, rotary->size(0));
+    }
+    program.num_heads = num_heads;
+    program.num_kv_heads = num_kv_heads;
+    program.head_dim = head_dim;
+    widths_[static_cast<int>(Register::kHidden)] = program.hidden_size;
+    widths_[static_cast<int>(Register::kQuery)] = num_heads * head_dim;
+    widths_[static_cast<int>(Register::kAttended)] = num_heads * head_dim;
+  }
+
+  void norm_qkv(int64_t layer, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
+                const Tensor& panels, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
+    check_width("weight", in_features, program_.hidden_size);
+    check_width("weight", out_features,
+                (program_.num_heads + 2 * program_.num_kv_heads) * program_.head_dim);
+    add(NormQkvStep{check_layer(layer), norm(norm_scale, norm_bias, eps, in_features),
+                    linear(panels, scale, bias, in_features, out_features)});
+  }
+
+  void paged_attention(int64_t layer) { add(AttentionStep{check_layer(layer)}); }
+
+  void linear_residual(const std::string& source, const Tensor& panels,
+                       const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                       int64_t in_features, int64_t out_features, const std::string& residual,
+                       const std::string& out) {
+    check_width(source.c_str(), in_features, width_of(source));
+    check_width(residual.c_str(), out_features, width_of(residual));
+    set_width(out, out_features);
+    add(LinearResidualStep{register_of(source),
+                           linear(panels, scale, bias, in_features, out_features),
+                           register_of(residual), register_of(out)});
+  }
+
+  void norm_linear(const std::string& source, const Tensor& norm_scale, const Tensor& norm_bias,
+                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                   const std::string& activation, const std::string& out) {
+    check_width(source.c_str(), in_features, width_of(source));
+    set_width(out, out_features);
+    add(NormLinearStep{register_of(source), norm(norm_scale, norm_bias, eps, in_features),
+                       linear(panels, scale, bias, in_features, out_features),
+                       activation_of(activation), register_of(out)});
+  }
+
+  // The last op: from here on the program can run and cannot change.
+  void head(const Tensor& norm_scale, const Tensor& norm_bias, double eps, const Tensor& panels,
+            const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+            int64_t in_features, int64_t out_features) {
+    check_width("weight", in_features, program_.hidden_size);
+    program_.final_norm = norm(norm_scale, norm_bias, eps, in_features);
+    program_.head = linear(panels, scale, bias, in_features, out_features);
+    runner_.emplace(program_);
+  }
+
+  Tensor forward(const Tensor& token_ids, const Tensor& positions, const Tensor& kv_slots,
+                 const Tensor& q_start, const Tensor& context_len, const Tensor& slots,
+                 const Tensor& block_table, const Tensor& logit_rows, const Tensor& kv_cache,
+                 int64_t vocab_size) {
+    const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
+                        block_table, logit_rows, kv_cache);
+    check_vocab_size(vocab_size, program_.head.out_features);
+    const int64_t padded = padded_vocab_size(vocab_size);
+    Tensor logits = at::empty({inputs.view.num_logit_rows, padded}, at::kFloat);
+    py::gil_scoped_release release;
+    runner_->forward(inputs.view, vocab_size, logits.data_ptr<float>(), padded);
+    return logits;
+  }
+
+  std::tuple<Tensor, Tensor> draw(const Tensor& token_ids, const Tensor& positions,
+                                  const Tensor& kv_slots, const Tensor& q_start,
+                                  const Tensor& context_len, const Tensor& slots,
+                                  const Tensor& block_table, const Tensor& logit_rows,
+                                  const Tensor& kv_cache, int64_t vocab_size,
+                                  const Tensor& temperature, const Tensor& top_k,
+                                  const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
+    const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
+                        block_table, logit_rows, kv_cache);
+    check_vocab_size(vocab_size, program_.head.out_features);
+    const int64_t num_rows = inputs.view.num_logit_rows;
+    const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, inputs.view.num_sequences);
+    Tensor tokens = at::empty({num_rows}, at::kInt);
+    Tensor error = at::empty({num_rows}, at::kInt);
+    py::gil_scoped_release release;
+    runner_->draw(inputs.view, vocab_size,
+                  keys.rows(nullptr, tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()));
+    return {tokens, error};
+  }
+
+  // limits[b] draws in a row for each sequence, each fed to the next: sequence b feeds the tokens
+  // from start[b] on and draws those from seq_len[b] on, which are also written to `tokens`.
+  // Returns them and their error flags, [B, max limits].
+  std::tuple<Tensor, Tensor> draft(const Tensor& tokens, const Tensor& block_table,
+                                   const Tensor& slots, const Tensor& start, const Tensor& seq_len,
+                                   const Tensor& limits, const Tensor& kv_cache, int64_t vocab_size,
+                                   const Tensor& temperature, const Tensor& top_k,
+                                   const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
+    const Tensor limit = small_input(limits, "limits", at::kInt, {slots.numel()});
+    const Tensor length = small_input(seq_len, "seq_len", at::kInt, {slots.numel()});
+    const int64_t count = limit.size(0), block_size = kv_cache.dim() == 6 ? kv_cache.size(4) : 0;
+    const auto* first_limit = limit.data_ptr<int32_t>();
+    const auto* last_limit = first_limit + count;
+    const int32_t k = count == 0 ? 0 : std::max(0, *std::max_element(first_limit, last_limit));
+    const int32_t num_common = count == 0 ? 0 : *std::min_element(first_limit, last_limit);
+    const Tensor everybody = at::arange(count, at::kLong),
+                 ones_of_all = at::ones({count}, at::kInt);
+    Tensor drafted = at::zeros({count, k}, at::kInt), errors = at::zeros({count, k}, at::kInt);
+    for (int32_t step = 0; step < k; ++step) {
+      const bool is_all = step < num_common;
+      const Tensor rows = is_all ? everybody : (limit > step).nonzero().flatten();
+      const auto take = [&](const Tensor& all) { return is_all ? all : all.index_select(0, rows); };
+      const Tensor at = take(slots), end = take(length) + step;
+      const Tensor first = step == 0 ? take(start) : end - 1;
+      const Tensor ones = take(ones_of_all);
+      const auto [ids, positions, kv_slots, q_start, context_len, logit_rows] =
+          expand_batch(tokens, block_table, at, first, end - first, ones, block_size);
+      const auto [drawn, error] = draw(
+          ids, positions, kv_slots, q_start, context_len, at, block_table, logit_rows, kv_cache,
+          vocab_size, take(temperature), take(top_k), take(top_p), take(min_p), take(seeds));
+      const auto slot = small_input(at, "slots", at::kInt, {-1});
+      for (int64_t i = 0; i < rows.size(0); ++i) {
+        const int64_t row = rows.data_ptr<int64_t>()[i];
+        const int32_t token = drawn.data_ptr<int32_t>()[i];
+        const int64_t place = end.data_ptr<int32_t>()[i];
+        if (place >= tokens.size(1))
+          fail("limits: token ", place, " does not fit ", tokens.size(1));
+        drafted.data_ptr<int32_t>()[row * k + step] = token;
+        errors.data_ptr<int32_t>()[row * k + step] = error.data_ptr<int32_t>()[i];
+        tokens.data_ptr<int32_t>()[slot.data_ptr<int32_t>()[i] * tokens.stride(0) + place] = token;
+      }
+    }
+    return {drafted, errors};
+  }
+
+ private:
+  // A checked batch; holds contiguous copies of small inputs alive.
+  struct Inputs {
+    BatchView view;
+    Tensor token_ids, positions, kv_slots, q_start, context_len, slots, logit_rows;
+
+    Inputs(const PyDecoder& decoder, const Tensor& ids, const Tensor& places,
+           const Tensor& write_slots, const Tensor& starts, const Tensor& lengths,
+           const Tensor& table_rows, const Tensor& block_table, const Tensor& wanted,
+           const Tensor& kv_cache)
+        : token_ids(small_input(ids, "token_ids", at::kInt, {-1})),
+          positions(small_input(places, "positions", at::kInt, {token_ids.size(0)})),
+          kv_slots(small_input(write_slots, "kv_slots", at::kLong, {token_ids.size(0)})),
+          q_start(small_input(starts, "q_start", at::kInt, {table_rows.numel() + 1})),
+          context_len(small_input(lengths, "context_len", at::kInt, {table_rows.numel()})),
+          slots(small_input(table_rows, "slots", at::kInt, {-1})),
+          logit_rows(small_input(wanted, "logit_rows", at::kLong, {-1})) {
+      if (!decoder.runner_) fail("head: the program has no head yet");
+      const Program& program = decoder.program_;
+      dense_input(kv_cache, "kv_cache", kv_cache.scalar_type(),
+                  {-1, 2, -1, program.num_kv_heads, -1, program.head_dim});
+      view.kv_dtype = dtype_of(kv_cache, "kv_cache");
+      if (kv_cache.size(0) < decoder.num_layers_ || kv_cache.size(4) < 1) {
+        fail("kv_cache: ", shape_of(kv_cache), " does not hold ", decoder.num_layers_, " layers");
+      }
+      check_shape(block_table, "block_table", at::kInt, {-1, -1});
+      if (block_table.size(1) > 1 && block_table.stride(1) != 1)
+        fail("block_table: expected rows with stride 1");
+      view.num_tokens = token_ids.size(0);
+      view.num_sequences = slots.size(0);
+      view.token_ids = token_ids.data_ptr<int32_t>();
+      view.positions = positions.data_ptr<int32_t>();
+      view.kv_slots = kv_slots.data_ptr<int64_t>();
+      view.q_start = q_start.data_ptr<int32_t>();
+      view.context_len = context_len.data_ptr<int32_t>();
+      view.slots = slots.data_ptr<int32_t>();
+      view.block_table = block_table.data_ptr<int32_t>();
+      view.table_stride = block_table.stride(0);
+      view.logit_rows = logit_rows.data_ptr<int64_t>();
+      view.num_logit_rows = logit_rows.size(0);
+      view.kv_cache = kv_cache.data_ptr();
+      view.num_blocks = kv_cache.size(2);
+      view.block_size = kv_cache.size(4);
+      check_range(view.token_ids, view.num_tokens, "token_ids", 0, decoder.num_tokens_);
+      check_range(view.positions, view.num_tokens, "positions", 0, decoder.num_positions_);
+      check_range(view.kv_slots, view.num_tokens, "kv_slots", -1,
+                  view.num_blocks * view.block_size);
+      check_range(view.logit_rows, view.num_logit_rows, "logit_rows", 0, view.num_tokens);
+      check_ragged(view.num_sequences, view.q_start, view.context_len, view.slots, block_table,
+                   view.num_tokens, view.num_blocks, view.block_size);
+    }
+  };
+
+  const Tensor& keep(const Tensor& tensor) {
+    kept_.push_back(tensor);
+    return kept_.back();
+  }
+
+  LinearWeight linear(const Tensor& panels, const std::optional<Tensor>& scale,
+                      const std::optional<Tensor>& bias, int64_t in_features,
+                      int64_t out_features) {
+    const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
+    keep(panels);
+    if (scale) keep(*scale);
+    if (bias) keep(*bias);
+    return weight;
+  }
+
+  NormWeight norm(const Tensor& scale, const Tensor& bias, double eps, int64_t features) {
+    const NormWeight weight = norm_weight(scale, bias, eps, features);
+    keep(scale);
+    keep(bias);
+    return weight;
+  }
+
+  void add(Step step) {
+    if (runner_) fail("head: the program has its head already");
+    program_.steps.push_back(std::move(step));
+  }
+
+  int64_t check_layer(int64_t layer) {
+    if (layer < 0) fail("layer: ", layer, " is negative");
+    num_layers_ = std::max(num_layers_, layer + 1);
+    return layer;
+  }
+
+  static void check_width(const char* name, int64_t given, int64_t expected) {
+    if (given != expected) fail(name, ": ", given, " features where ", expected, " are expected");
+  }
+
+  int64_t width_of(const std::string& name) const {
+    return widths_[static_cast<int>(register_of(name))];
+  }
+
+  void set_width(const std::string& name, int64_t width) {
+    int64_t& known = widths_[static_cast<int>(register_of(name))];
+    if (known != 0 && known != width) check_width(name.c_str(), width, known);
+    known = width;
+  }
+
+  Program program_{};
+  std::optional<DecoderRunner> runner_;
+  std::vector<Tensor> kept_;
+  int64_t widths_[static_cast<int>(Register::kNumRegisters)] = {};
+  int64_t num_tokens_ = 0;
+  int64_t num_positions_ = INT32_MAX;
+  int64_t num_layers_ = 0;
+};
+
+}  // namespace
+}  // namespace specengine
+
+void bind_decoder(pybind11::module_& m) {
+  using at::Tensor;
+  using pybind11::arg;
+  using specengine::PyDecoder;
+  using Bound = const std::optional<int64_t>&;
+  // Bounds of the two sums are for backends that cannot look at the lengths: here they are known.
+  m.def(
+      "expand_batch",
+      [](const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
+         const Tensor& q_len, const Tensor& num_logits, int64_t block_size, Bound, Bound) {
+        return specengine::expand_batch(tokens, block_table, slots, start, q_len, num_logits,
+                                        block_size);
+      },
+      arg("tokens"), arg("block_table"), arg("slots"), arg("start"), arg("q_len"),
+      arg("num_logits"), arg("block_size"), pybind11::kw_only(),
+      arg("num_tokens") = pybind11::none(), arg("num_logit_rows") = pybind11::none());
+  pybind11::class_<PyDecoder>(m, "Decoder")
+      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&,
+                          const std::optional<at::Tensor>&, int64_t, int64_t, int64_t>())
+      .def("norm_qkv", &PyDecoder::norm_qkv)
+      .def("paged_attention", &PyDecoder::paged_attention)
+      .def("linear_residual", &PyDecoder::linear_residual)
+      .def("norm_linear", &PyDecoder::norm_linear)
+      .def("head", &PyDecoder::head)
+      .def("forward", &PyDecoder::forward)
+      .def("draw", &PyDecoder::draw)
+      .def("draft", &PyDecoder::draft);
+}

@@ -1,0 +1,217 @@
+// What the bindings ask of a tensor before they hand its pointer on. Every failure is a ValueError
+// that names the argument.
+#pragma once
+
+#if defined(__GNUC__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wunused-parameter"
+#endif
+#include <torch/extension.h>
+#if defined(__GNUC__)
+#pragma GCC diagnostic pop
+#endif
+
+#include <optional>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/ops.h"
+
+namespace specengine {
+
+namespace py = pybind11;
+using at::Tensor;
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream message;
+  (message << ... << parts);
+  throw py::value_error(message.str());
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << tensor.scalar_type() << " " << tensor.sizes();
+  return text.str();
+}
+
+// -1 stands for any size.
+inline void check_shape(const Tensor& tensor, const char* name, at::ScalarType dtype,
+                        std::vector<int64_t> shape) {
+  bool is_right = tensor.defined() && tensor.device().is_cpu() && tensor.scalar_type() == dtype &&
+                  tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; is_right && i < shape.size(); ++i)
+    is_right = shape[i] < 0 || tensor.size(i) == shape[i];
+  if (is_right) return;
+  std::ostringstream expected;
+  expected << dtype << " [";
+  for (size_t i = 0; i < shape.size(); ++i) {
+    if (i > 0) expected << ", ";
+    if (shape[i] < 0) {
+      expected << "any";
+    } else {
+      expected << shape[i];
+    }
+  }
+  fail(name, ": expected a CPU tensor ", expected.str(), "], got ",
+       tensor.defined() ? shape_of(tensor) + " on " + tensor.device().str() : "nothing");
+}
+
+inline void check_contiguous(const Tensor& tensor, const char* name) {
+  if (!tensor.is_contiguous())
+    fail(name, ": expected a contiguous tensor, got strides ", tensor.strides());
+}
+
+// A checked input, made contiguous (small tensors only).
+inline Tensor small_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
+                          std::vector<int64_t> shape) {
+  check_shape(tensor, name, dtype, std::move(shape));
+  return tensor.contiguous();
+}
+
+inline Tensor dense_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
+                          std::vector<int64_t> shape) {
+  check_shape(tensor, name, dtype, std::move(shape));
+  check_contiguous(tensor, name);
+  return tensor;
+}
+
+inline DType dtype_of(at::ScalarType type, const char* name) {
+  switch (type) {
+    case at::kFloat:
+      return DType::kFloat32;
+    case at::kBFloat16:
+      return DType::kBFloat16;
+    case at::kHalf:
+      return DType::kFloat16;
+    default:
+      fail(name, ": expected float32, bfloat16 or float16, got ", type);
+  }
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  if (!tensor.device().is_cpu())
+    fail(name, ": expected a CPU tensor, got one on ", tensor.device());
+  return dtype_of(tensor.scalar_type(), name);
+}
+
+inline Activation activation_of(const std::string& name) {
+  if (name == "none") return Activation::kNone;
+  if (name == "relu") return Activation::kRelu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  fail("activation: '", name, "' is unknown; expected none, relu, gelu or gelu_tanh");
+}
+
+template <class T>
+inline void check_range(const T* values, int64_t count, const char* name, int64_t low,
+                        int64_t end) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (values[i] < low || values[i] >= end) {
+      fail(name, ": ", values[i], " at index ", i, " is outside ", low, " … ", end - 1);
+    }
+  }
+}
+
+inline LogitRows logit_rows(const Tensor& logits, const char* name) {
+  check_shape(logits, name, at::kFloat, {-1, -1});
+  if (logits.size(1) < 1 || logits.size(1) > INT32_MAX)
+    fail(name, ": a row of ", logits.size(1), " logits");
+  if (logits.size(1) > 1 && logits.stride(1) != 1) {
+    fail(name, ": expected rows with stride 1, got strides ", logits.strides());
+  }
+  return {logits.data_ptr<float>(), logits.stride(0), logits.size(0), logits.size(1)};
+}
+
+// A weight from pack_linear, or from pack_linear_int8 with its scale, with what the call needs kept
+// alive by the caller.
+inline LinearWeight linear_weight(const Tensor& panels, const std::optional<Tensor>& scale,
+                                  const std::optional<Tensor>& bias, int64_t in_features,
+                                  int64_t out_features) {
+  const DType dtype = panels.scalar_type() == at::kChar ? DType::kInt8 : dtype_of(panels, "weight");
+  if (in_features < 1 || out_features < 1 || !panels.device().is_cpu() ||
+      panels.numel() != packed_elements(out_features, in_features, dtype) ||
+      !panels.is_contiguous()) {
+    fail("weight: ", shape_of(panels), " is not a packed ", out_features, " x ", in_features,
+         " linear");
+  }
+  if (scale.has_value() != (dtype == DType::kInt8)) {
+    fail("scale: int8 weights have one, others none; weight is ", panels.scalar_type());
+  }
+  const auto numbers = [out_features](const std::optional<Tensor>& tensor, const char* name) {
+    if (!tensor) return static_cast<const float*>(nullptr);
+    return static_cast<const float*>(
+        dense_input(*tensor, name, at::kFloat, {out_features}).data_ptr<float>());
+  };
+  return {panels.data_ptr(),     dtype,       numbers(scale, "scale"),
+          numbers(bias, "bias"), in_features, out_features};
+}
+
+inline NormWeight norm_weight(const Tensor& weight, const Tensor& bias, double eps,
+                              int64_t features) {
+  dense_input(weight, "norm.weight", at::kFloat, {features});
+  dense_input(bias, "norm.bias", at::kFloat, {features});
+  return {weight.data_ptr<float>(), bias.data_ptr<float>(), static_cast<float>(eps)};
+}
+
+// Sequences of a ragged batch: rows q_start[b] … q_start[b + 1] - 1, whose context lies in the
+// blocks of row slots[b] of the table.
+inline void check_ragged(int64_t num_sequences, const int32_t* q_start, const int32_t* context_len,
+                         const int32_t* slots, const Tensor& block_table, int64_t num_rows,
+                         int64_t num_blocks, int64_t block_size) {
+  check_range(slots, num_sequences, "slots", 0, block_table.size(0));
+  if (q_start[0] != 0 || q_start[num_sequences] != num_rows) {
+    fail("q_start: runs from ", q_start[0], " to ", q_start[num_sequences], " over ", num_rows,
+         " rows");
+  }
+  for (int64_t b = 0; b < num_sequences; ++b) {
+    const int64_t rows = int64_t{q_start[b + 1]} - q_start[b];
+    const int64_t length = context_len[b];
+    if (rows < 0) fail("q_start: decreases at index ", b + 1);
+    if (length < rows)
+      fail("context_len: ", length, " at index ", b, " is below the sequence's ", rows, " rows");
+    const int64_t blocks = (length + block_size - 1) / block_size;
+    if (blocks > block_table.size(1)) {
+      fail("context_len: ", length, " at index ", b, " does not fit ", block_table.size(1),
+           " blocks of ", block_size);
+    }
+    const int32_t* row = block_table.data_ptr<int32_t>() + slots[b] * block_table.stride(0);
+    if (rows > 0) check_range(row, blocks, "block_table", 0, num_blocks);
+  }
+}
+
+inline void check_vocab_size(int64_t vocab_size, int64_t out_features) {
+  if (vocab_size < 1 || vocab_size > out_features) {
+    fail("vocab_size: ", vocab_size, " is outside 1 … ", out_features, ", the head's rows");
+  }
+}
+
+inline int64_t padded_vocab_size(int64_t vocab_size) { return (vocab_size + 127) / 128 * 128; }
+
+// What decides the draws of `count` rows or sequences, checked and kept alive.
+struct DrawInputs {
+  Tensor temperature, top_k, top_p, min_p, seeds;
+
+  DrawInputs(const Tensor& temperatures, const Tensor& largest, const Tensor& mass,
+             const Tensor& ratio, const Tensor& keys, int64_t count)
+      : temperature(small_input(temperatures, "temperature", at::kFloat, {count})),
+        top_k(small_input(largest, "top_k", at::kInt, {count})),
+        top_p(small_input(mass, "top_p", at::kFloat, {count})),
+        min_p(small_input(ratio, "min_p", at::kFloat, {count})),
+        seeds(small_input(keys, "seeds", at::kLong, {count})) {}
+
+  DrawRows rows(const int32_t* positions, int32_t* tokens, int32_t* error) const {
+    return {temperature.data_ptr<float>(),
+            top_k.data_ptr<int32_t>(),
+            top_p.data_ptr<float>(),
+            min_p.data_ptr<float>(),
+            seeds.data_ptr<int64_t>(),
+            positions,
+            tokens,
+            error};
+  }
+};
+
+}  // namespace specengine

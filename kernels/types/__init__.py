@@ -1,0 +1,1 @@
+"""What ops take and give: one declaration for every backend."""

@@ -1,0 +1,5 @@
+"""The command `specengine`."""
+
+from specengine.cli.commands import app, main
+
+__all__ = ["app", "main"]

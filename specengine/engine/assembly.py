@@ -1,0 +1,175 @@
+"""Decides what an engine is made of: device, dtypes, sizes, models, cache."""
+
+from __future__ import annotations
+
+import os
+import reprlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from specengine.config import AUTO, EngineConfig, field_names
+from specengine.drafters.base import Drafter, HostDrafter, RoundDrafter
+from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.drafters.no_draft import NoDrafter
+from specengine.models.decoder import DecoderSpec
+from specengine.models.loader import LoadedModel, load_model
+from specengine.ops.backend import Backend
+from specengine.runtime.graphs import CudaRecorder, Recorder
+from specengine.runtime.kv_cache import DRAFT, KVCache
+from specengine.runtime.model_runner import ModelRunner
+from specengine.tokenizer import check_compatible, num_usable_ids
+
+Model = str | Path | torch.nn.Module
+
+
+def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> EngineConfig:
+    """An `EngineConfig` from either form; `TypeError` for unknown names or both forms at once."""
+    if config is not None and config_fields:
+        raise TypeError(f"give config or its fields, not both: {', '.join(sorted(config_fields))}")
+    unknown = sorted(set(config_fields) - set(field_names(EngineConfig)))
+    if unknown:
+        raise TypeError(
+            f"unknown engine option {unknown[0]!r}; known: {', '.join(field_names(EngineConfig))}"
+        )
+    return config or EngineConfig(**config_fields)
+
+
+def check_draft_model(draft_model: object) -> None:
+    """Refuses the drafters that do not exist yet."""
+    is_named = isinstance(draft_model, str) and (
+        draft_model in ("ngram", "suffix") or draft_model.startswith("self:")
+    )
+    if is_named or isinstance(draft_model, list | tuple):
+        raise ValueError(
+            f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
+        )
+    # A class that has a Drafter's methods is not a Drafter.
+    if isinstance(draft_model, type) or not isinstance(
+        draft_model, str | os.PathLike | torch.nn.Module | Drafter | None
+    ):
+        raise TypeError(
+            "draft_model must be a directory, a name on the Hub, a transformers model or a Drafter object, got "
+            f"{reprlib.repr(draft_model)}"
+        )
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:n]', got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda[:n]', got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name!r}: no CUDA device is available")
+    return device
+
+
+def plan_max_seq_len(config: EngineConfig, spec: DecoderSpec) -> int:
+    """The longest sequence: what is asked for, but never past the target's positions."""
+    if config.max_seq_len is None:
+        return spec.max_positions
+    if config.max_seq_len > spec.max_positions:
+        raise ValueError(
+            f"max_seq_len={config.max_seq_len} exceeds the model's context of {spec.max_positions}"
+        )
+    return config.max_seq_len
+
+
+def shared_vocab_size(target: LoadedModel, draft: LoadedModel | None) -> int:
+    """Ids that may be emitted: the target's, never more than its tokenizer has, and the draft must agree."""
+    if draft is None:
+        return num_usable_ids(target.vocabulary)
+    return check_compatible(target.vocabulary, draft.vocabulary)
+
+
+def load(
+    source: Model,
+    config: EngineConfig,
+    *,
+    weight_dtype: str,
+    device: torch.device,
+    backend: Backend,
+    progress: Callable[[int, int], None],
+) -> LoadedModel:
+    """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
+    is_int8 = weight_dtype == "int8"
+    name = config.dtype if is_int8 or weight_dtype == "auto" else weight_dtype
+    return load_model(
+        source,
+        dtype="auto" if name == "auto" else getattr(torch, name),
+        has_int8_linears=is_int8,
+        device=device,
+        backend=backend,
+        allow_pickle=config.allow_pickle,
+        revision=config.revision,
+        progress=progress,
+    )
+
+
+def build_kv_cache(
+    target: LoadedModel,
+    draft: LoadedModel | None,
+    config: EngineConfig,
+    *,
+    max_seq_len: int,
+    device: torch.device,
+) -> KVCache:
+    """One cache for both models: the same block ids, a tensor each."""
+    models = [model for model in (target, draft) if model is not None]
+    dtypes = [table_dtype(model) for model in models]
+    if config.kv_dtype != "auto":
+        dtypes = [getattr(torch, config.kv_dtype)] * len(models)
+    specs = [model.decoder.spec for model in models]
+    return KVCache(specs, dtypes, config, max_seq_len=max_seq_len, device=device)
+
+
+def build_drafter(
+    given: Model | Drafter | None,
+    draft: LoadedModel | None,
+    config: EngineConfig,
+    *,
+    kv_cache: KVCache,
+    vocab_size: int,
+) -> RoundDrafter:
+    """The drafter for a draft model, the caller's own (checked from now on), or none."""
+    if draft is not None:
+        runner = ModelRunner(draft.decoder, kv_cache, model_index=DRAFT, vocab_size=vocab_size)
+        return DraftModelDrafter(runner, name=draft.name, chunk_size=config.prefill_chunk_size)
+    if isinstance(given, Drafter):
+        return HostDrafter(given, vocab_size=vocab_size)
+    return NoDrafter()
+
+
+def build_recorder(config: EngineConfig, device: torch.device, backend_name: str) -> Recorder | None:
+    """What records rounds, or None where they run from Python; `ValueError` where graphs are asked for in vain."""
+    has_graphs = device.type == "cuda" and backend_name == "triton"
+    if config.cuda_graphs is True and not has_graphs:
+        raise ValueError(
+            f"cuda_graphs=True needs backend='triton' on a CUDA device, got backend={backend_name!r} on {str(device)!r}"
+        )
+    return CudaRecorder(device) if has_graphs and config.cuda_graphs is not False else None
+
+
+def resolve_rounds_ahead(config: EngineConfig, device: torch.device) -> int:
+    """`auto`: one on CUDA, so that the device never waits for Python; none on a CPU, which does both."""
+    if config.rounds_ahead == AUTO:
+        return 1 if device.type == "cuda" else 0
+    return int(config.rounds_ahead)
+
+
+def table_dtype(model: LoadedModel) -> torch.dtype:
+    """What a loaded model's tables are stored in; its linear layers too, unless they are int8."""
+    return model.decoder.weights.token_table.dtype
+
+
+def weight_dtype(model: LoadedModel) -> torch.dtype:
+    """What a loaded model's linear layers are stored in."""
+    head = model.decoder.weights.head
+    return table_dtype(model) if head.scale is None else torch.int8

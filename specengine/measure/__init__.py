@@ -1,0 +1,1 @@
+"""What measures: profiles, timelines, and the machine they were taken on."""

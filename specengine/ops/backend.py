@@ -1,0 +1,278 @@
+"""What every backend provides: each op, and a way to run a program of them.
+
+Signatures, shapes and formulas are documented once, in `specengine.kernels.reference`; every backend has the same.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, Program
+from specengine.kernels.types.round import RoundPlan
+
+
+class Executor(Protocol):
+    """A program, ready to run. kv_cache is `[layers, 2, N, Hkv, block_size, head_dim]`, written."""
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        """The logits of `batch.logit_rows`, `[R, V]` fp32 as the `head` op gives them."""
+
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """`forward`, and what the `filter_rows` op gives for these logits: `[R, V]` and `[R, 4]` fp32."""
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them."""
+
+    def draft(
+        self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor] | None:
+        """`draw` again and again, each token fed to the next: tokens and error flags `[B, max limits]` int32.
+
+        None where the executor has no such call; whoever wants it then draws one by one.
+        """
+
+
+class Backend(Protocol):
+    """Every op of the engine. See `specengine.kernels.reference.<op>` for what each argument means."""
+
+    name: str
+    supported_dtypes: tuple[torch.dtype, ...]
+    # Whether `expand_batch` makes batches of the size the host names, padded, and row ops take `num_rows`, which
+    # stands on the device; else batches have the size that the lengths say, and no padding.
+    has_padding: bool
+
+    def set_num_threads(self, num_threads: int) -> None:
+        """CPU threads that the ops may use from now on."""
+
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        """Packs `[N, K]` weights of any float dtype and strides, converted to `dtype` in memory of their own.
+
+        Without a `dtype` they keep theirs, and a backend that needs no layout of its own may keep the tensor.
+        """
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        """The same, rounded to int8 per output channel (`specengine.kernels.reference.quantize_rows`)."""
+
+    def compile(self, program: Program) -> Executor:
+        """The program as this backend runs it."""
+
+    def expand_batch(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        q_len: Tensor,
+        num_logits: Tensor,
+        block_size: int,
+        *,
+        num_tokens: int | None = None,
+        num_logit_rows: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def embed(
+        self, token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
+    ) -> Tensor: ...
+
+    def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor: ...
+
+    def norm_qkv(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> Tensor: ...
+
+    def parallel_norm_linear(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        mlp_norm: Norm,
+        mlp_weight: PackedLinear,
+        activation: str,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def paged_attention(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        q_start: Tensor,
+        context_len: Tensor,
+    ) -> Tensor: ...
+
+    def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor: ...
+
+    def parallel_linear_residual(
+        self,
+        attended: Tensor,
+        weight: PackedLinear,
+        expanded: Tensor,
+        mlp_weight: PackedLinear,
+        residual: Tensor,
+    ) -> Tensor: ...
+
+    def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor: ...
+
+    def head_stats(
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def head_draw(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def filter_rows(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ) -> Tensor: ...
+
+    def sample_rows(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        stream: int,
+        round_base: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def match_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        seq_len: Tensor,
+        is_selected: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+    ) -> None: ...
+
+    def rejection_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        draft_log_probs: Tensor,
+        draft_logits: Tensor | None,
+        draft_stats: Tensor | None,
+        temperature: Tensor,
+        seeds: Tensor,
+        seq_len: Tensor,
+        is_selected: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+    ) -> None: ...
+
+    def token_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def plan_round(
+        self,
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+    ) -> RoundPlan: ...
+
+    def row_keys(
+        self,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        q_start: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def stage_draft(
+        self,
+        step: int,
+        tokens: Tensor,
+        slots: Tensor,
+        seq_len: Tensor,
+        is_drafting: Tensor,
+        drawn: Tensor,
+        drawn_error: Tensor | None,
+        draft_tokens: Tensor,
+        num_draft: Tensor,
+        log_probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        stats: Tensor | None = None,
+        draft_log_probs: Tensor | None = None,
+        draft_logits: Tensor | None = None,
+        draft_stats: Tensor | None = None,
+    ) -> None: ...
+
+    def match_draws(
+        self,
+        drawn: Tensor,
+        drawn_error: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        is_running: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+        forced_acceptance: float | None = None,
+        seeds: Tensor | None = None,
+        seq_len: Tensor | None = None,
+    ) -> None: ...
+
+    def commit_round(
+        self,
+        tokens: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        is_running: Tensor,
+        emitted: Tensor,
+        num_accepted: Tensor,
+        num_draft: Tensor,
+        error: Tensor,
+    ) -> Tensor: ...

@@ -1,0 +1,110 @@
+"""Runs a program op by op on any backend: what a program means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from specengine.kernels.types.program import (
+    DraftRows,
+    DrawKeys,
+    ForwardBatch,
+    LinearResidual,
+    NormLinear,
+    NormQkv,
+    PagedAttention,
+    ParallelLinearResidual,
+    ParallelNormLinear,
+    Program,
+    Register,
+)
+from specengine.ops.backend import Backend
+
+
+class Interpreter:
+    """Runs a program op by op on any backend: what a program means."""
+
+    def __init__(self, backend: Backend, program: Program) -> None:
+        self._backend = backend
+        self._program = program
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        program = self._program
+        hidden = self._logit_inputs(batch, kv_cache)
+        padding = _padding(batch.num_logit_rows)
+        return self._backend.head(hidden, program.final_norm, program.head, vocab_size, **padding)
+
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        program, ops = self._program, self._backend
+        hidden = self._logit_inputs(batch, kv_cache)
+        padding = _padding(batch.num_logit_rows)
+        temperature, *filters, _, _ = row_keys(ops, keys, batch)
+        head = (hidden, program.final_norm, program.head, vocab_size)
+        if not keys.has_filters:
+            return ops.head_stats(*head, temperature, **padding)
+        logits = ops.head(*head, **padding)
+        return logits, ops.filter_rows(logits, temperature, *filters, **padding)
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        program, ops = self._program, self._backend
+        hidden = self._logit_inputs(batch, kv_cache)
+        temperature, top_k, top_p, min_p, seeds, positions = row_keys(ops, keys, batch)
+        filters = (top_k, top_p, min_p) if keys.has_filters else (None, None, None)
+        drawn = (temperature, *filters, seeds, positions)
+        head = (hidden, program.final_norm, program.head, vocab_size)
+        return ops.head_draw(*head, *drawn, **_padding(batch.num_logit_rows))
+
+    def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
+        return None
+
+    def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        hidden = self._run_layers(batch, kv_cache)
+        return hidden if batch.wants_all_logits else hidden[batch.logit_rows]
+
+    def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
+        ops, program = self._backend, self._program
+        padding = _padding(batch.num_tokens)
+        tables = (program.token_table, program.position_table)
+        values: dict[Register, Tensor] = {
+            "hidden": ops.embed(batch.token_ids, batch.positions, *tables, **padding)
+        }
+        for op in program.ops:
+            if isinstance(op, NormQkv):
+                places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
+                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places, **padding)
+            elif isinstance(op, ParallelNormLinear):
+                places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
+                layers = (op.norm, op.weight, op.mlp_norm, op.mlp_weight, op.activation)
+                values["query"], values["expanded"] = ops.parallel_norm_linear(
+                    values["hidden"], *layers, *places, **padding
+                )
+            elif isinstance(op, PagedAttention):
+                ragged = (batch.block_table, batch.slots, batch.q_start, batch.context_len)
+                values["attended"] = ops.paged_attention(values["query"], kv_cache[op.layer], *ragged)
+            elif isinstance(op, LinearResidual):
+                source, residual = values[op.source], values[op.residual]
+                values[op.out] = ops.linear_residual(source, op.weight, residual, **padding)
+            elif isinstance(op, ParallelLinearResidual):
+                pair = (values["attended"], op.weight, values["expanded"], op.mlp_weight)
+                values["hidden"] = ops.parallel_linear_residual(*pair, values["hidden"], **padding)
+            elif isinstance(op, NormLinear):
+                layer = (op.norm, op.weight, op.activation)
+                values[op.out] = ops.norm_linear(values[op.source], *layer, **padding)
+        return values["hidden"]
+
+
+def row_keys(backend: Backend, keys: DrawKeys, batch: ForwardBatch) -> tuple[Tensor, ...]:
+    """The `row_keys` op on a batch: temperature, top_k, top_p, min_p, seeds and position of each logit row."""
+    by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+    rows = (batch.q_start, batch.positions, batch.logit_rows)
+    return backend.row_keys(*by_sequence, *rows, **_padding(batch.num_logit_rows))
+
+
+def _padding(num_rows: Tensor | None) -> dict[str, Any]:
+    """Only backends that pad know the argument."""
+    return {} if num_rows is None else {"num_rows": num_rows}

@@ -1,0 +1,249 @@
+"""`backend="native"`: every op in C++ (`specengine._C`), for CPUs.
+
+Row-invariant by construction: an output row's bits depend on neither the rows computed with it nor the
+number of threads. They do depend on the instruction set, which is the best that the processor has: the environment
+variable SPECENGINE_INSTRUCTION_SET (avx512_bf16, avx512, avx2, portable) chooses another. Arguments are checked once,
+in the C++ bindings (`ValueError`).
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from specengine import _C
+from specengine.kernels.reference.row_keys import row_keys
+from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.program import (
+    DraftRows,
+    DrawKeys,
+    ForwardBatch,
+    LinearResidual,
+    NormLinear,
+    NormQkv,
+    PagedAttention,
+    ParallelLinearResidual,
+    ParallelNormLinear,
+    Program,
+)
+from specengine.kernels.types.round import RoundPlan
+
+
+class NativeBackend:
+    """The `Backend` protocol of `specengine.ops` on `specengine._C`; see `specengine.kernels.reference`."""
+
+    name = "native"
+    has_padding = False
+    supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
+
+    expand_batch = staticmethod(_C.expand_batch)
+    embed = staticmethod(_C.embed)
+    paged_attention = staticmethod(_C.paged_attention)
+    filter_rows = staticmethod(_C.filter_rows)
+    sample_rows = staticmethod(_C.sample_rows)
+    match_verify = staticmethod(_C.match_verify)
+    rejection_verify = staticmethod(_C.rejection_verify)
+    token_logprobs = staticmethod(_C.token_logprobs)
+    row_keys = staticmethod(row_keys)
+    stage_draft = staticmethod(_C.stage_draft)
+    match_draws = staticmethod(_C.match_draws)
+    commit_round = staticmethod(_C.commit_round)
+    set_num_threads = staticmethod(_C.set_num_threads)
+
+    def __init__(self) -> None:
+        wanted = os.environ.get("SPECENGINE_INSTRUCTION_SET", "auto")
+        if wanted not in (known := ["auto", *_C.instruction_sets()]):
+            raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
+
+    @staticmethod
+    def plan_round(
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+    ) -> RoundPlan:
+        return RoundPlan._make(
+            _C.plan_round(slots, seq_len, length_limit, num_speculative, k, draft_positions)
+        )
+
+    def pack_linear(
+        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+    ) -> PackedLinear:
+        out_features, in_features = weight.shape
+        packed_bias = None if bias is None else bias.float().contiguous()
+        panels = _C.pack_linear(weight, dtype or weight.dtype)
+        return PackedLinear(panels, packed_bias, in_features, out_features)
+
+    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        out_features, in_features = weight.shape
+        packed_bias = None if bias is None else bias.float().contiguous()
+        panels, scale = _C.pack_linear_int8(weight)
+        return PackedLinear(panels, packed_bias, in_features, out_features, scale)
+
+    def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
+        return _C.norm_linear(hidden, *_layer_arguments(norm, weight), activation)
+
+    def norm_qkv(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> Tensor:
+        return _C.norm_qkv(
+            hidden,
+            *_layer_arguments(norm, weight),
+            positions,
+            kv_slots,
+            kv_cache,
+            rotary,
+        )
+
+    def parallel_norm_linear(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        mlp_norm: Norm,
+        mlp_weight: PackedLinear,
+        activation: str,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        query = self.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
+        return query, self.norm_linear(hidden, mlp_norm, mlp_weight, activation)
+
+    def parallel_linear_residual(
+        self,
+        attended: Tensor,
+        weight: PackedLinear,
+        expanded: Tensor,
+        mlp_weight: PackedLinear,
+        residual: Tensor,
+    ) -> Tensor:
+        return self.linear_residual(expanded, mlp_weight, self.linear_residual(attended, weight, residual))
+
+    def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
+        return _C.linear_residual(x, *_linear_arguments(weight), residual)
+
+    def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
+        return _C.head(hidden, *_layer_arguments(norm, weight), vocab_size)
+
+    def head_stats(
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.head(hidden, norm, weight, vocab_size)
+        return logits, self.filter_rows(logits, temperature, *_no_filters(temperature))
+
+    def head_draw(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        temperature: Tensor,
+        top_k: Tensor | None,
+        top_p: Tensor | None,
+        min_p: Tensor | None,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        layer = _layer_arguments(norm, weight)
+        if top_k is None or top_p is None or min_p is None:
+            top_k, top_p, min_p = _no_filters(temperature)
+        return _C.head_draw(hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions)
+
+    def compile(self, program: Program) -> NativeExecutor:
+        return NativeExecutor(program)
+
+
+class NativeExecutor:
+    """A program whose whole forward is one call into C++."""
+
+    def __init__(self, program: Program) -> None:
+        tables = (program.token_table, program.position_table, program.rotary)
+        heads = (program.num_heads, program.num_kv_heads, program.head_dim)
+        self._decoder = _C.Decoder(*tables, *heads)
+        add = self._decoder
+        for op in program.ops:
+            if isinstance(op, NormQkv):
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+            elif isinstance(op, PagedAttention):
+                add.paged_attention(op.layer)
+            elif isinstance(op, LinearResidual):
+                add.linear_residual(op.source, *_linear_arguments(op.weight), op.residual, op.out)
+            elif isinstance(op, NormLinear):
+                layer = _layer_arguments(op.norm, op.weight)
+                add.norm_linear(op.source, *layer, op.activation, op.out)
+            elif isinstance(op, ParallelNormLinear):
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+                layer = _layer_arguments(op.mlp_norm, op.mlp_weight)
+                add.norm_linear("hidden", *layer, op.activation, "expanded")
+            elif isinstance(op, ParallelLinearResidual):
+                add.linear_residual("attended", *_linear_arguments(op.weight), "hidden", "residual")
+                add.linear_residual("expanded", *_linear_arguments(op.mlp_weight), "residual", "hidden")
+        add.head(*_layer_arguments(program.final_norm, program.head))
+
+    def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
+        return self._decoder.forward(*_batch_arguments(batch), kv_cache, vocab_size)
+
+    def forward_stats(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        logits = self.forward(batch, kv_cache, vocab_size)
+        by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        temperature, *filters, _, _ = row_keys(*by_sequence, batch.q_start, batch.positions, batch.logit_rows)
+        return logits, _C.filter_rows(logits, temperature, *filters)
+
+    def draw(
+        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *drawn)
+
+    def draft(
+        self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+    ) -> tuple[Tensor, Tensor]:
+        where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
+        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
+        return self._decoder.draft(*where, kv_cache, vocab_size, *drawn)
+
+
+def _no_filters(temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """top_k, top_p and min_p of rows without filters."""
+    off = torch.zeros_like(temperature)
+    return off.int(), off + 1, off
+
+
+def _batch_arguments(
+    batch: ForwardBatch,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return (
+        batch.token_ids,
+        batch.positions,
+        batch.kv_slots,
+        batch.q_start,
+        batch.context_len,
+        batch.slots,
+        batch.block_table,
+        batch.logit_rows,
+    )
+
+
+def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, Tensor | None, int, int]:
+    return weight.weight, weight.scale, weight.bias, weight.in_features, weight.out_features
+
+
+def _layer_arguments(
+    norm: Norm, weight: PackedLinear
+) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None, Tensor | None, int, int]:
+    return norm.weight, norm.bias, norm.eps, *_linear_arguments(weight)
