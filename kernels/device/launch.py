@@ -23,7 +23,10 @@ from torch import Tensor
 # Triton decides when a kernel is decorated: this module's import is where it is decided for all of them.
 IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 INTERPRETED = tl.constexpr(IS_INTERPRETED)
+if IS_INTERPRETED:
+    from specengine.kernels.device.interpreted import make_products_row_invariant
 
+    make_products_row_invariant()
 
 _assumed = 90
 
