@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -58,40 +60,99 @@ class Recorder(Protocol):
         """
 
 
+# PyTorch allows one capture at a time in a process.
+_one_capture = threading.Lock()
+
+
 class CudaRecorder:
-    """Recordings are CUDA graphs. They share one memory pool: only one of an engine's rounds runs at a time."""
+    """Recordings are CUDA graphs. They share one memory pool: only one of an engine's rounds runs at a time.
+
+    A recording that fails changes nothing: the caller's stream, the random generator and memory are as before.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.report = GraphReport()
-        self._device = device
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
     def record(self, name: str, run: Callable[[], T]) -> Callable[[], T]:
         """See `Recorder`. The first run compiles kernels and gets workspaces, which a capture cannot."""
-        began, free = time.perf_counter(), torch.cuda.mem_get_info(self._device)[0]
-        graph = torch.cuda.CUDAGraph()
+        began = time.perf_counter()
+        callers = torch.cuda.current_stream(self._stream.device)
+        self._stream.wait_stream(callers)
         try:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            # `torch.cuda.graph` does not give the caller's stream back where a capture fails.
             with torch.cuda.stream(self._stream):
                 run()
-            self._stream.synchronize()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                result = run()
-            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+                graph, result, num_bytes = self._capture(run)
         except Exception as error:
+            # The end of a capture that broke says only that it did.
+            first = f"{error.__context__}; then: " if error.__context__ is not None else ""
             raise GraphCaptureError(
-                f"the round of {name} cannot be recorded as a CUDA graph: {error}"
+                f"the round of {name} cannot be recorded as a CUDA graph: {first}{error}"
             ) from error
+        finally:
+            callers.wait_stream(self._stream)
         self.report.num_graphs += 1
         self.report.seconds += time.perf_counter() - began
-        self.report.num_bytes += max(0, free - torch.cuda.mem_get_info(self._device)[0])
+        self.report.num_bytes += num_bytes
 
         def replay() -> T:
             graph.replay()
             return result
 
         return replay
+
+    def _capture(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T, int]:
+        """The graph of `run`, what `run` returned, and the device bytes that both hold."""
+        graph = torch.cuda.CUDAGraph()
+        with _one_capture, _spare_random_state(self._stream.device):
+            free = _free_bytes()
+            try:
+                # In the global mode an event that another thread asks for would end the capture.
+                with torch.cuda.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ):
+                    result = run()
+            except BaseException:
+                self._abandon_pool()
+                raise
+            return graph, result, max(0, free - _free_bytes())
+
+    def _abandon_pool(self) -> None:
+        """After a failure PyTorch may still take the pool for a running capture's: ends that, and takes another."""
+        index = self._stream.device.index
+        with suppress(RuntimeError):  # the capture has ended in good order, or never began
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+        self._pool = torch.cuda.graph_pool_handle()
+
+
+@contextmanager
+def _spare_random_state(device: torch.device) -> Iterator[None]:
+    """Meanwhile the device's random generator has a copy of its state. A capture marks the state that it finds as
+    captured, and where it fails that mark stays: nobody could draw from the generator again."""
+    generator = torch.cuda.default_generators[device.index]
+    state = generator.graphsafe_get_state()
+    generator.graphsafe_set_state(state.clone_state())
+    try:
+        yield
+    finally:
+        generator.graphsafe_set_state(state)
+
+
+def _free_bytes() -> int:
+    """What no tensor, graph or process holds on the current device: PyTorch's cache is given back first."""
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info()[0])
+
+
+def wait_for(event: torch.cuda.Event | None) -> None:
+    """Returns when what came before the event is done. Looks again and again, and lets other threads run in between:
+    a blocking wait costs the driver's own time, and is hardly ever needed."""
+    while event is not None and not event.query():
+        time.sleep(0)
 
 
 class Pending:
@@ -102,9 +163,8 @@ class Pending:
         self._is_there = is_there
 
     def read(self) -> list[list[int]]:
-        """The rows, once they are there. Looks again and again: a blocking wait costs the driver's own time."""
-        while self._is_there is not None and not self._is_there.query():
-            time.sleep(0)
+        """The rows, once they are there."""
+        wait_for(self._is_there)
         rows: list[list[int]] = self._values.tolist()
         return rows
 

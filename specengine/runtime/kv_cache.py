@@ -14,6 +14,7 @@ from specengine import _C
 from specengine.config import EngineConfig
 from specengine.errors import InsufficientMemoryError
 from specengine.models.decoder import DecoderSpec
+from specengine.runtime.graphs import wait_for
 
 TARGET, DRAFT = 0, 1
 _DEFAULT_CPU_BYTES = 4 << 30
@@ -121,7 +122,7 @@ class _DeviceTable:
     def current(self) -> Tensor:
         if self._snapshots and not torch.equal(self._snapshots[-1][0], self._table):
             snapshot, is_sent = self._snapshots.popleft()
-            is_sent.synchronize()  # queued many changes ago: done, as a rule
+            wait_for(is_sent)  # queued some changes ago: done, as a rule
             snapshot.copy_(self._table)
             self._on_device.copy_(snapshot, non_blocking=True)
             is_sent.record()
