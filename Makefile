@@ -1,11 +1,14 @@
 # Every target sets up what it needs in .venv, once; `make help` lists them.
 # PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from, BENCH_FLAGS what
-# bench-generate measures.
+# bench-generate measures, TEST_WORKERS how many processes share the tests.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
+TEST_WORKERS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay together: what they share is made once.
+PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --maxprocesses 8 --dist loadfile
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 INSTALL = $(PIP) install $(PIP_FLAGS) -c constraints.txt
 
@@ -39,10 +42,10 @@ demo: $(NATIVE_BUILT)  ## Complete some Python with the bundled pair, with and w
 	@$(BIN)/python tools/demo.py
 
 test: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The default tests
-	@$(BIN)/pytest
+	@$(PYTEST)
 
 test-slow: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The long versions of the tests
-	@$(BIN)/pytest -m "slow and not gpu"
+	@$(PYTEST) -m "slow and not gpu"
 
 bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 	@$(BIN)/pytest --benchmark-only
@@ -70,7 +73,7 @@ sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
 	@libraries="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED)/tree LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0; \
 	(cd build && ../$(BIN)/python -c "import torch; from specengine import _C; assert 'sanitized' in _C.__file__, _C.__file__") && \
-	$(BIN)/pytest -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/kernels
+	$(PYTEST) -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/kernels
 
 install: $(NATIVE_BUILT)  ## Only set up .venv: dependencies, the package in place, its extension
 
