@@ -9,6 +9,7 @@ from typing import Any
 from specengine.errors import ModelLoadError
 
 MAX_JSON_BYTES = 64 << 20
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
@@ -22,7 +23,17 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
         raise ModelLoadError(f"{path}: {error.strerror}") from error
     if len(text) > max_bytes:
         raise ModelLoadError(f"{path}: more than {max_bytes} bytes")
+    if text.startswith(LFS_POINTER):
+        raise ModelLoadError(describe_lfs_pointer(path))
     return parse_json(text, str(path))
+
+
+def describe_lfs_pointer(path: Path) -> str:
+    """What is wrong with a file that begins with `LFS_POINTER`, and what to do."""
+    return (
+        f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` in the repository it was cloned from, "
+        "or download the file"
+    )
 
 
 def parse_json(text: bytes, where: str) -> dict[str, Any]:

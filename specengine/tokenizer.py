@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
-from specengine.errors import ModelLoadError, VocabularyMismatchError
-from specengine.json_file import read_json, shorten
+from specengine.errors import VocabularyMismatchError
+from specengine.json_file import shorten
 
 REPLACEMENT = "\ufffd"
-
-MAX_SETTINGS_BYTES = 16 << 20
-MAX_TOKENIZER_BYTES = 256 << 20
 
 
 class Tokenizer:
     """A checkpoint's tokenizer.
 
-    vocab_size:   number of ids, added tokens included: the largest id + 1
-    eos_token_id: the end-of-text token that the checkpoint's tokenizer files name, or None
+    vocab_size:     number of ids, added tokens included: the largest id + 1
+    eos_token_id:   the end-of-text token that the checkpoint's tokenizer files name, or None
+    special_tokens: the text of each special token, by id; `decode` leaves them out
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, *, eos_token: str | None = None) -> None:
@@ -38,19 +32,10 @@ class Tokenizer:
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
         self.eos_token_id = None if eos_token is None else self._vocabulary.get(eos_token)
         added = tokenizer.get_added_tokens_decoder()
-        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-
-    @classmethod
-    def from_directory(cls, directory: Path) -> Tokenizer:
-        """Reads tokenizer.json, or GPT-2's vocab.json and merges.txt where there is none.
-
-        Raises `ModelLoadError` naming the file that is missing or malformed.
-        """
-        settings = _read_settings(directory)
-        path = directory / "tokenizer.json"
-        tokenizer = _read_tokenizer_json(path) if path.exists() else _read_byte_level(directory, settings)
-        _mark_special(tokenizer, settings)
-        return cls(tokenizer, eos_token=settings.special_tokens.get("eos_token"))
+        self.special_tokens = {
+            token_id: token.content for token_id, token in sorted(added.items()) if token.special
+        }
+        self.special_token_ids = frozenset(self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the special tokens that the checkpoint's post-processor adds."""
@@ -204,83 +189,3 @@ def num_usable_ids(vocabulary: Vocabulary) -> int:
     if vocabulary.tokenizer is None:
         return vocabulary.num_rows
     return min(vocabulary.num_rows, vocabulary.tokenizer.vocab_size)
-
-
-def find_tokenizer(directory: Path) -> Tokenizer | None:
-    """A checkpoint's tokenizer, or None if it has no tokenizer files."""
-    has_files = any((directory / name).exists() for name in ("tokenizer.json", "vocab.json", "merges.txt"))
-    return Tokenizer.from_directory(directory) if has_files else None
-
-
-@dataclass(frozen=True)
-class _Settings:
-    special_tokens: dict[str, str]
-    add_prefix_space: bool
-    add_bos_token: bool
-
-
-def _read_settings(directory: Path) -> _Settings:
-    values: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = directory / name
-        if path.exists():
-            values.update(read_json(path, MAX_SETTINGS_BYTES))
-    special_tokens = {}
-    for key in ("bos_token", "eos_token", "unk_token", "pad_token"):
-        value = values.get(key)
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str) and text:
-            special_tokens[key] = text
-    if not special_tokens and not (directory / "tokenizer.json").exists():
-        special_tokens["eos_token"] = "<|endoftext|>"  # the first GPT-2 checkpoints name theirs nowhere
-    return _Settings(
-        special_tokens, values.get("add_prefix_space") is True, values.get("add_bos_token") is True
-    )
-
-
-def _mark_special(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
-    """The named special tokens are special wherever the vocabulary has them: skipped in text, never split."""
-    named = dict.fromkeys(settings.special_tokens.values())
-    known = [text for text in named if tokenizer.token_to_id(text) is not None]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in known])
-
-
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
-    _check_file(path)
-    with _refusing(str(path)):
-        return tokenizers.Tokenizer.from_file(str(path))
-
-
-def _read_byte_level(directory: Path, settings: _Settings) -> tokenizers.Tokenizer:
-    """GPT-2's tokenizer from its two original files."""
-    vocab_path, merges_path = directory / "vocab.json", directory / "merges.txt"
-    _check_file(vocab_path)
-    _check_file(merges_path)
-    with _refusing(f"{vocab_path} and merges.txt"):
-        tokenizer = tokenizers.Tokenizer(models.BPE.from_file(str(vocab_path), str(merges_path)))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=settings.add_prefix_space)
-    tokenizer.decoder = decoders.ByteLevel()
-    bos = settings.special_tokens.get("bos_token")
-    if settings.add_bos_token and bos is not None and tokenizer.token_to_id(bos) is not None:
-        bos_id = tokenizer.token_to_id(bos)
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, bos_id)]
-        )
-    return tokenizer
-
-
-@contextmanager
-def _refusing(where: str) -> Iterator[None]:
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # the library raises plain `Exception`, and its panics are not even that
-        raise ModelLoadError(f"{where}: {shorten(str(error))}") from error
-
-
-def _check_file(path: Path) -> None:
-    if not path.is_file():
-        raise ModelLoadError(f"{path}: no such file")
-    if path.stat().st_size > MAX_TOKENIZER_BYTES:
-        raise ModelLoadError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes")

@@ -19,6 +19,7 @@ import specengine
 from specengine import SamplingParams, StreamEvent, bundled
 from specengine.cli import app, main
 from specengine.cli.terminal import STYLES, TokenPainter, paint, wants_color
+from specengine.models.checkpoints.tokenizer_files import read_tokenizer
 from specengine.tokenizer import Tokenizer
 
 PROMPT = "def binary_search(items, x):"
@@ -288,7 +289,7 @@ def test_collect_env() -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Tokenizer:
-    return Tokenizer.from_directory(bundled.target_path())
+    return read_tokenizer(bundled.target_path())
 
 
 @pytest.mark.parametrize("text", ["x = 1\n", "naïve café ☕ 日本語 🙂", "\ufffd?", "'é' * 3  # ❄"])

@@ -15,14 +15,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models
 
-import specengine.tokenizer
 from specengine.errors import ModelLoadError, VocabularyMismatchError
+from specengine.models.checkpoints import tokenizer_files
+from specengine.models.checkpoints.tokenizer_files import find_tokenizer, read_tokenizer
 from specengine.tokenizer import (
     IncrementalDetokenizer,
     Tokenizer,
     Vocabulary,
     check_compatible,
-    find_tokenizer,
     num_usable_ids,
 )
 
@@ -105,7 +105,7 @@ def continuation(prompt_ids: list[int], token_ids: list[int], tokenizer: Tokeniz
 def test_ids_and_text_are_those_of_transformers(adds_start: bool, tmp_path: Path) -> None:
     raw = tiny_models.build_tokenizer(320, adds_start=adds_start)
     directory = save(tmp_path / "t", raw, tokenizer_class="PreTrainedTokenizerFast", eos_token=END)
-    ours, theirs = Tokenizer.from_directory(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    ours, theirs = read_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     for text in TEXTS:
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids
@@ -126,7 +126,7 @@ def test_a_vocabulary_and_merges_without_tokenizer_json_are_those_of_transformer
     config, tmp_path: Path
 ) -> None:
     directory = save_gpt2_style(tmp_path / "t", **config)
-    ours, theirs = Tokenizer.from_directory(directory), transformers.AutoTokenizer.from_pretrained(directory)
+    ours, theirs = read_tokenizer(directory), transformers.AutoTokenizer.from_pretrained(directory)
     for text in TEXTS:
         ids = theirs(text).input_ids
         assert ours.encode(text) == ids
@@ -136,7 +136,7 @@ def test_a_vocabulary_and_merges_without_tokenizer_json_are_those_of_transformer
 
 def test_the_first_gpt2_checkpoints_name_no_special_token(tmp_path: Path) -> None:
     RAW.model.save(str(tmp_path))
-    tokenizer = Tokenizer.from_directory(tmp_path)
+    tokenizer = read_tokenizer(tmp_path)
     assert tokenizer.eos_token_id == 0
     assert tokenizer.encode(f"a{END}") == [*tokenizer.encode("a"), 0]
     assert tokenizer.decode(tokenizer.encode(f"a{END}")) == "a"
@@ -146,7 +146,7 @@ def test_truncation_and_padding_of_the_training_run_are_not_applied(tmp_path: Pa
     raw = tiny_models.build_tokenizer(300)
     raw.enable_truncation(3)
     raw.enable_padding(length=50)
-    tokenizer = Tokenizer.from_directory(save(tmp_path / "t", raw))
+    tokenizer = read_tokenizer(save(tmp_path / "t", raw))
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
 
 
@@ -195,7 +195,7 @@ def test_a_panic_inside_the_tokenizers_library_is_a_refusal(tmp_path: Path, monk
     def panic(path: str) -> None:
         raise PanicException("range end index 14 out of range")
 
-    monkeypatch.setattr(specengine.tokenizer.tokenizers, "Tokenizer", SimpleNamespace(from_file=panic))
+    monkeypatch.setattr(tokenizer_files.tokenizers, "Tokenizer", SimpleNamespace(from_file=panic))
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"tokenizer\.json: 'range end index 14"):
         find_tokenizer(tmp_path)

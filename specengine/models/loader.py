@@ -18,10 +18,11 @@ from specengine.errors import ModelLoadError
 from specengine.json_file import read_json, shorten
 from specengine.models.architecture import Architecture
 from specengine.models.checkpoint import StateDictSource, TensorSource, open_checkpoint
+from specengine.models.checkpoints.tokenizer_files import TOKENIZER_FILES, find_tokenizer
 from specengine.models.decoder import Decoder, DecoderSpec
 from specengine.models.weights import ConfiguredModel, Progress, read_weights
 from specengine.ops.backend import Backend
-from specengine.tokenizer import Tokenizer, Vocabulary, find_tokenizer
+from specengine.tokenizer import Tokenizer, Vocabulary
 
 # Adding an architecture: one file, and its name here.
 ARCHITECTURES = {
@@ -34,10 +35,6 @@ ModelSource = str | os.PathLike[str] | torch.nn.Module
 
 MAX_CONFIG_BYTES = 4 << 20
 _CONFIG_FILES = ["config.json", "generation_config.json"]
-_TOKENIZER_FILES = [
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("vocab.json", "merges.txt", "added_tokens.json"),
-]
 _WEIGHT_FILES = ["model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
 _PICKLE_FILES = ["pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model-*.bin"]
 
@@ -108,7 +105,7 @@ def load_model(
         model = _configure_module(source)
         weights_from = StateDictSource(source.state_dict(), name)
     else:
-        wanted = [*_CONFIG_FILES, *_TOKENIZER_FILES, *_WEIGHT_FILES, *(_PICKLE_FILES if allow_pickle else [])]
+        wanted = [*_CONFIG_FILES, *TOKENIZER_FILES, *_WEIGHT_FILES, *(_PICKLE_FILES if allow_pickle else [])]
         directory, name = _find_directory(source, revision, wanted), os.fspath(source)
         model = _configure_directory(directory)
         tokenizer = tokenizer or find_tokenizer(directory)
