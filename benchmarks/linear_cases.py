@@ -18,6 +18,7 @@ from specengine.kernels import reference
 from specengine.kernels.reference.norm_qkv import rotate
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.ops.backend import Backend
+from specengine.weight_formats import INT8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
 CPU_ROWS = (1, 2, 4, 6, 8, 9, 16, 64)
@@ -143,10 +144,10 @@ def _build(
     weight = weight.to(device, torch.float32 if dtype == "int8" else DTYPES[dtype])
     norm = Norm(norm_weight.to(device), torch.zeros(in_features, device=device), NORM_EPS)
     layers = Layers(dtype, norm, PackedLinear(weight, bias, in_features, out_features), [], [])
-    pack = ops.pack_linear_int8 if dtype == "int8" else ops.pack_linear
+    format = INT8 if dtype == "int8" else None
     for _ in range(num_copies(layers.num_bytes)):
         copy = weight.clone()
-        layers.packed.append(pack(copy, bias))
+        layers.packed.append(ops.pack_linear(copy, bias, format))
         layers.pytorch.append(for_pytorch(copy))
     return layers
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from specengine.weight_formats import FLOAT_NAMES, WEIGHT_FORMATS
+
 AUTO: Literal["auto"] = "auto"
 # What "auto" means until k is chosen from measured cost: a constant that pays for the bundled pair.
 AUTO_NUM_SPECULATIVE_TOKENS = 4
@@ -25,8 +27,8 @@ MIN_TEMPERATURE = 1e-4
 MAX_LOGIT_BIAS = 1e4
 ACCEPTANCE_MODES = ("auto", "coupled", "rejection")
 LATER_ACCEPTANCE_MODES = ("block", "typical", "threshold")
-DTYPE_NAMES = ("auto", "float32", "bfloat16", "float16")
-WEIGHT_DTYPE_NAMES = (*DTYPE_NAMES, "int8")
+DTYPE_NAMES = (AUTO, *FLOAT_NAMES)
+WEIGHT_DTYPE_NAMES = (AUTO, *WEIGHT_FORMATS)
 BACKEND_NAMES = ("auto", "native", "triton", "reference")
 
 

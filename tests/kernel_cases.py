@@ -18,6 +18,7 @@ from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.ops.native import NativeBackend
+from specengine.weight_formats import INT8
 
 # The Triton kernels run on the GPU where there is one, else in Triton's interpreter.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -176,7 +177,7 @@ def random_layer(
     if dtype == torch.int8:
         quantized, row_scale = quantize_rows(weight)
         plain = PackedLinear(quantized, bias, in_features, out_features, row_scale)
-        return Layer(norm, ops.pack_linear_int8(weight, bias), plain)
+        return Layer(norm, ops.pack_linear(weight, bias, INT8), plain)
     weight = weight.to(dtype)
     plain = PackedLinear(weight, bias, in_features, out_features)
     return Layer(norm, ops.pack_linear(weight, bias), plain)

@@ -25,6 +25,7 @@ from specengine import SamplingParams
 from specengine.kernels.device import launch as launching
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.ops.load import load_backend
+from specengine.weight_formats import INT8
 
 pytestmark = pytest.mark.triton
 
@@ -105,7 +106,7 @@ def random_linear(out_features: int, in_features: int, dtype: torch.dtype) -> Pa
     weight = random_rows(out_features, in_features, seed=out_features) * in_features**-0.5
     bias = random_rows(1, out_features)[0].to(DEVICE)
     if dtype == torch.int8:
-        return ops.pack_linear_int8(weight.to(DEVICE), bias)
+        return ops.pack_linear(weight.to(DEVICE), bias, INT8)
     return ops.pack_linear(weight.to(DEVICE, dtype), bias)
 
 

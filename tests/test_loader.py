@@ -642,7 +642,7 @@ cpu = torch.device("cpu")
 options = {"dtype": torch.float32, "device": cpu, "backend": load_backend("native", cpu)}
 loader.load_model(sys.argv[1], **options)  # tiny: whatever is imported and allocated once
 before = high_water_mark()
-model = loader.load_model(sys.argv[2], has_int8_linears=sys.argv[3] == "int8", **options)
+model = loader.load_model(sys.argv[2], weight_dtype=sys.argv[3], **options)
 weights = model.decoder.weights
 linears = [x for layer in weights.layers for x in (layer.qkv, layer.attention_output, layer.mlp_up, layer.mlp_down)]
 tensors = [weights.token_table, weights.position_table, weights.head.weight, *(x.weight for x in linears)]

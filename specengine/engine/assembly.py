@@ -99,12 +99,10 @@ def load(
     progress: Callable[[int, int], None],
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
-    is_int8 = weight_dtype == "int8"
-    name = config.dtype if is_int8 or weight_dtype == "auto" else weight_dtype
     return load_model(
         source,
-        dtype="auto" if name == "auto" else getattr(torch, name),
-        has_int8_linears=is_int8,
+        dtype="auto" if config.dtype == AUTO else getattr(torch, config.dtype),
+        weight_dtype=weight_dtype,
         device=device,
         backend=backend,
         allow_pickle=config.allow_pickle,
@@ -123,7 +121,7 @@ def build_kv_cache(
 ) -> KVCache:
     """One cache for both models: the same block ids, a tensor each."""
     models = [model for model in (target, draft) if model is not None]
-    dtypes = [table_dtype(model) for model in models]
+    dtypes = [model.decoder.weights.token_table.dtype for model in models]
     if config.kv_dtype != "auto":
         dtypes = [getattr(torch, config.kv_dtype)] * len(models)
     specs = [model.decoder.spec for model in models]
@@ -162,14 +160,3 @@ def resolve_rounds_ahead(config: EngineConfig, device: torch.device) -> int:
     if config.rounds_ahead == AUTO:
         return 1 if device.type == "cuda" else 0
     return int(config.rounds_ahead)
-
-
-def table_dtype(model: LoadedModel) -> torch.dtype:
-    """What a loaded model's tables are stored in; its linear layers too, unless they are int8."""
-    return model.decoder.weights.token_table.dtype
-
-
-def weight_dtype(model: LoadedModel) -> torch.dtype:
-    """What a loaded model's linear layers are stored in."""
-    head = model.decoder.weights.head
-    return table_dtype(model) if head.scale is None else torch.int8

@@ -83,7 +83,7 @@ class Engine:
         self.target_name = target.name
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.vocab_size = vocab_size
-        self.dtype = assembly.weight_dtype(target)
+        self.dtype = target.format.dtype
         self._kv_cache = kv_cache
         self._state = BatchState(
             num_slots=self.config.max_batch_size,

@@ -23,6 +23,7 @@ from specengine.models.decoder import Decoder, DecoderSpec
 from specengine.models.weights import ConfiguredModel, Progress, read_weights
 from specengine.ops.backend import Backend
 from specengine.tokenizer import Tokenizer, Vocabulary
+from specengine.weight_formats import WEIGHT_FORMATS, WeightFormat
 
 # Adding an architecture: one file, and its name here.
 ARCHITECTURES = {
@@ -46,14 +47,14 @@ class LoadedModel:
     name:             what it was loaded from, for messages
     tokenizer:        None if the checkpoint has none
     checkpoint_dtype: what most of the checkpoint's bytes are stored in
-    directory:        where its files are; None for a model in memory
+    format:           what its linear layers are stored in
     """
 
     name: str
     decoder: Decoder
     tokenizer: Tokenizer | None
     checkpoint_dtype: torch.dtype
-    directory: Path | None
+    format: WeightFormat
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -76,7 +77,7 @@ def load_model(
     source: ModelSource,
     *,
     dtype: torch.dtype | str = "auto",
-    has_int8_linears: bool = False,
+    weight_dtype: str = "auto",
     device: torch.device,
     backend: Backend,
     allow_pickle: bool = False,
@@ -90,7 +91,8 @@ def load_model(
                   if there is no such directory; or a `transformers` model in memory, whose weights are copied
     dtype:        of linear layers and tables (norms and biases are fp32). "auto": on CUDA the checkpoint's,
                   on a CPU bf16 if it has it natively and the checkpoint is 16-bit, else fp32
-    has_int8_linears: round linear layers, the head included, to int8 per output channel; `dtype` is the tables'
+    weight_dtype: a name in `WEIGHT_FORMATS`, instead of `dtype`; one with scales is for linear layers, the head
+                  included, and `dtype` is the tables'
     allow_pickle: read `pytorch_model.bin` if there are no safetensors, with `weights_only=True`
     revision:     of a Hub model
     progress:     called with (bytes read, bytes in all) after every tensor
@@ -101,7 +103,7 @@ def load_model(
     """
     weights_from: TensorSource
     if isinstance(source, torch.nn.Module):
-        directory, name = None, _module_name(source)
+        name = _module_name(source)
         model = _configure_module(source)
         weights_from = StateDictSource(source.state_dict(), name)
     else:
@@ -111,17 +113,21 @@ def load_model(
         tokenizer = tokenizer or find_tokenizer(directory)
         weights_from = open_checkpoint(directory, allow_pickle=allow_pickle)
     checkpoint_dtype = _main_dtype(weights_from)
+    named = WEIGHT_FORMATS.get(weight_dtype)
+    if named is not None and not named.has_scales:
+        dtype = named.dtype
     chosen = choose_dtype(dtype, checkpoint_dtype, device, backend)
+    format = named or WEIGHT_FORMATS[str(chosen).removeprefix("torch.")]
     weights = read_weights(
         model,
         weights_from,
         dtype=chosen,
-        has_int8_linears=has_int8_linears,
+        format=format,
         device=device,
         backend=backend,
         progress=progress,
     )
-    return LoadedModel(name, Decoder(model.spec, weights, backend), tokenizer, checkpoint_dtype, directory)
+    return LoadedModel(name, Decoder(model.spec, weights, backend), tokenizer, checkpoint_dtype, format)
 
 
 def choose_dtype(

@@ -16,6 +16,7 @@ from specengine.models.architecture import Architecture, LayerTensors, LinearTen
 from specengine.models.checkpoint import TensorSource
 from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
 from specengine.ops.backend import Backend
+from specengine.weight_formats import WeightFormat
 
 Progress = Callable[[int, int], None]
 
@@ -36,13 +37,14 @@ def read_weights(
     source: TensorSource,
     *,
     dtype: torch.dtype,
-    has_int8_linears: bool,
+    format: WeightFormat,
     device: torch.device,
     backend: Backend,
     progress: Progress | None,
 ) -> DecoderWeights:
-    """Converts and packs a checkpoint. No more than one layer is ever held twice.
+    """Converts and packs a checkpoint: linear layers to `format`, tables to `dtype`.
 
+    No more than one layer is ever held twice.
     Every name and shape is checked before the first tensor is loaded: raises `ModelLoadError` naming the
     tensor, the expected and the found shape.
     """
@@ -53,7 +55,7 @@ def read_weights(
     return _build(
         model,
         _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress),
-        _Packer(model.spec, dtype, has_int8_linears, device, backend),
+        _Packer(model.spec, dtype, format, device, backend),
     )
 
 
@@ -115,7 +117,7 @@ def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> Dec
     outer = model.architecture.read_outer(read, model.config)
     token_table = pack.table(outer.token_table)
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
-    if outer.head is None and not pack.has_int8_linears:
+    if outer.head is None and not pack.format.has_scales:
         # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
         head = pack.backend.pack_linear(token_table, None)
     else:
@@ -136,12 +138,12 @@ class _Packer:
         self,
         spec: DecoderSpec,
         dtype: torch.dtype,
-        has_int8_linears: bool,
+        format: WeightFormat,
         device: torch.device,
         backend: Backend,
     ) -> None:
         self.backend = backend
-        self.has_int8_linears = has_int8_linears
+        self.format = format
         self._spec = spec
         self._dtype = dtype
         self._device = device
@@ -161,10 +163,9 @@ class _Packer:
         # Packed from where the checkpoint has it, without a copy in between.
         weight = tensors.weight.to(self._device)
         weight = weight.float() if weight.dtype == torch.float64 else weight
-        if self.has_int8_linears:
-            return self.backend.pack_linear_int8(weight, bias)
-        self._check_range(weight)
-        return self.backend.pack_linear(weight, bias, self._dtype)
+        if not self.format.has_scales:
+            self._check_range(weight)
+        return self.backend.pack_linear(weight, bias, self.format)
 
     def norm(self, tensors: NormTensors) -> Norm:
         weight, bias = tensors.weight, tensors.bias

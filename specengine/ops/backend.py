@@ -13,6 +13,7 @@ from torch import Tensor
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, Program
 from specengine.kernels.types.round import RoundPlan
+from specengine.weight_formats import WeightFormat
 
 
 class Executor(Protocol):
@@ -53,15 +54,13 @@ class Backend(Protocol):
         """CPU threads that the ops may use from now on."""
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
-        """Packs `[N, K]` weights of any float dtype and strides, converted to `dtype` in memory of their own.
+        """Packs `[N, K]` weights of any float dtype and strides, converted to `format` in memory of their own.
 
-        Without a `dtype` they keep theirs, and a backend that needs no layout of its own may keep the tensor.
+        Without a format they keep their dtype, and a backend that needs no layout of its own may keep the tensor.
+        int8 is rounded per output channel as `specengine.kernels.reference.quantize_rows` does it.
         """
-
-    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        """The same, rounded to int8 per output channel (`specengine.kernels.reference.quantize_rows`)."""
 
     def compile(self, program: Program) -> Executor:
         """The program as this backend runs it."""

@@ -29,6 +29,7 @@ from specengine.kernels.types.program import (
     Program,
 )
 from specengine.kernels.types.round import RoundPlan
+from specengine.weight_formats import INT8, WeightFormat
 
 
 class NativeBackend:
@@ -71,17 +72,14 @@ class NativeBackend:
         )
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
         out_features, in_features = weight.shape
         packed_bias = None if bias is None else bias.float().contiguous()
-        panels = _C.pack_linear(weight, dtype or weight.dtype)
-        return PackedLinear(panels, packed_bias, in_features, out_features)
-
-    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        out_features, in_features = weight.shape
-        packed_bias = None if bias is None else bias.float().contiguous()
-        panels, scale = _C.pack_linear_int8(weight)
+        if format == INT8:
+            panels, scale = _C.pack_linear_int8(weight)
+        else:
+            panels, scale = _C.pack_linear(weight, weight.dtype if format is None else format.dtype), None
         return PackedLinear(panels, packed_bias, in_features, out_features, scale)
 
     def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:

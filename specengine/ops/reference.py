@@ -11,7 +11,9 @@ from specengine.kernels import reference
 from specengine.kernels.types.packed import PackedLinear
 from specengine.kernels.types.program import Program
 from specengine.ops.backend import Backend, Executor
+from specengine.ops.encode import encode
 from specengine.ops.interpreter import Interpreter
+from specengine.weight_formats import WeightFormat
 
 
 class ReferenceBackend:
@@ -31,21 +33,8 @@ class ReferenceBackend:
         torch.set_num_threads(num_threads)
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
-        weight = as_floats(weight, dtype)
-        return PackedLinear(weight, None if bias is None else bias.float(), weight.shape[1], weight.shape[0])
-
-    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        quantized, scale = reference.quantize_rows(as_floats(weight, None))
-        packed_bias = None if bias is None else bias.float()
-        return PackedLinear(quantized, packed_bias, weight.shape[1], weight.shape[0], scale)
-
-
-def as_floats(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """`[N, K]` weights, checked; with a `dtype` converted to it in memory of their own."""
-    if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"weight: expected [N, K] of floats, got {list(weight.shape)} {weight.dtype}")
-    if dtype is None:
-        return weight
-    return weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        numbers, scale = encode(weight, format)
+        out_features, in_features = weight.shape
+        return PackedLinear(numbers, None if bias is None else bias.float(), in_features, out_features, scale)

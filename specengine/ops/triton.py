@@ -12,8 +12,9 @@ from torch import Tensor
 from specengine.kernels.types.packed import PackedLinear
 from specengine.kernels.types.program import Program
 from specengine.ops.backend import Backend, Executor
+from specengine.ops.encode import encode
 from specengine.ops.interpreter import Interpreter
-from specengine.ops.reference import as_floats
+from specengine.weight_formats import WeightFormat
 
 
 class TritonBackend:
@@ -34,18 +35,12 @@ class TritonBackend:
         torch.set_num_threads(num_threads)
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None
+        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
         from specengine.kernels.device.linear import pack_rows
 
-        return pack_rows(as_floats(weight, dtype), bias)
-
-    def pack_linear_int8(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
-        from specengine.kernels.device.linear import pack_rows
-        from specengine.kernels.reference import quantize_rows
-
-        quantized, scale = quantize_rows(as_floats(weight, None))
-        return replace(pack_rows(quantized, bias), scale=scale)
+        numbers, scale = encode(weight, format)
+        return replace(pack_rows(numbers, bias), scale=scale)
 
     def compile(self, program: Program) -> Executor:
         return Interpreter(cast(Backend, self), program)

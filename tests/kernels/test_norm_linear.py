@@ -24,6 +24,7 @@ from specengine.kernels import reference
 from specengine.kernels.reference.norm_linear import apply_activation
 from specengine.kernels.types.packed import PackedLinear
 from specengine.ops.backend import Backend
+from specengine.weight_formats import INT8
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 # Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
@@ -131,7 +132,7 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
     with pytest.raises(ValueError, match="weight: expected"):
         ops.pack_linear(torch.zeros(3, 3, dtype=torch.int32), None)
     with pytest.raises(ValueError, match="weight: expected"):
-        ops.pack_linear_int8(torch.zeros(3, 3, dtype=torch.int8), None)
+        ops.pack_linear(torch.zeros(3, 3, dtype=torch.int8), None, INT8)
     rounded = random_layer(32, 48, torch.int8, ops=ops).packed
     with pytest.raises(
         ValueError, match=r"scale: int8 weights have one, others none; weight is .*(Char|int8)"
@@ -192,7 +193,7 @@ def test_int8_weights_are_rounded_as_the_reference_rounds(dtype: torch.dtype) ->
     weight[6] = torch.arange(256) / 2 - 63.5  # the scale is 64 / 127
     weight[7, 9], weight[8, 0] = float("nan"), float("-inf")
     quantized, scale = reference.quantize_rows(weight)
-    packed = NATIVE.pack_linear_int8(weight, None)
+    packed = NATIVE.pack_linear(weight, None, INT8)
     assert torch.equal(unpack(packed.weight, 100, 256), quantized)
     assert torch.allclose(packed.scale, scale, rtol=0, atol=0, equal_nan=True)
     assert scale.isnan().tolist() == [row in (7, 8) for row in range(100)]
@@ -202,7 +203,7 @@ def test_tiny_int8_weights_are_finite() -> None:
     weight = torch.full((4, 128), 1e-40)
     weight[1], weight[2] = 1e-45, 3e-38
     quantized, scale = reference.quantize_rows(weight)
-    packed = NATIVE.pack_linear_int8(weight, None)
+    packed = NATIVE.pack_linear(weight, None, INT8)
     assert torch.equal(unpack(packed.weight, 4, 128), quantized)
     assert torch.equal(packed.scale, scale)
     assert scale.isfinite().all()
