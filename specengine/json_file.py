@@ -28,8 +28,14 @@ def read_json(path: Path, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     return parse_json(text, str(path))
 
 
+def is_lfs_pointer(path: Path) -> bool:
+    """Whether a regular file holds what Git LFS leaves where the file itself was not fetched."""
+    with path.open("rb") as file:
+        return file.read(len(LFS_POINTER)) == LFS_POINTER
+
+
 def describe_lfs_pointer(path: Path) -> str:
-    """What is wrong with a file that begins with `LFS_POINTER`, and what to do."""
+    """What is wrong with such a file, and what to do."""
     return (
         f"{path}: a Git LFS pointer, not the file itself: run `git lfs pull` in the repository it was cloned from, "
         "or download the file"

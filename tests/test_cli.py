@@ -254,7 +254,7 @@ def test_models_describes_a_directory_without_loading_it(monkeypatch: pytest.Mon
     def refuse(*args: object) -> None:
         raise AssertionError("a tensor was loaded")
 
-    monkeypatch.setattr("specengine.models.checkpoint.SafetensorsSource.load", refuse)
+    monkeypatch.setattr("specengine.models.checkpoints.tensors.SafetensorsSource.load", refuse)
     code, out, _ = invoke("models", "--model", str(bundled.draft_path()), "--json")
     description = json.loads(out)[str(bundled.draft_path())]
     size = (bundled.draft_path() / "model.safetensors").stat().st_size / 1e6

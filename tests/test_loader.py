@@ -24,9 +24,13 @@ from safetensors.torch import load_file, save_file
 
 from specengine.errors import ModelLoadError
 from specengine.models import gpt2, loader
-from specengine.models.checkpoint import SafetensorsSource
-from specengine.models.loader import ARCHITECTURES, choose_dtype, load_model, read_spec
-from specengine.models.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from specengine.models.checkpoints import directory as directories
+from specengine.models.checkpoints import open_checkpoint, shards
+from specengine.models.checkpoints.safetensors_header import MAX_HEADER_BYTES, read_safetensors_header
+from specengine.models.checkpoints.tensors import SafetensorsSource
+from specengine.models.decoder import DecoderSpec
+from specengine.models.loader import choose_dtype, load_model
+from specengine.models.registry import ARCHITECTURES
 from specengine.ops.load import load_backend
 
 CPU = torch.device("cpu")
@@ -34,7 +38,13 @@ REFERENCE = load_backend("reference", CPU)
 
 
 def load(source: object, **options: Any) -> loader.LoadedModel:
-    return load_model(source, **{"dtype": torch.float32, "device": CPU, "backend": REFERENCE, **options})
+    opening = {name: options.pop(name) for name in ("revision", "allow_pickle") if name in options}
+    checkpoint = open_checkpoint(source, **opening)
+    return load_model(checkpoint, **{"dtype": torch.float32, "device": CPU, "backend": REFERENCE, **options})
+
+
+def read_spec(source: Any) -> DecoderSpec:
+    return open_checkpoint(source).spec
 
 
 @pytest.fixture(scope="session")
@@ -64,9 +74,10 @@ def checkpoint(pristine: Path, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.mark.parametrize("model_type", tiny_models.MODEL_TYPES)
 def test_every_architecture_is_one_file_that_says_its_own_name(model_type: str, pristine: Path) -> None:
-    spec, name = read_spec(pristine / model_type)
+    checkpoint = open_checkpoint(pristine / model_type)
+    spec, name = checkpoint.spec, checkpoint.name
     assert spec == load(pristine / model_type).decoder.spec
-    assert spec == read_spec(tiny_models.build_model(model_type))[0]
+    assert spec == read_spec(tiny_models.build_model(model_type))
     assert spec.architecture == model_type == ARCHITECTURES[model_type].rsplit(".", 1)[1]
     assert name == str(pristine / model_type)
 
@@ -138,7 +149,7 @@ def test_what_a_config_must_not_say(checkpoint, model_type: str, changes: dict, 
         b'{"model_type": "gpt2"}',
         b'{"model_type": "\xff"}',
         b"[" * 100_000,
-        b" " * (loader.MAX_CONFIG_BYTES + 1),
+        b" " * (directories.MAX_CONFIG_BYTES + 1),
     ],
     ids=range(13),
 )
@@ -177,7 +188,7 @@ def test_keys_that_mean_nothing_here_are_ignored_and_code_is_never_fetched(check
 def test_ids_that_end_a_text(checkpoint, config_ids, generation_ids, expected: tuple[int, ...]) -> None:
     directory = checkpoint(eos_token_id=config_ids, bos_token_id=9)
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": generation_ids}))
-    spec, _ = read_spec(directory)
+    spec = read_spec(directory)
     assert (spec.bos_token_id, spec.eos_token_ids) == (9, expected)
 
 
@@ -405,19 +416,54 @@ def edit_index(directory: Path, edit: Callable[[dict[str, Any]], object]) -> Non
         "model.bin",
         "",
         "a\0.safetensors",
-        "link.safetensors",
         7,
         None,
         ["model.safetensors"],
     ],
 )
 def test_an_index_names_nothing_but_files_of_its_directory(checkpoint, file: object) -> None:
-    outside = checkpoint()
+    checkpoint()
     directory = checkpoint("sharded")
-    (directory / "link.safetensors").symlink_to(outside / "model.safetensors")
     edit_index(directory, lambda index: index["weight_map"].update({"transformer.wte.weight": file}))
     with pytest.raises(ModelLoadError, match=r"index\.json: weight_map"):
         load(directory)
+
+
+def move_shards(directory: Path, folder: Path) -> Path:
+    """The shards in another folder, and links to them in their place."""
+    folder.mkdir(parents=True)
+    for path in directory.glob("model-*.safetensors"):
+        path.rename(folder / path.name)
+        path.symlink_to(folder / path.name)
+    return directory
+
+
+@pytest.mark.parametrize("is_relative", [True, False])
+def test_shards_may_be_links_into_a_sibling_folder(checkpoint, tmp_path: Path, is_relative: bool) -> None:
+    directory = move_shards(checkpoint("sharded"), tmp_path / "store" / "of" / "shards")
+    if is_relative:
+        for path in directory.glob("model-*.safetensors"):
+            path.unlink()
+            path.symlink_to(Path("../store/of/shards") / path.name)
+    load(directory)
+    # Also where the directory itself is named by a link from elsewhere.
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "named").symlink_to(directory)
+    load(tmp_path / "far" / "named")
+
+
+def test_a_link_that_leaves_what_the_user_named_is_refused(checkpoint, tmp_path: Path) -> None:
+    directory = checkpoint("sharded")
+    nested = tmp_path / "models" / "sharded"
+    nested.parent.mkdir()
+    directory.rename(nested)
+    move_shards(nested, tmp_path / "outside")
+    with pytest.raises(
+        ModelLoadError, match=r"index\.json: weight_map: .* links to .*outside.*copy the file"
+    ):
+        load(nested)
+    # At the root of the file system everything would be a sibling.
+    assert shards._roots(Path("/model")) == [Path("/model")]
 
 
 def test_links_within_the_cache_of_the_hub_are_followed(checkpoint, tmp_path: Path) -> None:
@@ -442,12 +488,12 @@ def test_an_index_without_a_map(checkpoint, weight_map: object) -> None:
 
 def test_a_missing_shard_and_a_tensor_in_two_shards(checkpoint) -> None:
     directory = checkpoint("sharded")
-    shards = sorted(directory.glob("model-*.safetensors"))
-    shutil.copy(shards[0], shards[1])
+    files = sorted(directory.glob("model-*.safetensors"))
+    shutil.copy(files[0], files[1])
     with pytest.raises(ModelLoadError, match="is in two shards"):
         load(directory)
-    shards[1].unlink()
-    with pytest.raises(ModelLoadError, match=shards[1].name):
+    files[1].unlink()
+    with pytest.raises(ModelLoadError, match=files[1].name):
         load(directory)
 
 
@@ -563,18 +609,22 @@ def test_a_name_of_the_hub_is_fetched_only_where_there_is_no_directory(
     loaded = load("some/gpt2", revision="v1")
     assert loaded.name == "some/gpt2"
     assert (calls[0]["name"], calls[0]["revision"]) == ("some/gpt2", "v1")
-    assert not any("bin" in pattern or pattern == "*" for pattern in calls[0]["allow_patterns"])
+    assert not any("bin" in pattern or pattern == "*" for pattern in calls[1]["allow_patterns"])
+    assert calls[0]["allow_patterns"] == ["config.json", "generation_config.json"]
+    assert [call["revision"] for call in calls] == ["v1", "v1"]
     load("some/gpt2", allow_pickle=True)
-    assert "pytorch_model.bin" in calls[1]["allow_patterns"]
-    assert read_spec("some/gpt2")[1] == "some/gpt2"
-    assert calls[2]["allow_patterns"] == ["config.json", "generation_config.json"]
+    assert "pytorch_model.bin" in calls[3]["allow_patterns"]
+    checkpoint = open_checkpoint("some/gpt2")
+    assert len(calls) == 4
+    assert (checkpoint.name, checkpoint.spec.architecture) == ("some/gpt2", "gpt2")
+    assert len(calls) == 5
     with pytest.raises(
         ModelLoadError, match=r"'some/unknown': no such directory.*ConnectionError: cannot reach"
     ):
         load("some/unknown")
     shutil.copytree(pristine / "opt", tmp_path / "some" / "gpt2")
     assert load("some/gpt2").decoder.spec.architecture == "opt"
-    assert len(calls) == 4
+    assert len(calls) == 6
 
 
 def test_offline_the_hub_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -633,6 +683,7 @@ def test_tiny_configs_are_quick_to_build() -> None:
 _LOAD_AND_WEIGH = """
 import sys, torch
 from specengine.models import loader
+from specengine.models.checkpoints import open_checkpoint, shards
 from specengine.ops.load import load_backend
 
 def high_water_mark():
@@ -640,9 +691,9 @@ def high_water_mark():
 
 cpu = torch.device("cpu")
 options = {"dtype": torch.float32, "device": cpu, "backend": load_backend("native", cpu)}
-loader.load_model(sys.argv[1], **options)  # tiny: whatever is imported and allocated once
+loader.load_model(open_checkpoint(sys.argv[1]), **options)  # tiny: whatever is imported and allocated once
 before = high_water_mark()
-model = loader.load_model(sys.argv[2], weight_dtype=sys.argv[3], **options)
+model = loader.load_model(open_checkpoint(sys.argv[2]), weight_dtype=sys.argv[3], **options)
 weights = model.decoder.weights
 linears = [x for layer in weights.layers for x in (layer.qkv, layer.attention_output, layer.mlp_up, layer.mlp_down)]
 tensors = [weights.token_table, weights.position_table, weights.head.weight, *(x.weight for x in linears)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specengine.errors import BackendUnavailableError
 from specengine.models import gpt_neox, opt
+from specengine.models.checkpoints import open_checkpoint
 from specengine.models.decoder import Decoder, ForwardBatch
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
@@ -61,7 +62,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def load(source: object, backend: Backend, dtype: torch.dtype = torch.float32) -> LoadedModel:
-    return load_model(source, dtype=dtype, device=CPU, backend=backend)
+    return load_model(open_checkpoint(source), dtype=dtype, device=CPU, backend=backend)
 
 
 class PagedSequences:

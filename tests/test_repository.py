@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 import specengine
 from specengine.kernels.reference import OPS
-from specengine.models.loader import ARCHITECTURES
+from specengine.models.registry import ARCHITECTURES
 from specengine.ops.backend import Backend
 from specengine.ops.native import NativeBackend
 

@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 
-from specengine.models.loader import ARCHITECTURES
+from specengine.models.registry import ARCHITECTURES
 
 MODEL_TYPES = tuple(ARCHITECTURES)
 END_OF_TEXT = "<|endoftext|>"

@@ -14,6 +14,7 @@ from specengine.config import AUTO, EngineConfig, field_names
 from specengine.drafters.base import Drafter, HostDrafter, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.no_draft import NoDrafter
+from specengine.models.checkpoints import Checkpoint, open_checkpoint
 from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
@@ -89,8 +90,22 @@ def shared_vocab_size(target: LoadedModel, draft: LoadedModel | None) -> int:
     return check_compatible(target.vocabulary, draft.vocabulary)
 
 
+def open_model(source: Model, config: EngineConfig) -> Checkpoint:
+    """A model's checkpoint, whose config has been read and checked."""
+    checkpoint = open_checkpoint(source, revision=config.revision, allow_pickle=config.allow_pickle)
+    _ = checkpoint.spec
+    return checkpoint
+
+
+def open_draft(draft_model: Model | Drafter | None, config: EngineConfig) -> Checkpoint | None:
+    """The same for a draft model; None for whatever else drafts."""
+    if draft_model is None or isinstance(draft_model, Drafter):
+        return None
+    return open_model(draft_model, config)
+
+
 def load(
-    source: Model,
+    checkpoint: Checkpoint,
     config: EngineConfig,
     *,
     weight_dtype: str,
@@ -100,13 +115,11 @@ def load(
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
     return load_model(
-        source,
+        checkpoint,
         dtype="auto" if config.dtype == AUTO else getattr(torch, config.dtype),
         weight_dtype=weight_dtype,
         device=device,
         backend=backend,
-        allow_pickle=config.allow_pickle,
-        revision=config.revision,
         progress=progress,
     )
 

@@ -26,7 +26,8 @@ from specengine.engine.rounds import Flight, Rounds
 from specengine.engine.scheduler import Chunk, Plan, Scheduler
 from specengine.errors import SpecEngineError
 from specengine.kernels.types.round import NUM_RESULT_COLUMNS, RESULT_EMITTED
-from specengine.models.loader import LoadedModel, read_spec
+from specengine.models.checkpoints import Checkpoint
+from specengine.models.loader import LoadedModel
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.outputs import FinishReason, GenerationResult, StreamEvent, TokenLogprob
@@ -71,11 +72,11 @@ class Engine:
         recorder = assembly.build_recorder(self.config, self.device, backend.name)
         if self.config.num_threads is not None:
             backend.set_num_threads(self.config.num_threads)
-        target_spec, _ = read_spec(model, revision=self.config.revision)
-        if draft_model is not None and not isinstance(draft_model, Drafter):
-            read_spec(draft_model, revision=self.config.revision)
-        self.max_seq_len = assembly.plan_max_seq_len(self.config, target_spec)
-        target, draft = self._load_models(model, draft_model, backend, progress)
+        # Whatever a config says is checked before anything is loaded.
+        checkpoint = assembly.open_model(model, self.config)
+        draft_checkpoint = assembly.open_draft(draft_model, self.config)
+        self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
+        target, draft = self._load_models(checkpoint, draft_checkpoint, backend, progress)
         vocab_size = assembly.shared_vocab_size(target, draft)
         kv_cache = assembly.build_kv_cache(
             target, draft, self.config, max_seq_len=self.max_seq_len, device=self.device
@@ -131,14 +132,14 @@ class Engine:
             self._record_rounds()
 
     def _load_models(
-        self, model: Model, draft_model: Model | Drafter | None, backend: Backend, progress: bool | None
+        self, target: Checkpoint, draft: Checkpoint | None, backend: Backend, progress: bool | None
     ) -> tuple[LoadedModel, LoadedModel | None]:
         config = self.config
         with progress_bar("loading", "bytes", enabled=progress) as update:
 
-            def load(source: Model, weight_dtype: str) -> LoadedModel:
+            def load(checkpoint: Checkpoint, weight_dtype: str) -> LoadedModel:
                 return assembly.load(
-                    source,
+                    checkpoint,
                     config,
                     weight_dtype=weight_dtype,
                     device=self.device,
@@ -146,10 +147,8 @@ class Engine:
                     progress=update,
                 )
 
-            target = load(model, config.weight_dtype)
-            if draft_model is None or isinstance(draft_model, Drafter):
-                return target, None
-            return target, load(draft_model, config.draft_weight_dtype)
+            loaded = load(target, config.weight_dtype)
+            return loaded, None if draft is None else load(draft, config.draft_weight_dtype)
 
     @torch.inference_mode()
     def _record_rounds(self) -> None:

@@ -9,8 +9,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from specengine.models.checkpoint import open_checkpoint
-from specengine.models.loader import ARCHITECTURES, read_spec
+from specengine.models.checkpoints import Checkpoint, open_checkpoint
+from specengine.models.registry import ARCHITECTURES
 
 
 def supported_architectures() -> list[str]:
@@ -23,20 +23,16 @@ def describe_model(source: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises `ModelLoadError` for what cannot be loaded either.
     """
-    spec, _ = read_spec(source)
-    description: dict[str, Any] = dataclasses.asdict(spec)
+    checkpoint = open_checkpoint(source)
+    description: dict[str, Any] = dataclasses.asdict(checkpoint.spec)
     directory = Path(source).expanduser()
     if not directory.is_dir():
         return description
-    return {"directory": str(directory), **_weights(directory), **description}
+    return {"directory": str(directory), **_weights(checkpoint), **description}
 
 
-def _weights(directory: Path) -> dict[str, Any]:
-    tensors = [
-        info
-        for info in open_checkpoint(directory, allow_pickle=False).tensors.values()
-        if info.dtype is not None
-    ]
+def _weights(checkpoint: Checkpoint) -> dict[str, Any]:
+    tensors = [info for info in checkpoint.tensors.tensors.values() if info.dtype is not None]
     num_bytes = Counter[str]()
     for info in tensors:
         num_bytes[str(info.dtype).removeprefix("torch.")] += info.num_bytes

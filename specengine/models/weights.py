@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,24 +10,16 @@ from torch import Tensor
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
 from specengine.kernels.types.packed import Norm, PackedLinear
-from specengine.models.architecture import Architecture, LayerTensors, LinearTensors, NormTensors
-from specengine.models.checkpoint import TensorSource
+from specengine.models.architecture import LayerTensors, LinearTensors, NormTensors
+from specengine.models.checkpoints.tensors import TensorSource
 from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
+from specengine.models.registry import ConfiguredModel
 from specengine.ops.backend import Backend
 from specengine.weight_formats import WeightFormat
 
 Progress = Callable[[int, int], None]
 
 _FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
-
-
-@dataclass(frozen=True)
-class ConfiguredModel:
-    """An architecture with a checked config."""
-
-    architecture: Architecture
-    config: Any
-    spec: DecoderSpec
 
 
 def read_weights(

@@ -12,7 +12,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from specengine.errors import ModelLoadError
-from specengine.json_file import LFS_POINTER, describe_lfs_pointer, read_json, shorten
+from specengine.json_file import describe_lfs_pointer, is_lfs_pointer, read_json, shorten
 from specengine.tokenizer import Tokenizer
 
 MAX_SETTINGS_BYTES = 16 << 20
@@ -270,6 +270,5 @@ def _check_file(path: Path) -> None:
         raise ModelLoadError(f"{path}: no such file")
     if path.stat().st_size > MAX_TOKENIZER_BYTES:
         raise ModelLoadError(f"{path}: more than {MAX_TOKENIZER_BYTES} bytes")
-    with path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ModelLoadError(describe_lfs_pointer(path))
+    if is_lfs_pointer(path):
+        raise ModelLoadError(describe_lfs_pointer(path))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from specengine.errors import ModelLoadError
-from specengine.json_file import parse_json, shorten
+from specengine.json_file import LFS_POINTER, describe_lfs_pointer, parse_json, shorten
 
 MAX_HEADER_BYTES = 32 << 20
 MAX_DIMENSIONS = 16
@@ -45,12 +45,16 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file by name. Raises `ModelLoadError` naming file and tensor if it is malformed."""
     with _open_regular(path) as file:
         file_size = os.fstat(file.fileno()).st_size
-        header_size = int.from_bytes(file.read(8), "little")
+        start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ModelLoadError(describe_lfs_pointer(path))
+        header_size = int.from_bytes(start[:8], "little")
         if file_size < 8 or not 2 <= header_size <= min(file_size - 8, MAX_HEADER_BYTES):
             raise ModelLoadError(
                 f"{path}: the header claims {header_size} bytes, the file has {file_size} "
                 f"(at most {MAX_HEADER_BYTES} are accepted): truncated, or no safetensors file"
             )
+        file.seek(8)
         text = file.read(header_size)
     header = parse_json(text, f"{path}: header")
     header.pop("__metadata__", None)

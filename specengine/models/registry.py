@@ -1,0 +1,60 @@
+"""Architectures by the name that `config.json` has for them, and what a config makes of one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from specengine.errors import ModelLoadError
+from specengine.json_file import shorten
+from specengine.models.architecture import Architecture
+from specengine.models.decoder import DecoderSpec
+
+# Adding an architecture: one file, and its name here.
+ARCHITECTURES = {
+    "gpt2": "specengine.models.gpt2",
+    "gpt_neox": "specengine.models.gpt_neox",
+    "opt": "specengine.models.opt",
+}
+
+
+@dataclass(frozen=True)
+class ConfiguredModel:
+    """An architecture with a checked config."""
+
+    architecture: Architecture
+    config: Any
+    spec: DecoderSpec
+
+
+def configure(values: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ConfiguredModel:
+    """What a config and the generation defaults beside it describe.
+
+    where: begins the messages. Raises `ModelLoadError` naming the field that is missing, wrong or not supported.
+    """
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
+        known = ", ".join(ARCHITECTURES)
+        raise ModelLoadError(f"{where}: model_type={shorten(model_type)} is not supported; known are {known}")
+    architecture = cast(Architecture, importlib.import_module(ARCHITECTURES[model_type]))
+    # What generation_config.json says about the end of a text wins, as in transformers.
+    eos = generation.get("eos_token_id")
+    merged = {**values, "eos_token_id": eos} if eos is not None else values
+    try:
+        config = architecture.Config.model_validate(merged)
+    except ValidationError as error:
+        raise ModelLoadError(f"{where}: {_describe(error)}") from error
+    return ConfiguredModel(architecture, config, architecture.spec(config))
+
+
+def _describe(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors(include_url=False):
+        field = ".".join(str(part) for part in problem["loc"])
+        value = "" if problem["type"] == "missing" or not field else f"={shorten(problem['input'])}"
+        problems.append(f"{field}{value}: {problem['msg']}" if field else problem["msg"])
+    return "; ".join(problems).replace("Value error, ", "")
