@@ -87,6 +87,15 @@ class TensorReader(Protocol):
     def first_of(self, names: tuple[str, ...], *shape: int) -> Tensor:
         """The first of `names` that the checkpoint has."""
 
+    def table_and_head(
+        self, table: str, heads: tuple[str, ...], *shape: int, is_tied: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The token table and the head, which is None where it is the table.
+
+        is_tied: what the config says. The shared tensor may then stand under either name; a head that is stored
+        and differs is a head of its own all the same, with a warning.
+        """
+
 
 @dataclass(frozen=True)
 class LinearTensors:

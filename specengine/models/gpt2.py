@@ -86,11 +86,14 @@ def spec(config: Config) -> DecoderSpec:
 def read_outer(read: TensorReader, config: Config) -> OuterTensors:
     """The tables, the final norm and the head."""
     vocab_size, width = config.vocab_size, config.n_embd
+    table, head = read.table_and_head(
+        "wte.weight", ("lm_head.weight",), vocab_size, width, is_tied=config.tie_word_embeddings
+    )
     return OuterTensors(
-        token_table=read("wte.weight", vocab_size, width),
+        token_table=table,
         position_table=read("wpe.weight", config.n_positions, width),
         final_norm=_norm(read, "ln_f", width),
-        head=None if config.tie_word_embeddings else read("lm_head.weight", vocab_size, width),
+        head=head,
     )
 
 

@@ -131,11 +131,14 @@ def read_outer(read: TensorReader, config: Config) -> OuterTensors:
     """The token table, the final norm and the head, which transformers 5 calls `lm_head`."""
     vocab_size, width = config.vocab_size, config.hidden_size
     names = ("embed_out.weight", "lm_head.weight")
+    table, head = read.table_and_head(
+        "embed_in.weight", names, vocab_size, width, is_tied=config.tie_word_embeddings
+    )
     return OuterTensors(
-        token_table=read("embed_in.weight", vocab_size, width),
+        token_table=table,
         position_table=None,
         final_norm=_norm(read, "final_layer_norm", width),
-        head=None if config.tie_word_embeddings else read.first_of(names, vocab_size, width),
+        head=head,
     )
 
 

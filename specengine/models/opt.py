@@ -93,12 +93,15 @@ def spec(config: Config) -> DecoderSpec:
 def read_outer(read: TensorReader, config: Config) -> OuterTensors:
     """The tables, the final norm and the head. Position p is row p + 2 of the stored table."""
     vocab_size, width = config.vocab_size, config.hidden_size
+    table, head = read.table_and_head(
+        "embed_tokens.weight", ("lm_head.weight",), vocab_size, width, is_tied=config.tie_word_embeddings
+    )
     positions = read("embed_positions.weight", config.max_position_embeddings + POSITION_OFFSET, width)
     return OuterTensors(
-        token_table=read("embed_tokens.weight", vocab_size, width),
+        token_table=table,
         position_table=positions[POSITION_OFFSET:],
         final_norm=_norm(read, "final_layer_norm", config),
-        head=None if config.tie_word_embeddings else read("lm_head.weight", vocab_size, width),
+        head=head,
     )
 
 

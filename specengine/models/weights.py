@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -18,6 +19,10 @@ from specengine.ops.backend import Backend
 from specengine.weight_formats import WeightFormat
 
 Progress = Callable[[int, int], None]
+
+# What torch.compile, FSDP and activation checkpointing put into names, anywhere; data parallelism puts its own first.
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_PARALLEL_WRAPPER = "module"
 
 _FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
 
@@ -56,19 +61,49 @@ class CheckpointReader:
         self.num_bytes = 0
         self._source = source
         self._prefixes = prefixes
+        self._stored_names = _unwrapped(source)
 
     def __call__(self, name: str, *shape: int) -> Tensor:
         return self.first_of((name,), *shape)
 
     def first_of(self, names: tuple[str, ...], *shape: int) -> Tensor:
         """The first of `names`, under any prefix, that the checkpoint has."""
-        candidates = [prefix + name for name in names for prefix in self._prefixes]
-        found = next((name for name in candidates if name in self._source.tensors), None)
+        found = self._find(names)
         if found is None:
-            names_tried = " or ".join(candidates)
+            names_tried = " or ".join(self._candidates(names))
             raise ModelLoadError(
                 f"{self._source.origin}: tensor {names_tried} of shape {list(shape)} is missing"
             )
+        return self._checked(found, shape)
+
+    def table_and_head(
+        self, table: str, heads: tuple[str, ...], *shape: int, is_tied: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `TensorReader`."""
+        if not is_tied:
+            return self(table, *shape), self.first_of(heads, *shape)
+        token_table = self.first_of((table, *heads), *shape)
+        stored_table, stored_head = self._find((table, *heads)), self._find(heads)
+        if stored_head is None or stored_head == stored_table:
+            return token_table, None
+        head = self._checked(stored_head, shape)
+        if _is_equal(token_table, head):
+            return token_table, None
+        warnings.warn(
+            f"{self._source.origin}: {stored_head} differs from {stored_table}, which the config says it is "
+            "(tie_word_embeddings); the stored one is used",
+            stacklevel=2,
+        )
+        return token_table, head
+
+    def _candidates(self, names: tuple[str, ...]) -> list[str]:
+        return [prefix + name for name in names for prefix in self._prefixes]
+
+    def _find(self, names: tuple[str, ...]) -> str | None:
+        stored = (self._stored_names.get(name) for name in self._candidates(names))
+        return next((name for name in stored if name is not None), None)
+
+    def _checked(self, found: str, shape: tuple[int, ...]) -> Tensor:
         info = self._source.tensors[found]
         if info.shape != shape:
             raise ModelLoadError(
@@ -84,6 +119,27 @@ class CheckpointReader:
 
     def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _unwrapped(source: TensorSource) -> dict[str, str]:
+    """The names that tensors are stored under, by what they are called without the wrappers of training."""
+    stored: dict[str, str] = {}
+    for name in source.tensors:
+        parts = [part for part in name.split(".") if part not in _WRAPPERS]
+        plain = ".".join(parts[1:] if parts[:1] == [_PARALLEL_WRAPPER] else parts)
+        if plain in stored:
+            raise ModelLoadError(
+                f"{source.origin}: tensors {shorten(stored[plain])} and {shorten(name)} are both {shorten(plain)}"
+            )
+        stored[plain] = name
+    return stored
+
+
+def _is_equal(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape hold the same numbers; in a rehearsal nobody knows yet."""
+    if first.is_meta or second.is_meta or first.data_ptr() == second.data_ptr():
+        return True
+    return first.dtype == second.dtype and torch.equal(first, second)
 
 
 class _LoadingReader(CheckpointReader):
