@@ -82,7 +82,7 @@ def generate(
     model:       a directory, a name on the Hugging Face Hub or a `transformers` model; None: the bundled pair
     draft_model: the same, or a `Drafter`; without one decoding is plain
     streamer:    a function that is called with each `StreamEvent`, or an object with put() and end() like
-                 transformers' `TextStreamer` (one prompt, n=1)
+                 transformers' `TextStreamer` (one prompt, n=1); end() comes also when the call fails
     progress:    show progress bars; None = on a terminal only
 
     The other arguments are the fields of `SamplingParams` (how to continue) and `EngineConfig` (how to
@@ -93,11 +93,13 @@ def generate(
     model is loaded: `TypeError` for an unknown name or a wrong type, `ValueError` for a value out of range or
     a contradiction. The engines of the last few models are kept: see `clear_cache`.
     """
-    call = prepare_call(prompt, locals())
-    _check_streamer(streamer, call)
-    with lease_engine(call) as engine:
-        consumer = _event_consumer(streamer, call, engine)
-        return engine.generate(call.prompt, call.params, progress=progress, streamer=consumer)
+    given = locals()
+    with _ended(streamer):
+        call = prepare_call(prompt, given)
+        _check_streamer(streamer, call)
+        with lease_engine(call) as engine:
+            consumer = _event_consumer(streamer, call, engine)
+            return engine.generate(call.prompt, call.params, progress=progress, streamer=consumer)
 
 
 @accepts_aliases
@@ -209,7 +211,17 @@ def _check_streamer(streamer: object, call: Call) -> None:
 
 
 def _has_put_and_end(streamer: object) -> bool:
-    return hasattr(streamer, "put") and hasattr(streamer, "end")
+    return not isinstance(streamer, type) and hasattr(streamer, "put") and hasattr(streamer, "end")
+
+
+@contextmanager
+def _ended(streamer: Any) -> Iterator[None]:
+    """Whatever becomes of the call, a streamer with put() and end() hears of its end: its reader may be waiting."""
+    try:
+        yield
+    finally:
+        if _has_put_and_end(streamer):
+            streamer.end()
 
 
 def _event_consumer(streamer: Any, call: Call, engine: Engine) -> Callable[[StreamEvent], None] | None:
@@ -221,7 +233,7 @@ def _event_consumer(streamer: Any, call: Call, engine: Engine) -> Callable[[Stre
 def _feed_put_and_end(
     streamer: Any, prompt: str | list[int], engine: Engine
 ) -> Callable[[StreamEvent], None]:
-    """The protocol of transformers' streamers: the prompt's ids, then new ids as they come, then the end."""
+    """The protocol of transformers' streamers: the prompt's ids, then new ids as they come."""
     import torch
 
     if isinstance(prompt, str) and engine.tokenizer is not None:
@@ -232,7 +244,5 @@ def _feed_put_and_end(
     def consume(event: StreamEvent) -> None:
         if event.token_ids:
             streamer.put(torch.tensor(event.token_ids))
-        if event.finish_reason is not None:
-            streamer.end()
 
     return consume

@@ -118,9 +118,10 @@ def is_in_memory(model: object) -> bool:
     return model is not None and not isinstance(model, str | os.PathLike)
 
 
-def _file_version(file: Path) -> tuple[str, int, int]:
-    status = file.lstat()
-    return file.name, status.st_size, status.st_mtime_ns
+def _file_version(file: Path) -> tuple[str, int, int, int]:
+    """What changes when a file is written again, where a link points to, or what it points to is written again."""
+    status = file.stat() if file.exists() else file.lstat()
+    return file.name, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def model_key(model: Any) -> object:
@@ -128,11 +129,11 @@ def model_key(model: Any) -> object:
     if model is None:
         return None
     if isinstance(model, str | os.PathLike):
-        path = Path(model)
+        path = Path(model).expanduser()
         if not path.is_dir():
             return str(model)
         return str(path.resolve()), tuple(_file_version(file) for file in sorted(path.iterdir()))
     if isinstance(model, list | tuple):
         return tuple(model_key(item) for item in model)
     weights = model.parameters() if hasattr(model, "parameters") else ()
-    return id(model), hash(tuple((weight.data_ptr(), weight._version) for weight in weights))
+    return id(model), tuple((weight.data_ptr(), weight._version) for weight in weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import inspect
 import itertools
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, fields
@@ -436,6 +437,39 @@ def test_a_directory_written_again_is_loaded_again(engines: list[FakeEngine], tm
     assert len(engines) == 2
 
 
+def test_a_home_directory_is_known_by_its_files(
+    engines: list[FakeEngine], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ckpt").mkdir()
+    for text in ("{}", '{"new": 1}'):
+        (tmp_path / "ckpt" / "config.json").write_text(text)
+        specengine.generate(PROMPT, model="~/ckpt")
+        specengine.generate(PROMPT, model=tmp_path / "ckpt")
+    assert len(engines) == 2
+
+
+def test_a_directory_of_links_is_known_by_what_they_point_to(
+    engines: list[FakeEngine], tmp_path: Path
+) -> None:
+    """As the Hub's cache is made: the same size and time, but another file or other contents behind the link."""
+    (tmp_path / "model").mkdir()
+    link, first, second = (tmp_path / name for name in ("model/config.json", "first", "second"))
+    first.write_text("1")
+    second.write_text("2")
+    for blob in (first, second):
+        os.utime(blob, ns=(0, 0))
+    link.symlink_to(first)
+    specengine.generate(PROMPT, model=tmp_path / "model")
+    link.unlink()
+    link.symlink_to(second)
+    specengine.generate(PROMPT, model=tmp_path / "model")
+    second.write_text("3")
+    specengine.generate(PROMPT, model=tmp_path / "model")
+    specengine.generate(PROMPT, model=tmp_path / "model")
+    assert len(engines) == 3
+
+
 # Streamers
 
 
@@ -460,6 +494,29 @@ def test_a_put_and_end_streamer_gets_the_prompt_then_the_tokens() -> None:
     recorder = Recorder()
     specengine.generate([5, 6], streamer=recorder)
     assert recorder.calls[0] == [[5, 6]]
+
+
+@pytest.mark.usefixtures("engines")
+def test_a_put_and_end_streamer_hears_of_the_end_of_a_call_that_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its reader, another thread as a rule, would wait for ever."""
+    too_late, unloadable, broken = Recorder(), Recorder(), Recorder()
+    with pytest.raises(ValueError, match="temperature"):
+        specengine.generate("hi", streamer=too_late, temperature=-1)
+    assert too_late.calls == ["end"]
+    FakeEngine.failures = [OSError("the disk said no")]
+    with pytest.raises(OSError, match="the disk"):
+        specengine.generate("hi", streamer=unloadable)
+    assert unloadable.calls == ["end"]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("the engine said no")
+
+    monkeypatch.setattr(FakeEngine, "stream", fail)
+    with pytest.raises(RuntimeError, match="the engine"):
+        specengine.generate("hi", streamer=broken)
+    assert broken.calls == [[[104, 105]], "end"]
 
 
 @pytest.mark.usefixtures("engines")
