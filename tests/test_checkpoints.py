@@ -64,7 +64,7 @@ def test_an_engine_reads_every_file_of_a_checkpoint_once(
     for module, name in (
         (directories, "read_json"),
         (tensors, "read_safetensors_header"),
-        (tokenizer_files, "_read_tokenizer_json"),
+        (tokenizer_files, "read_tokenizer_json"),
     ):
         monkeypatch.setattr(module, name, functools.partial(counted, getattr(module, name)))
     target, draft = (

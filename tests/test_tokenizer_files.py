@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 
 import specengine
 from specengine.errors import ModelLoadError
+from specengine.models.checkpoints.given_tokenizer import open_tokenizer
 from specengine.models.checkpoints.tokenizer_files import explain_missing, find_tokenizer, read_tokenizer
 
 END = tiny_models.END_OF_TEXT
@@ -202,3 +203,42 @@ def test_a_tokenizer_of_another_kind_is_none_and_explained(name: str, kind: str,
     (tmp_path / name).write_bytes(b"x")
     assert find_tokenizer(tmp_path) is None
     assert explain_missing(tmp_path).startswith(f"{name} is {kind}, which is not read: convert it")
+    # By ids the model can be used; text says what is missing.
+    tiny_models.save_checkpoint(tmp_path)
+    with specengine.Engine(tmp_path) as engine:
+        assert len(engine.generate([1, 2], max_new_tokens=2, ignore_eos=True).token_ids) == 2
+        for arguments in ({"prompts": "a"}, {"prompts": [1], "stop": "a"}):
+            with pytest.raises(ValueError, match=rf"has no tokenizer: {name} is {kind}, .*convert it"):
+                engine.generate(**arguments)
+
+
+def test_a_given_tokenizer_may_be_a_place_or_an_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "t", FAST_FILES["plain"])
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    raw = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    raw.enable_truncation(3)
+    ours = read_tokenizer(directory)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(directory))
+    monkeypatch.chdir(tmp_path)
+    for given in (directory, str(directory), directory / "tokenizer.json", "some/model", ours, raw, theirs):
+        tokenizer = open_tokenizer(given)
+        assert tokenizer.vocabulary_fingerprint == ours.vocabulary_fingerprint
+        assert tokenizer.encode(TEXTS[0]) == ours.encode(TEXTS[0])
+        assert tokenizer.special_tokens == ours.special_tokens
+    assert raw.truncation is not None  # the caller's own stays as it was
+
+
+def test_what_is_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"x")
+    (tmp_path / "broken.json").write_text("{}")
+    for source, message in (
+        (tmp_path, r"no tokenizer\.json; spiece\.model is a SentencePiece model"),
+        (tmp_path / "missing", "no such file or directory, and no name on the Hub"),
+        (tmp_path / "broken.json", r"broken\.json"),
+    ):
+        with pytest.raises(ModelLoadError, match=message):
+            open_tokenizer(source)
+    with pytest.raises(TypeError, match=r"tokenizer: expected a directory.* not int"):
+        open_tokenizer(3)

@@ -109,6 +109,7 @@ class Engine:
         self._intake = Intake(
             model_name=target.name,
             tokenizer=target.tokenizer,
+            missing_tokenizer=checkpoint.explain_missing_tokenizer(),
             eos_token_ids=target.decoder.spec.eos_token_ids,
             vocab_size=vocab_size,
             max_seq_len=self.max_seq_len,

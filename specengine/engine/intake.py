@@ -20,8 +20,9 @@ Prompt = str | Collection[int]
 class Intake:
     """Builds the requests of one engine.
 
-    eos_token_ids: ids that end a text, unless a request ignores them
-    vocab_size:    ids from here on are refused
+    missing_tokenizer: why there is no tokenizer, if more is known than that
+    eos_token_ids:     ids that end a text, unless a request ignores them
+    vocab_size:        ids from here on are refused
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class Intake:
         *,
         model_name: str,
         tokenizer: Tokenizer | None,
+        missing_tokenizer: str,
         eos_token_ids: tuple[int, ...],
         vocab_size: int,
         max_seq_len: int,
@@ -37,7 +39,8 @@ class Intake:
         is_lossless: bool,
     ) -> None:
         self.eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
-        self._model_name = model_name
+        why = f": {missing_tokenizer}" if missing_tokenizer else ""
+        self._no_tokenizer = f"{model_name} has no tokenizer{why}"
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
@@ -89,7 +92,7 @@ class Intake:
                 "logprobs, logit_bias or min_new_tokens"
             )
         if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop={list(params.stop)!r} needs a tokenizer, and {self._model_name} has none")
+            raise ValueError(f"stop={list(params.stop)!r} needs a tokenizer, and {self._no_tokenizer}")
 
     def _check_fits(self, prompt_length: int, max_new_tokens: int) -> None:
         needed = self._kv_cache.blocks_for(prompt_length + max_new_tokens)
@@ -105,7 +108,8 @@ class Intake:
                 raise ValueError("prompt must not be empty, got ''")
             if self._tokenizer is None:
                 raise ValueError(
-                    f"{self._model_name} has no tokenizer: give the prompt as token ids, not {reprlib.repr(prompt)}"
+                    f"{self._no_tokenizer}; give the prompt as token ids, or a tokenizer (tokenizer=, --tokenizer), "
+                    f"not {reprlib.repr(prompt)}"
                 )
             ids = self._tokenizer.encode(prompt)
         else:

@@ -81,15 +81,16 @@ class HubCheckpoint(Checkpoint):
         return self._everything.tensors
 
     def _fetch(self, wanted: tuple[str, ...], revision: str | None) -> DirectoryCheckpoint:
-        path = _download(self.name, revision, list(wanted))
+        path = fetch(self.name, revision, wanted)
         return DirectoryCheckpoint(path, name=self.name, allow_pickle=self._allow_pickle)
 
 
-def _download(name: str, revision: str | None, wanted: list[str]) -> Path:
+def fetch(name: str, revision: str | None, wanted: tuple[str, ...]) -> Path:
+    """A folder with those files of a repository that match `wanted`. Raises `ModelLoadError` saying why not."""
     try:
         from huggingface_hub import snapshot_download
 
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted)))
     except Exception as error:  # the Hub client lets its HTTP library's own errors through
         reason = " ".join(str(error).split())[:300]
         raise ModelLoadError(

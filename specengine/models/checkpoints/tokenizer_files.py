@@ -52,8 +52,7 @@ def explain_missing(directory: Path) -> str:
         if (directory / name).exists():
             return (
                 f"{name} is {kind}, which is not read: convert it with transformers, "
-                "AutoTokenizer.from_pretrained(...).save_pretrained(...), which writes tokenizer.json, "
-                "or name another tokenizer (tokenizer=, --tokenizer)"
+                "AutoTokenizer.from_pretrained(...).save_pretrained(...), which writes tokenizer.json"
             )
     return ""
 
@@ -67,7 +66,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
     path = directory / TOKENIZER_JSON
     if path.exists():
         settings = _read_settings(directory, {})
-        tokenizer = _read_tokenizer_json(path)
+        tokenizer = read_tokenizer_json(path)
         _add_tokens(tokenizer, settings)
     else:
         settings = _read_settings(directory, _GPT2_ROLES)
@@ -214,7 +213,8 @@ def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken) -> None:
     (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
 
 
-def _read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
+    """The tokenizer of this one file. Raises `ModelLoadError` naming it."""
     _check_file(path)
     with _refusing(str(path)):
         return tokenizers.Tokenizer.from_file(str(path))
