@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from specengine.errors import BackendUnavailableError
-from specengine.models import gpt_neox, opt
+from specengine.models.architectures import gpt_neox, opt
 from specengine.models.checkpoints import open_checkpoint
 from specengine.models.decoder import Decoder, ForwardBatch
 from specengine.models.loader import LoadedModel, load_model

@@ -22,13 +22,14 @@ from specengine.models.registry import ARCHITECTURES
 MODEL_TYPES = tuple(ARCHITECTURES)
 END_OF_TEXT = "<|endoftext|>"
 
-_CLASSES = {
-    "gpt2": (transformers.GPT2Config, transformers.GPT2LMHeadModel),
-    "opt": (transformers.OPTConfig, transformers.OPTForCausalLM),
-    "gpt_neox": (transformers.GPTNeoXConfig, transformers.GPTNeoXForCausalLM),
-}
-# Sizes that every architecture has, under the name each gives them.
+# Sizes that every architecture has, under the name most give them, and where some differ.
 _SIZES = {
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "max_positions": "max_position_embeddings",
+    "activation": "hidden_act",
+}
+_OTHER_SIZES = {
     "gpt2": {
         "hidden_size": "n_embd",
         "num_layers": "n_layer",
@@ -37,19 +38,7 @@ _SIZES = {
         "intermediate_size": "n_inner",
         "activation": "activation_function",
     },
-    "opt": {
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "max_positions": "max_position_embeddings",
-        "intermediate_size": "ffn_dim",
-        "activation": "activation_function",
-    },
-    "gpt_neox": {
-        "num_layers": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "max_positions": "max_position_embeddings",
-        "activation": "hidden_act",
-    },
+    "opt": {"intermediate_size": "ffn_dim", "activation": "activation_function"},
 }
 
 _CORPUS = [
@@ -73,17 +62,21 @@ def build_model(
     `overrides` are keys of the architecture's own config, or one of hidden_size, num_layers, num_heads,
     max_positions, intermediate_size, activation for all of them. logit_scale: standard deviation of the logits.
     """
-    names = _SIZES[model_type]
+    names = {**_SIZES, **_OTHER_SIZES.get(model_type, {})}
     tiny = importlib.import_module(ARCHITECTURES[model_type]).TINY
     values = {**tiny, **{names.get(key, key): value for key, value in overrides.items()}}
     values.pop("model_type")
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):  # within any vocabulary, unless given
         if key not in overrides:
             values[key] = 0
-    config_class, model_class = _CLASSES[model_type]
-    model = model_class(config_class(**values)).eval()
+    config = transformers.AutoConfig.for_model(model_type, **values)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     _randomise(model, seed, logit_scale)
-    return model.to(dtype)
+    for (
+        parameter
+    ) in model.parameters():  # not the buffers: rotary frequencies stay fp32, as where one is loaded
+        parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def _randomise(model: transformers.PreTrainedModel, seed: int, logit_scale: float) -> None:

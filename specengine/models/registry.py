@@ -16,9 +16,9 @@ from specengine.models.decoder import DecoderSpec
 
 # Adding an architecture: one file, and its name here.
 ARCHITECTURES = {
-    "gpt2": "specengine.models.gpt2",
-    "gpt_neox": "specengine.models.gpt_neox",
-    "opt": "specengine.models.opt",
+    "gpt2": "specengine.models.architectures.gpt2",
+    "gpt_neox": "specengine.models.architectures.gpt_neox",
+    "opt": "specengine.models.architectures.opt",
 }
 
 
