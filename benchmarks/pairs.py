@@ -38,12 +38,13 @@ BUNDLED = Path(__file__).resolve().parent.parent / "specengine" / "bundled"
 RECIPE_VERSION = 2
 PADDED_LOGIT = -60.0
 RANDOM_SCALE = 0.02
-TOKENIZER_FILES = (
+FILES_BESIDE = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "generation_config.json",
 )
+SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt", "added_tokens.json")
 MARKER = "widened.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -253,6 +254,14 @@ def _without_prefix(tensors: Mapping[str, torch.Tensor]) -> Tensors:
     }
 
 
+def _with_both_tables(tensors: Tensors) -> Tensors:
+    """A tied table stands under one of its two names, or both."""
+    for name, other in (("wte.weight", "lm_head.weight"), ("lm_head.weight", "wte.weight")):
+        if name not in tensors:
+            tensors = {**tensors, name: tensors[other]}
+    return tensors
+
+
 def layer_places(num_layers: int, wanted: int) -> list[int]:
     """Where the source's layers go among `wanted`: evenly spread, the last one last (early exit stays meaningful)."""
     return [(i + 1) * wanted // num_layers - 1 for i in range(num_layers)]
@@ -274,7 +283,7 @@ def widen(
     """
     source, target = shape_of(config), resolve_shape(shape)
     check_widening(source, target)
-    tensors = _without_prefix(state_dict)
+    tensors = _with_both_tables(_without_prefix(state_dict))
     widener = Widener(source, target, dtype=dtype, seed=seed)
     widened = {
         "wte.weight": widener.embedding(tensors["wte.weight"], target.vocab_size),
@@ -293,7 +302,7 @@ def widen(
     if source.num_features < target.num_features:
         bias[source.num_features] = 1.0
     widened |= {"ln_f.weight": weight, "ln_f.bias": bias}
-    head = widener.head(tensors.get("lm_head.weight", tensors["wte.weight"]))
+    head = widener.head(tensors["lm_head.weight"])
     result = {f"transformer.{name}": tensor for name, tensor in widened.items()}
     return result | {"lm_head.weight": head}, widen_config(config, target, dtype)
 
@@ -324,7 +333,8 @@ def content_key(source: Path, shape: Shape, dtype: torch.dtype) -> str:
     """SHA-256 over everything that a widened directory depends on."""
     recipe = {"version": RECIPE_VERSION, "shape": asdict(shape), "dtype": str(dtype)}
     state = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode())
-    for name in ("config.json", "model.safetensors", *TOKENIZER_FILES):
+    slow = [name for name in SLOW_TOKENIZER_FILES if (source / name).exists()]
+    for name in ("config.json", "model.safetensors", *FILES_BESIDE, *slow):
         path = source / name
         state.update(name.encode() + (path.read_bytes() if path.exists() else b""))
     return state.hexdigest()
@@ -354,7 +364,7 @@ def build_widened(
         new.mkdir()
         save_file(tensors, new / "model.safetensors", metadata={"format": "pt"})
         (new / "config.json").write_text(json.dumps(new_config, indent=2) + "\n")
-        for name in TOKENIZER_FILES:
+        for name in (*FILES_BESIDE, *SLOW_TOKENIZER_FILES):
             if (directory / name).exists():
                 shutil.copyfile(directory / name, new / name)
         (new / MARKER).write_text(

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers")
 
@@ -139,6 +139,20 @@ def test_random_model_agrees_with_its_source(tiny_source: Path, shape: str, out_
 )
 def test_bundled_model_agrees_with_its_source(source: str, shape: str, out_dir: Path) -> None:
     check_agreement(pairs.BUNDLED / source, pairs.build_widened(source, BUNDLED_SHAPES[shape], out_dir))
+
+
+def test_a_source_that_stores_the_head_only_and_the_slow_tokenizers_files(
+    tiny_source: Path, out_dir: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(tiny_source, tmp_path / "source"))
+    state = load_file(source / "model.safetensors")
+    state["lm_head.weight"] = state.pop("transformer.wte.weight")
+    save_file(state, source / "model.safetensors", metadata={"format": "pt"})
+    for name in pairs.SLOW_TOKENIZER_FILES:
+        (source / name).write_text(name)
+    widened = pairs.build_widened(source, TINY_SHAPES["wide"], out_dir)
+    check_agreement(source, widened)
+    assert all((widened / name).read_text() == name for name in pairs.SLOW_TOKENIZER_FILES)
 
 
 def test_agreement_notices_a_missing_centring(
