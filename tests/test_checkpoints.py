@@ -258,3 +258,17 @@ def test_a_git_lfs_pointer_says_what_it_is(name: str, tmp_path: Path) -> None:
     (directory / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:01\nsize 9\n")
     with pytest.raises(specengine.ModelLoadError, match=rf"{name}: a Git LFS pointer.*git lfs pull"):
         load(directory, allow_pickle=True)
+
+
+# --- ids that end a text -------------------------------------------------------------------------------------
+
+
+def test_an_end_of_text_id_that_cannot_be_emitted_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    directory = tiny_models.save_checkpoint(tmp_path / "m", vocab_size=300, eos_token_id=[299, 300])
+    with pytest.warns(UserWarning, match=r"m/config\.json: eos_token_id=\[300\] ends no text.*only 300 ids"):
+        assert open_checkpoint(directory).spec.eos_token_ids == (299,)
+    tiny_models.build_tokenizer(290).save(str(directory / "tokenizer.json"))
+    with pytest.warns(
+        UserWarning, match=r"eos_token_id=\[299\] ends no text: the tokenizer has only 290 ids"
+    ):
+        specengine.Engine(directory).close()

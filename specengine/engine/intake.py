@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import reprlib
+import warnings
 from collections.abc import Sequence as Collection
 from typing import Any
 
@@ -39,6 +40,11 @@ class Intake:
         is_lossless: bool,
     ) -> None:
         self.eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
+        if lost := [token for token in eos_token_ids if token >= vocab_size]:
+            warnings.warn(
+                f"{model_name}: eos_token_id={lost} ends no text: the tokenizer has only {vocab_size} ids",
+                stacklevel=3,
+            )
         why = f": {missing_tokenizer}" if missing_tokenizer else ""
         self._no_tokenizer = f"{model_name} has no tokenizer{why}"
         self._tokenizer = tokenizer

@@ -62,13 +62,17 @@ class ArchitectureConfig(BaseModel):
     add_cross_attention: Unsupported = None
     pruned_heads: Unsupported = None
 
+    def end_of_text_ids(self) -> tuple[int, ...]:
+        """What `eos_token_id` lists, once each; negative ids, which some files have for none, are left out."""
+        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
+        return tuple(dict.fromkeys(token for token in eos if token is not None and token >= 0))
+
     def special_token_ids(self, vocab_size: int) -> dict[str, Any]:
         """The spec's `bos_token_id` and `eos_token_ids`; ids that the model cannot emit are no ids."""
-        eos = self.eos_token_id if isinstance(self.eos_token_id, list) else [self.eos_token_id]
         bos = self.bos_token_id
         return {
             "bos_token_id": bos if bos is not None and 0 <= bos < vocab_size else None,
-            "eos_token_ids": tuple(dict.fromkeys(i for i in eos if i is not None and 0 <= i < vocab_size)),
+            "eos_token_ids": tuple(token for token in self.end_of_text_ids() if token < vocab_size),
         }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -48,7 +49,13 @@ def configure(values: Mapping[str, Any], generation: Mapping[str, Any], where: s
         config = architecture.Config.model_validate(merged)
     except ValidationError as error:
         raise ModelLoadError(f"{where}: {_describe(error)}") from error
-    return ConfiguredModel(architecture, config, architecture.spec(config))
+    spec = architecture.spec(config)
+    if lost := [token for token in config.end_of_text_ids() if token >= spec.vocab_size]:
+        warnings.warn(
+            f"{where}: eos_token_id={shorten(lost)} ends no text: the model has only {spec.vocab_size} ids",
+            stacklevel=2,
+        )
+    return ConfiguredModel(architecture, config, spec)
 
 
 def _describe(error: ValidationError) -> str:
