@@ -18,6 +18,7 @@ import transformers
 import specengine
 from specengine.models.checkpoints import directory as directories
 from specengine.models.checkpoints import open_checkpoint, tensors, tokenizer_files
+from specengine.models.describe import describe_model
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.load import load_backend
 
@@ -272,3 +273,11 @@ def test_an_end_of_text_id_that_cannot_be_emitted_is_not_dropped_in_silence(tmp_
         UserWarning, match=r"eos_token_id=\[299\] ends no text: the tokenizer has only 290 ids"
     ):
         specengine.Engine(directory).close()
+
+
+def test_a_description_reads_no_pickle(tmp_path: Path) -> None:
+    directory = to_pickle(tiny_models.save_checkpoint(tmp_path / "m"))
+    (directory / "pytorch_model.bin").write_bytes(b"no pickle at all")
+    description = describe_model(directory)
+    assert "allow_pickle=True" in description["weights"]
+    assert description["num_layers"] == 2

@@ -10,7 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
+from specengine.models.checkpoints.directory import holds_only_pickles
 from specengine.models.registry import ARCHITECTURES
+
+# Describing a model reads no pickle.
+_PICKLES = {"weights": "pickles, read only with allow_pickle=True (--allow-pickle)"}
 
 
 def supported_architectures() -> list[str]:
@@ -28,7 +32,8 @@ def describe_model(source: str | os.PathLike[str]) -> dict[str, Any]:
     directory = Path(source).expanduser()
     if not directory.is_dir():
         return description
-    return {"directory": str(directory), **_weights(checkpoint), **description}
+    weights = _PICKLES if holds_only_pickles(directory) else _weights(checkpoint)
+    return {"directory": str(directory), **weights, **description}
 
 
 def _weights(checkpoint: Checkpoint) -> dict[str, Any]:

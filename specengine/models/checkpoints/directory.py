@@ -58,23 +58,30 @@ class DirectoryCheckpoint(Checkpoint):
         return open_weights(self.path, allow_pickle=self._allow_pickle)
 
 
+def holds_only_pickles(directory: Path) -> bool:
+    """Whether the weights of a directory are there, and pickles."""
+    has_safetensors, has_pickles = (
+        any((directory / name).exists() for name in names)
+        for names in ((SAFETENSORS, SAFETENSORS_INDEX), (PICKLE, PICKLE_INDEX))
+    )
+    return has_pickles and not has_safetensors
+
+
 def open_weights(directory: Path, *, allow_pickle: bool) -> TensorSource:
     """The weights of a directory: safetensors if it has them, else pickles if they are allowed."""
-    if (files := _find_files(directory, SAFETENSORS, SAFETENSORS_INDEX)) is not None:
-        return SafetensorsSource(directory, files)
-    files = _find_files(directory, PICKLE, PICKLE_INDEX)
-    if files is not None and allow_pickle:
-        return StateDictSource(read_pickles(directory, files), str(directory))
-    missing = f"{directory}: no {SAFETENSORS} and no {SAFETENSORS_INDEX}"
-    raise ModelLoadError(
-        missing if files is None else f"{missing}; its weights are pickles: {HOW_TO_ALLOW_PICKLES}"
-    )
+    if holds_only_pickles(directory):
+        if not allow_pickle:
+            raise ModelLoadError(f"{directory}: its weights are pickles; {HOW_TO_ALLOW_PICKLES}")
+        return StateDictSource(
+            read_pickles(directory, _files(directory, PICKLE, PICKLE_INDEX)), str(directory)
+        )
+    return SafetensorsSource(directory, _files(directory, SAFETENSORS, SAFETENSORS_INDEX))
 
 
-def _find_files(directory: Path, single: str, index: str) -> list[str] | None:
-    """The names of the weight files of one kind; None if there are none."""
+def _files(directory: Path, single: str, index: str) -> list[str]:
+    """The names of the weight files of one kind."""
     if (directory / single).exists():
         return [single]
     if (directory / index).exists():
         return indexed_files(directory, index, Path(single).suffix)
-    return None
+    raise ModelLoadError(f"{directory}: no {single} and no {index}")

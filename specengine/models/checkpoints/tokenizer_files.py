@@ -180,13 +180,12 @@ def _check_id(token_id: int, where: str) -> int:
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
     """The tokens with an id of their own, on top of a vocabulary; the flags given with them are the ones."""
-    for token_id, token in sorted(settings.added.items()):
-        if (known := tokenizer.token_to_id(token.content)) is None:
-            _add(tokenizer, token)
-            known = tokenizer.token_to_id(token.content)
-        elif known == token_id:
-            _add(tokenizer, token)
-        if known != token_id:
+    added = sorted(settings.added.items())
+    tokenizer.add_tokens(
+        [token for _, token in added]
+    )  # all at once: each call builds the library's tables anew
+    for token_id, token in added:
+        if (known := tokenizer.token_to_id(token.content)) != token_id:
             raise ModelLoadError(
                 f"{settings.where_added}: token {shorten(token.content)} has the id {token_id}, "
                 f"by the vocabulary it is {known}"
@@ -199,18 +198,8 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
     How the vocabulary cuts around them (`lstrip` and so on) stays as it is where it says so.
     """
     added = {token.content: token for token in tokenizer.get_added_tokens_decoder().values()}
-    for token in settings.named:
-        if tokenizer.token_to_id(token.content) is None:
-            continue
-        own = added.get(token.content, token)
-        if own.special and token.content in added:
-            continue
-        own.special = True
-        _add(tokenizer, own)
-
-
-def _add(tokenizer: tokenizers.Tokenizer, token: AddedToken) -> None:
-    (tokenizer.add_special_tokens if token.special else tokenizer.add_tokens)([token])
+    named = [token for token in settings.named if tokenizer.token_to_id(token.content) is not None]
+    tokenizer.add_special_tokens([added.get(token.content, token) for token in named])
 
 
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
