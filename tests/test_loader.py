@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from specengine.config import WEIGHT_DTYPE_NAMES
 from specengine.errors import ModelLoadError
 from specengine.models import loader
 from specengine.models.architectures import gpt2
@@ -33,6 +34,7 @@ from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import choose_dtype, load_model
 from specengine.models.registry import ARCHITECTURES
 from specengine.ops.load import load_backend
+from specengine.weight_formats import WEIGHT_FORMATS
 
 CPU = torch.device("cpu")
 REFERENCE = load_backend("reference", CPU)
@@ -675,6 +677,18 @@ def test_dtypes_are_the_backends_or_an_error(pristine: Path, monkeypatch: pytest
         load(pristine / "gpt2", dtype="float99")
 
 
+@pytest.mark.parametrize("name", WEIGHT_FORMATS)
+def test_every_weight_format_is_a_weight_dtype(name: str, pristine: Path) -> None:
+    assert name in WEIGHT_DTYPE_NAMES
+    model = load(pristine / "gpt2", weight_dtype=name)
+    weights, format = model.decoder.weights, WEIGHT_FORMATS[name]
+    assert model.format == format
+    assert weights.head.weight.dtype == weights.layers[0].qkv.weight.dtype == format.dtype
+    assert (weights.head.scale is not None) == format.has_scales
+    # Tables have no scales: they are in `dtype`.
+    assert weights.token_table.dtype == (torch.float32 if format.has_scales else format.dtype)
+
+
 def test_tiny_configs_are_quick_to_build() -> None:
     assert gpt2.spec(gpt2.Config.model_validate(gpt2.TINY)).vocab_size == 64
 
@@ -686,6 +700,7 @@ import sys, torch
 from specengine.models import loader
 from specengine.models.checkpoints import open_checkpoint, shards
 from specengine.ops.load import load_backend
+from specengine.weight_formats import WEIGHT_FORMATS
 
 def high_water_mark():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) << 10
