@@ -71,6 +71,7 @@ def generate(
     deterministic: bool = True,
     allow_pickle: bool = False,
     revision: str | None = None,
+    tokenizer: Any = None,
     **aliases: Any,
 ) -> GenerationResult | list[GenerationResult]:
     """Continue a prompt, or each of a list; a draft model makes it faster and changes nothing.
@@ -150,6 +151,7 @@ def stream(
     deterministic: bool = True,
     allow_pickle: bool = False,
     revision: str | None = None,
+    tokenizer: Any = None,
     **aliases: Any,
 ) -> Generator[StreamEvent, None, None]:
     """The generator twin of `generate`: yields a `StreamEvent` for whatever became final in a step.
@@ -189,7 +191,7 @@ def lease_engine(call: Call) -> Iterator[Engine]:
     def build() -> Engine:
         return Engine(*models, config=call.config, progress=call.progress)
 
-    key = (model_key(call.model), model_key(call.draft_model), call.config)
+    key = (model_key(call.model), model_key(call.draft_model), model_key(call.config.tokenizer), call.config)
     in_memory = [model for model in models if is_in_memory(model)]
     with _engines.lease(key, build, in_memory=in_memory) as engine:
         yield engine

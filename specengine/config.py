@@ -267,6 +267,8 @@ class EngineConfig:
     deterministic:      True; nothing else is available in this version
     allow_pickle:       also read `pytorch_model.bin` (with `weights_only=True`)
     revision:           branch, tag or commit, for names on the Hub
+    tokenizer:          instead of the target's own: a directory, a tokenizer.json, a name on the Hub, or a tokenizer
+                        object of `transformers` or `tokenizers`
     """
 
     device: str = "auto"
@@ -289,6 +291,7 @@ class EngineConfig:
     deterministic: bool = True
     allow_pickle: bool = False
     revision: str | None = None
+    tokenizer: Any = None
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -315,6 +318,8 @@ class EngineConfig:
                 f"num_blocks={self.num_blocks} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache: "
                 "give one of them"
             )
+        if self.tokenizer == "":
+            raise ValueError("tokenizer must be a directory, a file, a name or a tokenizer, got ''")
         for name in ("enable_prefix_cache", "deterministic", "allow_pickle"):
             check_bool(name, getattr(self, name))
         if self.cuda_graphs not in (AUTO, True, False):

@@ -130,6 +130,8 @@ def model_key(model: Any) -> object:
         return None
     if isinstance(model, str | os.PathLike):
         path = Path(model).expanduser()
+        if path.is_file():
+            return str(path.resolve()), _file_version(path)
         if not path.is_dir():
             return str(model)
         return str(path.resolve()), tuple(_file_version(file) for file in sorted(path.iterdir()))

@@ -242,3 +242,32 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
             open_tokenizer(source)
     with pytest.raises(TypeError, match=r"tokenizer: expected a directory.* not int"):
         open_tokenizer(3)
+
+
+def test_generate_takes_a_tokenizer_in_place_of_the_models(tmp_path: Path) -> None:
+    model = tiny_models.build_model("gpt2", vocab_size=302)
+    place = write(tmp_path / "t", FAST_FILES["plain"])
+    options = {"model": model, "max_new_tokens": 3, "ignore_eos": True}
+    with pytest.raises(ValueError, match=r"GPT2LMHeadModel has no tokenizer; give .*tokenizer=, --tokenizer"):
+        specengine.generate("a", **options)
+    expected = read_tokenizer(place)
+    for given in (place, str(place / "tokenizer.json"), transformers.AutoTokenizer.from_pretrained(place)):
+        result = specengine.generate("a<|im_end|>", tokenizer=given, **options)
+        assert result.prompt_token_ids == expected.encode("a<|im_end|>")
+        assert result.text == expected.decode(result.token_ids)
+    with pytest.raises(ModelLoadError, match="missing: no such file or directory"):
+        specengine.generate("a", tokenizer="./missing", **options)
+    specengine.clear_cache()
+
+
+def test_a_kept_engine_is_of_its_tokenizer_as_it_was_written(tmp_path: Path) -> None:
+    directory = tiny_models.save_checkpoint(tmp_path / "m", tokenizer=tiny_models.build_tokenizer(300))
+    options = {"model": directory, "max_new_tokens": 1}
+    own = specengine.generate("def add", **options).prompt_token_ids
+    given = tmp_path / "tokenizer.json"
+    tiny_models.build_tokenizer(270).save(str(given))
+    smaller = specengine.generate("def add", tokenizer=given, **options).prompt_token_ids
+    assert len(smaller) > len(own)
+    tiny_models.build_tokenizer(300).save(str(given))
+    assert specengine.generate("def add", tokenizer=given, **options).prompt_token_ids == own
+    specengine.clear_cache()

@@ -15,13 +15,14 @@ from specengine.drafters.base import Drafter, HostDrafter, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
+from specengine.models.checkpoints.given_tokenizer import open_tokenizer
 from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
 from specengine.runtime.graphs import CudaRecorder, Recorder
 from specengine.runtime.kv_cache import DRAFT, KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.tokenizer import check_compatible, num_usable_ids
+from specengine.tokenizer import Tokenizer, check_compatible, num_usable_ids
 
 Model = str | Path | torch.nn.Module
 
@@ -104,6 +105,13 @@ def open_draft(draft_model: Model | Drafter | None, config: EngineConfig) -> Che
     return open_model(draft_model, config)
 
 
+def open_given_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer that the configuration names; None leaves the target its own."""
+    if config.tokenizer is None:
+        return None
+    return open_tokenizer(config.tokenizer, revision=config.revision)
+
+
 def load(
     checkpoint: Checkpoint,
     config: EngineConfig,
@@ -112,6 +120,7 @@ def load(
     device: torch.device,
     backend: Backend,
     progress: Callable[[int, int], None],
+    tokenizer: Tokenizer | None = None,
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
     return load_model(
@@ -121,6 +130,7 @@ def load(
         device=device,
         backend=backend,
         progress=progress,
+        tokenizer=tokenizer,
     )
 
 

@@ -76,7 +76,8 @@ class Engine:
         checkpoint = assembly.open_model(model, self.config)
         draft_checkpoint = assembly.open_draft(draft_model, self.config)
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
-        target, draft = self._load_models(checkpoint, draft_checkpoint, backend, progress)
+        tokenizer = assembly.open_given_tokenizer(self.config)
+        target, draft = self._load_models(checkpoint, draft_checkpoint, tokenizer, backend, progress)
         vocab_size = assembly.shared_vocab_size(target, draft)
         kv_cache = assembly.build_kv_cache(
             target, draft, self.config, max_seq_len=self.max_seq_len, device=self.device
@@ -133,12 +134,19 @@ class Engine:
             self._record_rounds()
 
     def _load_models(
-        self, target: Checkpoint, draft: Checkpoint | None, backend: Backend, progress: bool | None
+        self,
+        target: Checkpoint,
+        draft: Checkpoint | None,
+        tokenizer: Tokenizer | None,
+        backend: Backend,
+        progress: bool | None,
     ) -> tuple[LoadedModel, LoadedModel | None]:
         config = self.config
         with progress_bar("loading", "bytes", enabled=progress) as update:
 
-            def load(checkpoint: Checkpoint, weight_dtype: str) -> LoadedModel:
+            def load(
+                checkpoint: Checkpoint, weight_dtype: str, tokenizer: Tokenizer | None = None
+            ) -> LoadedModel:
                 return assembly.load(
                     checkpoint,
                     config,
@@ -146,9 +154,10 @@ class Engine:
                     device=self.device,
                     backend=backend,
                     progress=update,
+                    tokenizer=tokenizer,
                 )
 
-            loaded = load(target, config.weight_dtype)
+            loaded = load(target, config.weight_dtype, tokenizer)
             return loaded, None if draft is None else load(draft, config.draft_weight_dtype)
 
     @torch.inference_mode()
