@@ -6,6 +6,7 @@ import collections
 import functools
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import transformers
 
 import specengine
+import specengine.cli
 from specengine.models.checkpoints import directory as directories
 from specengine.models.checkpoints import open_checkpoint, tensors, tokenizer_files
 from specengine.models.describe import describe_model
@@ -281,3 +283,29 @@ def test_a_description_reads_no_pickle(tmp_path: Path) -> None:
     description = describe_model(directory)
     assert "allow_pickle=True" in description["weights"]
     assert description["num_layers"] == 2
+
+
+def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = to_pickle(tiny_models.save_checkpoint(tmp_path / "m", vocab_size=300, eos_token_id=300))
+    tiny_models.build_tokenizer(300).save(str(tmp_path / "t.json"))
+
+    def run(*options: str) -> tuple[object, str, str]:
+        command = ["generate", "def", "--model", str(directory), "--max-new-tokens", "3", *options]
+        with warnings.catch_warnings():  # which puts back how they are shown, too
+            warnings.simplefilter("always")
+            with pytest.raises(SystemExit) as left:
+                specengine.cli.main(command)
+        return left.value.code, *capsys.readouterr()
+
+    code, out, err = run()
+    assert (code, out) == (1, "")
+    assert "--allow-pickle" in err.splitlines()[-1]
+    code, out, err = run("--allow-pickle")
+    assert code == 2
+    assert "--tokenizer" in err.splitlines()[-1]
+    code, out, err = run("--allow-pickle", "--tokenizer", str(tmp_path / "t.json"))
+    assert code == 0
+    assert out != "\n"
+    assert [line for line in err.splitlines() if "warning: " in line] == [
+        f"specengine: warning: {directory}/config.json: eos_token_id=[300] ends no text: the model has only 300 ids"
+    ]

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from enum import Enum
@@ -60,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     command = typer.main.get_command(app)
     try:
         code = command.main(args=arguments, prog_name="specengine", standalone_mode=False)
@@ -72,6 +74,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = EXIT_INTERRUPTED
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    _complain(f"warning: {message}")
 
 
 def _complain(message: str) -> None:
@@ -199,6 +205,12 @@ _Backend = Annotated[str, typer.Option(help=_available(BACKEND_NAMES))]
 _NumThreads = Annotated[int | None, _int_option(help="CPU threads. [default: one a core]")]
 _MaxSeqLen = Annotated[int | None, _int_option(help="Longest sequence. [default: the context]")]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
+_Tokenizer = Annotated[
+    str | None, typer.Option(help="Instead of the target's: a directory, a tokenizer.json or a Hub name.")
+]
+_AllowPickle = Annotated[
+    bool, typer.Option("--allow-pickle", help="Also read pytorch_model.bin; no code in it runs.")
+]
 
 
 @app.command()
@@ -246,6 +258,8 @@ def generate(
     num_threads: _NumThreads = None,
     max_seq_len: _MaxSeqLen = None,
     revision: _Revision = None,
+    tokenizer: _Tokenizer = None,
+    allow_pickle: _AllowPickle = False,
     stream: Annotated[bool, typer.Option("--stream/--no-stream", help="Show text as it comes.")] = True,
     stats: Annotated[
         bool, typer.Option("--stats", help="A table of what speculation did, on stderr.")
@@ -390,6 +404,8 @@ def profile(
     num_threads: _NumThreads = None,
     max_seq_len: _MaxSeqLen = None,
     revision: _Revision = None,
+    tokenizer: _Tokenizer = None,
+    allow_pickle: _AllowPickle = False,
     graphs: Annotated[
         bool, typer.Option("--graphs", help="Replay rounds as CUDA graphs: one part, as in real use.")
     ] = False,
