@@ -165,6 +165,11 @@ def test_a_fine_tune_of_the_slow_tokenizer_emits_its_tokens_and_stops(tmp_path: 
         ({"added_tokens.json": {"<x>": 320, "<y>": 320}}, r"two tokens have the id 320"),
         ({"added_tokens.json": {"<x>": 5}}, r"'<x>' has the id 5, which vocab\.json gives to"),
         ({"added_tokens.json": {END: 320}}, r"'<\|endoftext\|>' has the id 320, by the vocabulary it is 0"),
+        ({"added_tokens.json": {"\ud800": 320}}, r"added_tokens\.json: '\\ud800'.*surrogates"),
+        (
+            {"tokenizer_config.json": {"pad_token": "\ud800"}},
+            r"config\.json: pad_token.*surrogates",
+        ),
         ({"tokenizer_config.json": {"added_tokens_decoder": [1]}}, "does not map ids to tokens"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"-1": {}}}}, "'-1' is no token id"),
         ({"tokenizer_config.json": {"added_tokens_decoder": {"320": "x"}}}, r"\[320\]: 'x' is no token"),

@@ -99,13 +99,13 @@ def _read_settings(directory: Path, default_roles: Mapping[str, str]) -> _Settin
     decoder = config.get("added_tokens_decoder")
     special = _read_if_present(directory / SPECIAL_TOKENS)
     # As transformers has it: the map is the older file, and wins where the config is as old.
-    values = {**special, **config} if decoder is not None else {**config, **special}
+    values = {**special, **config} if decoder else {**config, **special}
     texts = {role: values.get(role) or default_roles.get(role) for role in _ROLES}
     where = directory / (CONFIG if config else SPECIAL_TOKENS)
     roles = {role: _to_special(text, f"{where}: {role}") for role, text in texts.items() if text}
     others = [_to_special(each, f"{where}: {name}") for name in _LISTS for each in _listed(values.get(name))]
     named = list({token.content: token for token in [*roles.values(), *others]}.values())
-    if decoder is not None:
+    if decoder:
         where_added = directory / CONFIG
         added = _read_decoder(decoder, f"{where_added}: added_tokens_decoder")
     else:
@@ -146,7 +146,8 @@ def _to_token(value: Any, where: str, *, is_special: bool = False) -> AddedToken
         raise ModelLoadError(f"{where}: {wrong}={shorten(given[wrong])} is neither true nor false")
     if is_special:
         given["special"] = True
-    return AddedToken(value["content"], **given)
+    with _refusing(where):
+        return AddedToken(value["content"], **given)
 
 
 def _read_decoder(value: Any, where: str) -> dict[int, AddedToken]:
@@ -168,7 +169,8 @@ def _read_added(path: Path, special: set[str]) -> dict[int, AddedToken]:
         if _check_id(token_id, str(path)) in tokens:
             raise ModelLoadError(f"{path}: two tokens have the id {token_id}")
         is_special = text in special
-        tokens[token_id] = AddedToken(text, special=is_special, normalized=not is_special)
+        with _refusing(f"{path}: {shorten(text)}"):
+            tokens[token_id] = AddedToken(text, special=is_special, normalized=not is_special)
     return tokens
 
 
@@ -181,9 +183,8 @@ def _check_id(token_id: int, where: str) -> int:
 def _add_tokens(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
     """The tokens with an id of their own, on top of a vocabulary; the flags given with them are the ones."""
     added = sorted(settings.added.items())
-    tokenizer.add_tokens(
-        [token for _, token in added]
-    )  # all at once: each call builds the library's tables anew
+    # All at once: each call builds the library's tables anew.
+    tokenizer.add_tokens([token for _, token in added])
     for token_id, token in added:
         if (known := tokenizer.token_to_id(token.content)) != token_id:
             raise ModelLoadError(
