@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from specengine.config import SamplingParams
 from specengine.engine import Engine
 from specengine.models.decoder import build_program
 from specengine.ops.interpreter import Interpreter
@@ -41,6 +43,34 @@ def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:
 def spec(engine: Engine, prompts: Any, k: int, **sampling: Any) -> Any:
     """This engine with k draft tokens a round."""
     return engine.generate(prompts, num_speculative_tokens=k, **sampling)
+
+
+def generate_with_k(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    params: Sequence[SamplingParams],
+    choose_k: Callable[[int, int], int],
+    *,
+    joins_every: int = 0,
+) -> list[GenerationResult]:
+    """Results in order, where k changes while requests run: before step s request r gets k = choose_k(s, r).
+
+    joins_every: steps between one request and the next; 0: all at once
+    """
+    owners: dict[int, int] = {}
+    results: dict[int, GenerationResult] = {}
+    for step in itertools.count():
+        while len(owners) < len(prompts) and step >= joins_every * len(owners):
+            row = len(owners)
+            owners[engine.add_request(prompts[row], params[row])] = row
+        for sequence in engine._scheduler.running:
+            sequence.num_speculative_tokens = choose_k(step, owners[sequence.request.request_id])
+        for event in engine.step():
+            if event.result is not None:
+                results[owners[event.index]] = event.result
+        if len(results) == len(prompts):
+            return [results[row] for row in range(len(prompts))]
+    raise AssertionError("unreachable")
 
 
 def run_op_by_op(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

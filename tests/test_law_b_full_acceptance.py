@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from law_helpers import CheckpointFactory, EngineFactory, assert_idle, assert_same, make_prompt, plain
+from law_helpers import (
+    CheckpointFactory,
+    EngineFactory,
+    assert_idle,
+    assert_same,
+    generate_with_k,
+    make_prompt,
+    plain,
+)
 
 from specengine.config import SamplingParams
+from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
 from specengine.ops.interpreter import row_keys
 from specengine.outputs import GenerationResult
@@ -83,6 +93,53 @@ def test_every_architecture_and_dtype_is_always_accepted(
     check_everything_is_accepted(engine, [3, 4, 8], [GREEDY, COUPLED, REJECTION], num_tokens=70)
 
 
+# What request r drafts in step s: k on and off, k = 0 for longer than any lag, rows apart from each other, and both.
+PATTERNS: dict[str, Callable[[int, int], int]] = {
+    "on and off": lambda step, row: 4 * (step % 6 < 3),
+    "mostly off": lambda step, row: 3 * (step % 9 == 0),
+    "rows apart": lambda step, row: (4, 0, 2)[(step // 2 + row) % 3],
+    "one row never": lambda step, row: 4 * ((step + row) % 2) if row else 0,
+}
+
+
+def check_patterns(engine: Engine, choose_k: Callable[[int, int], int], **options: Any) -> int:
+    """Draft = target accepts everything whatever k does, and the text is that of plain decoding; the rounds."""
+    num_free = engine.num_free_blocks
+    modes = [GREEDY, COUPLED, REJECTION]
+    prompts = [make_prompt(3 + 2 * row, row) for row in range(3)]
+    params = [SamplingParams(max_new_tokens=60, ignore_eos=True, **mode) for mode in modes]
+    results = generate_with_k(engine, prompts, params, choose_k, **options)
+    for result in results:
+        counts = result.metrics.speculative_decoding
+        assert counts.num_accepted_draft_tokens == counts.num_draft_tokens
+        assert len(result.token_ids) == 60
+    for prompt, mode, result in list(zip(prompts, modes, results, strict=True))[:2]:
+        assert result.token_ids == plain(engine, prompt, max_new_tokens=60, ignore_eos=True, **mode).token_ids
+    assert sum(result.metrics.speculative_decoding.num_draft_tokens for result in results) > 20
+    assert_idle(engine, num_free)
+    return sum(result.metrics.num_preemptions for result in results)
+
+
+@pytest.mark.parametrize("rounds_ahead", [0, 1, 2, 4])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_drafting_on_and_off_whatever_the_hosts_lag(
+    pattern: str, rounds_ahead: int, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    path = checkpoint("gpt2", seed=4, max_positions=560)
+    check_patterns(build_engine(path, path, rounds_ahead=rounds_ahead), PATTERNS[pattern])
+
+
+@pytest.mark.parametrize("rounds_ahead", [0, 2])
+def test_drafting_on_and_off_while_requests_join_and_are_preempted(
+    rounds_ahead: int, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    path = checkpoint("gpt2", seed=4, max_positions=560)
+    engine = build_engine(path, path, rounds_ahead=rounds_ahead)
+    check_patterns(engine, PATTERNS["rows apart"], joins_every=3)
+    tight = build_engine(path, path, rounds_ahead=rounds_ahead, num_blocks=30)
+    assert check_patterns(tight, PATTERNS["on and off"], joins_every=2) > 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 15, 16, 17, 64])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -93,6 +150,34 @@ def test_the_whole_grid(
     path = checkpoint(model_type, seed=4, max_positions=580)
     engine = build_engine(path, path, block_size=block_size)
     check_everything_is_accepted(engine, [k] * 4, [GREEDY, COUPLED, REJECTION, FILTERED])
+
+
+@pytest.mark.parametrize("pattern", ["steady", *PATTERNS])
+def test_the_host_stays_behind_whatever_k_does(
+    pattern: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rounds stay under way after every step; with a steady k, nothing is caught up but the prompt."""
+    fill, num_fills = DraftModelDrafter._fill, 0
+
+    def counted(*given: Any) -> Any:
+        nonlocal num_fills
+        num_fills += 1
+        return fill(*given)
+
+    monkeypatch.setattr(DraftModelDrafter, "_fill", counted)
+    path = checkpoint("gpt2", seed=4, max_positions=560)
+    engine = build_engine(path, path, rounds_ahead=2)
+    under_way = []
+
+    def choose_k(step: int, row: int) -> int:
+        under_way.append(len(engine._rounds._flights))
+        return PATTERNS.get(pattern, lambda *_: 4)(step, row)
+
+    params = SamplingParams(max_new_tokens=60, ignore_eos=True)
+    generate_with_k(engine, [make_prompt(8)], [params], choose_k)
+    assert set(under_way[4:-2]) == {2}
+    if pattern == "steady":
+        assert num_fills == 1
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------

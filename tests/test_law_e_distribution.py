@@ -10,6 +10,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -297,6 +298,11 @@ def _build_batch(
 ) -> RunningBatch:
     lengths = engine._state.seq_len[slots].tolist()
     is_rejection = acceptance == "rejection"
+    nothing_ahead = {"num_rounds_ahead": 0, "num_tokens_ahead": 0, "num_undrafted_ahead": 0}
+    records: Any = tuple(
+        SimpleNamespace(slot=slot, num_tokens=length, **nothing_ahead)
+        for slot, length in zip(slots, lengths, strict=True)
+    )
     return RunningBatch(
         sequence_ids=tuple(slots),
         slots=torch.tensor(slots, dtype=torch.int32),
@@ -314,6 +320,7 @@ def _build_batch(
         host_slots=tuple(slots),
         lengths=tuple(lengths),
         draft_limits=tuple(min(k, len(PROMPT) + NUM_TOKENS - 1 - length) for length in lengths),
+        sequences=records,
     )
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as Collection
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from specengine.kernels.types.program import ForwardBatch
 from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner, draw_keys
+from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
 
 # A round's first forward feeds the last two committed tokens: after full acceptance the draft's KV lacks the first
@@ -37,20 +39,17 @@ class DraftModelDrafter:
         self._chunk_size = chunk_size
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
-        """Computes all but the last two committed tokens of what the draft's KV lacks."""
-        cache, index = self.runner.kv_cache, self.runner.model_index
-        slots = batch.host_slots
-        while feeds := self._next_chunks(batch, slots):
-            starts, lengths = zip(*feeds, strict=True)
-            start, q_len = (
-                torch.tensor(values, dtype=torch.int32, device=batch.slots.device)
-                for values in (starts, lengths)
-            )
-            rows = self.runner.build(batch, Feed(start, q_len, torch.zeros_like(q_len), sum(lengths), 0))
-            self.runner.forward(rows)
-            for slot, first, length in zip(slots, starts, lengths, strict=False):
-                if length:
-                    cache.manager.set_computed(slot, index, first + length)
+        """Computes all but the last two committed tokens of what the draft's KV lacks.
+
+        Rounds that are under way need not have been read: which tokens they lack is found on the device, within
+        bounds that the host knows.
+        """
+        gaps = [
+            self._gap(sequence, limit)
+            for sequence, limit in zip(batch.sequences, batch.draft_limits, strict=True)
+        ]
+        while any(gap.length for gap in gaps):
+            gaps = self._fill(gaps, batch, state)
         return batch.bias is None
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
@@ -65,25 +64,61 @@ class DraftModelDrafter:
             draft.draw(step)
         return draft.proposal()
 
-    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
+    def observe(self, batch: RunningBatch, results: Collection[RowResult | None]) -> None:
         """Notes what the draft's KV holds: of k drafts the last was never fed. Rollback is the block manager's."""
-        manager, index = self.runner.kv_cache.manager, self.runner.model_index
         for result in results:
             if result is not None and result.num_draft > 0:
-                manager.set_computed(result.slot, index, result.length + result.num_draft - 1)
+                self._set_computed(result.slot, result.length + result.num_draft - 1)
 
     def release(self, sequence_id: int) -> None:
         """Nothing to do: the state is KV, which the block manager frees."""
 
-    def _next_chunks(self, batch: RunningBatch, slots: Sequence[int]) -> list[tuple[int, int]]:
-        """Start and length of what each row computes next, padding's included; [] when nobody lacks anything."""
-        cache, index = self.runner.kv_cache, self.runner.model_index
-        chunks = [(0, 0)] * batch.slots.numel()
-        for row, (length, limit) in enumerate(zip(batch.lengths, batch.draft_limits, strict=True)):
-            if limit > 0 and length < self.draft_positions + 1:
-                start = cache.num_computed(slots[row], index)
-                chunks[row] = start, max(0, min(length - _NUM_FED - start, self._chunk_size))
-        return chunks if any(length for _, length in chunks) else []
+    def _gap(self, sequence: Sequence, draft_limit: int) -> _Gap:
+        """What the draft's KV may lack of a sequence before its last two committed tokens.
+
+        A round that drafts leaves no gap, one that does not leaves one of a token.
+        """
+        length, num_undrafted = sequence.num_tokens, sequence.num_undrafted_ahead
+        num_rounds = sequence.num_rounds_ahead - num_undrafted  # up to the latest that drafts
+        if draft_limit <= 0 or length > self.draft_positions or (num_rounds and not num_undrafted):
+            return _NO_GAP
+        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        start = length + num_rounds - _NUM_FED  # each of them emits a token, or more
+        if not num_rounds:
+            start = self.runner.kv_cache.num_computed(sequence.slot, self.runner.model_index)
+        end = min(length + sequence.num_tokens_ahead - _NUM_FED, self.draft_positions)
+        return _Gap(start, max(0, end - start))
+
+    def _fill(self, gaps: list[_Gap], batch: RunningBatch, state: BatchState) -> list[_Gap]:
+        """Computes a chunk of every gap, and returns what is left of them."""
+        lengths = [min(gap.length, self._chunk_size) for gap in gaps]
+        padding = [0] * (batch.slots.numel() - len(gaps))
+        start, most = (
+            torch.tensor(values + padding, dtype=torch.int32, device=state.device)
+            for values in ([gap.start for gap in gaps], lengths)
+        )
+        q_len = torch.minimum(state.seq_len[batch.slots.long()] - _NUM_FED - start, most).clamp_min(0)
+        feed = Feed(start, q_len, torch.zeros_like(q_len), sum(lengths), 0)
+        self.runner.forward(self.runner.build(batch, feed))
+        for sequence, gap, length in zip(batch.sequences, gaps, lengths, strict=True):
+            if length and sequence.slot is not None and not sequence.num_rounds_ahead:
+                self._set_computed(sequence.slot, gap.start + length)
+        return [
+            _Gap(gap.start + length, gap.length - length) for gap, length in zip(gaps, lengths, strict=True)
+        ]
+
+    def _set_computed(self, slot: int, num_tokens: int) -> None:
+        self.runner.kv_cache.manager.set_computed(slot, self.runner.model_index, num_tokens)
+
+
+class _Gap(NamedTuple):
+    """Tokens of a sequence, by position, whose keys and values may be missing."""
+
+    start: int
+    length: int
+
+
+_NO_GAP = _Gap(0, 0)
 
 
 def _up_to_errors(num_draft: Tensor, error: Tensor) -> Tensor:

@@ -118,8 +118,7 @@ class Rounds:
         self._flights.append(Flight(sequences, batch, outcome, results, drafter))
         if drafter is not None:
             for sequence, limit in zip(sequences, batch.draft_limits, strict=True):
-                sequence.num_rounds_ahead += 1
-                sequence.num_tokens_ahead += limit + 1
+                sequence.add_round_ahead(limit)
 
     def pop(self) -> Flight | None:
         """What has been under way longest; the host knows its results from here on."""
@@ -128,8 +127,7 @@ class Rounds:
         flight = self._flights.popleft()
         if flight.drafter is not None:
             for sequence, limit in zip(flight.sequences, flight.batch.draft_limits, strict=True):
-                sequence.num_rounds_ahead -= 1
-                sequence.num_tokens_ahead -= limit + 1
+                sequence.drop_round_ahead(limit)
         return flight
 
     def pop_due(self, *, has_launched: bool) -> Flight | None:

@@ -25,7 +25,9 @@ _sequence_ids = itertools.count()
 class Sequence:
     """One sample of one request. Its committed tokens are the truth; `slot` is set while it owns KV blocks.
 
+    num_speculative_tokens: drafts a round; may be changed while the sequence runs: the next round follows
     num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
+    num_undrafted_ahead: how many of them, the latest, drafted nothing
     """
 
     request: Request
@@ -46,6 +48,7 @@ class Sequence:
     metrics: SpeculativeDecodingMetrics = field(default_factory=SpeculativeDecodingMetrics)
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
+    num_undrafted_ahead: int = 0
     num_target_forwards: int = 0
     num_preemptions: int = 0
     num_reported: int = 0
@@ -83,6 +86,18 @@ class Sequence:
     def remaining(self) -> int:
         """New tokens that may still be generated."""
         return self.max_new_tokens - len(self.output_ids)
+
+    def add_round_ahead(self, draft_limit: int) -> None:
+        """A round of up to `draft_limit` drafts is under way."""
+        self.num_rounds_ahead += 1
+        self.num_tokens_ahead += draft_limit + 1
+        self.num_undrafted_ahead = 0 if draft_limit else self.num_undrafted_ahead + 1
+
+    def drop_round_ahead(self, draft_limit: int) -> None:
+        """The round that has been under way longest is not any more."""
+        self.num_rounds_ahead -= 1
+        self.num_tokens_ahead -= draft_limit + 1
+        self.num_undrafted_ahead = min(self.num_undrafted_ahead, self.num_rounds_ahead)
 
     @property
     def may_run(self) -> bool:

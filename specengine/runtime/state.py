@@ -68,6 +68,7 @@ class RunningBatch:
                     them (`lengths` lags behind while earlier rounds have not been read)
     forced_acceptance: for timing only, see `EngineConfig`
     plan:           what the round feeds, found on the device when it begins
+    sequences:      the host's record of each sequence
     """
 
     sequence_ids: tuple[int, ...]
@@ -88,6 +89,7 @@ class RunningBatch:
     draft_limits: tuple[int, ...]
     forced_acceptance: float | None = None
     plan: RoundPlan | None = None
+    sequences: tuple[Sequence, ...] = ()
 
     @property
     def size(self) -> int:
@@ -126,9 +128,8 @@ class RunningBatch:
         return replace(self, **{name: getattr(self, name)[: self.size] for name in ("slots", *_CONSTANTS)})
 
     def committed(self, index: int) -> list[int]:
-        """The committed token ids of sequence `index` of this batch, the prompt's included."""
-        row: list[int] = self.tokens[self.host_slots[index], : self.lengths[index]].tolist()
-        return row
+        """The committed token ids of sequence `index` of this batch, the prompt's included. Asks no device."""
+        return self.sequences[index].token_ids[: self.lengths[index]]
 
 
 class BatchState:
@@ -165,6 +166,8 @@ class BatchState:
         self.seeds = zeros(num_rows, dtype=torch.int64)
         self.uses_rejection = zeros(num_rows, dtype=torch.bool)
         self._selected: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
+        # `num_speculative` as the host wrote it last.
+        self._num_speculative = [0] * num_slots
 
     def admit(self, sequence: Sequence) -> None:
         """Fills the row of a sequence that has just been given a slot."""
@@ -175,7 +178,7 @@ class BatchState:
         self.tokens[slot, : ids.numel()] = ids.to(self.device)
         self.seq_len[slot] = sequence.num_tokens
         self.length_limit[slot] = sequence.length_limit
-        self.num_speculative[slot] = sequence.num_speculative_tokens
+        self._set_num_speculative(slot, sequence.num_speculative_tokens)
         self.temperature[slot] = params.temperature
         self.top_k[slot] = params.top_k
         self.top_p[slot] = params.top_p
@@ -194,10 +197,14 @@ class BatchState:
     ) -> RunningBatch:
         """The rows of `sequences`, in order, padded to `size`, for a round of up to `k` drafts each.
 
-        The tensors of one size are the same memory every time.
+        The tensors of one size are the same memory every time. What a sequence drafts from here on is what its
+        `num_speculative_tokens` says now.
         """
         slots = [sequence.slot for sequence in sequences if sequence.slot is not None]
         assert len(slots) == len(sequences), "every sequence of a round has a slot"
+        for slot, sequence in zip(slots, sequences, strict=True):
+            if self._num_speculative[slot] != sequence.num_speculative_tokens:
+                self._set_num_speculative(slot, sequence.num_speculative_tokens)
         return RunningBatch(
             sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
             k=k,
@@ -209,8 +216,14 @@ class BatchState:
             lengths=tuple(sequence.num_tokens for sequence in sequences),
             draft_limits=tuple(min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences),
             forced_acceptance=self._forced_acceptance,
+            sequences=tuple(sequences),
             **self._rows(slots, size or len(slots)),
         )
+
+    def _set_num_speculative(self, slot: int, k: int) -> None:
+        """A fill, which waits for nothing; rounds that are under way keep what they were queued with."""
+        self.num_speculative[slot] = k
+        self._num_speculative[slot] = k
 
     def _rows(self, slots: list[int], size: int) -> dict[str, Any]:
         """The slots and those rows of what only `admit` changes; what is right already is not written again."""
