@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 from specengine import bundled
-from specengine.config import EngineConfig, SamplingParams, check_bool, check_int, field_names
+from specengine.config import EngineConfig, SamplingParams, check_bool, field_names
+from specengine.prompt import check_prompts
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,7 +23,6 @@ ALIASES = {
     "stop_strings": "stop",
 }
 DO_SAMPLE = "do_sample"
-_LARGEST_TOKEN_ID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -119,56 +119,6 @@ def accepts_aliases(function: Function) -> Function:
         return function(*args, **resolve_aliases(given, names))
 
     return cast(Function, with_main_names)
-
-
-# Prompts
-
-
-def check_prompts(prompt: object) -> tuple[list[str | list[int]], bool]:
-    """The prompts as a list, and whether a single one was given.
-
-    Raises `ValueError` for an empty prompt or list, `TypeError` for anything but text and token ids.
-    """
-    if isinstance(prompt, str):
-        return [_check_text("prompt", prompt)], True
-    items = _as_list("prompt", prompt)
-    if not items:
-        raise ValueError("prompt must not be empty, got an empty list")
-    if not isinstance(items[0], str) and _is_integer(items[0]):
-        return [_check_token_ids("prompt", items)], True
-    return [_check_prompt(f"prompt[{index}]", item) for index, item in enumerate(items)], False
-
-
-def _check_prompt(name: str, prompt: object) -> str | list[int]:
-    if isinstance(prompt, str):
-        return _check_text(name, prompt)
-    return _check_token_ids(name, _as_list(name, prompt))
-
-
-def _check_text(name: str, text: str) -> str:
-    if not text:
-        raise ValueError(f"{name} must not be empty, got ''")
-    return text
-
-
-def _check_token_ids(name: str, ids: list[Any]) -> list[int]:
-    if not ids:
-        raise ValueError(f"{name} must not be empty, got no token ids")
-    return [
-        check_int(f"{name}[{place}]", token_id, 0, _LARGEST_TOKEN_ID) for place, token_id in enumerate(ids)
-    ]
-
-
-def _as_list(name: str, value: object) -> list[Any]:
-    """Lists and tuples as they are; one-dimensional arrays and tensors through their `tolist`."""
-    converted = value.tolist() if hasattr(value, "tolist") else value
-    if not isinstance(converted, list | tuple):
-        raise TypeError(f"{name} must be a string, a list of token ids or a list of these, got {value!r}")
-    return list(converted)
-
-
-def _is_integer(value: object) -> bool:
-    return hasattr(value, "__index__")
 
 
 # Models

@@ -141,7 +141,7 @@ def _refuse_unless_default(name: str, value: object, default: object) -> None:
 class SamplingParams:
     """How one prompt is continued.
 
-    max_new_tokens:         1 … 2**31 - 1, cut to what the context leaves
+    max_new_tokens:         1 … 2**31 - 1, cut to what the context leaves; 0 with `prompt_logprobs`: scores the prompt
     min_new_tokens:         end-of-text, stop ids and stop strings cannot end the output before this many tokens
     temperature:            0 = greedy; else at least 1e-4
     top_k, top_p, min_p:    filters in this order after the temperature; 0, 1.0 and 0.0 turn them off
@@ -186,7 +186,9 @@ class SamplingParams:
         def put(name: str, value: object) -> None:
             object.__setattr__(self, name, value)
 
-        put("max_new_tokens", check_int("max_new_tokens", self.max_new_tokens, 1, MAX_NEW_TOKENS))
+        # Nothing but the prompt's log-probabilities may be all that is wanted.
+        fewest = 1 if self.prompt_logprobs is None else 0
+        put("max_new_tokens", check_int("max_new_tokens", self.max_new_tokens, fewest, MAX_NEW_TOKENS))
         put("min_new_tokens", check_int("min_new_tokens", self.min_new_tokens, 0, MAX_NEW_TOKENS))
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(
@@ -322,7 +324,7 @@ class EngineConfig:
             raise ValueError("tokenizer must be a directory, a file, a name or a tokenizer, got ''")
         for name in ("enable_prefix_cache", "deterministic", "allow_pickle"):
             check_bool(name, getattr(self, name))
-        if self.cuda_graphs not in (AUTO, True, False):
+        if self.cuda_graphs != AUTO and not isinstance(self.cuda_graphs, bool):
             raise ValueError(f"cuda_graphs must be 'auto', True or False; got {self.cuda_graphs!r}")
         if self.rounds_ahead != AUTO:
             check_int("rounds_ahead", self.rounds_ahead, 0, MAX_ROUNDS_AHEAD)

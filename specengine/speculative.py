@@ -55,18 +55,32 @@ def run_round(
         return commit(outcome, batch, state)
 
 
-def judge(proposal: DraftProposal, batch: RunningBatch, target: ModelRunner) -> RoundOutcome:
-    """The target's one forward over the last committed token and the drafts, and what follows from it."""
+def judge(
+    proposal: DraftProposal,
+    batch: RunningBatch,
+    target: ModelRunner,
+    feed: Feed | None = None,
+    row_start: Tensor | None = None,
+) -> RoundOutcome:
+    """The target's one forward and what follows from it: over the last committed token and the drafts, or, for chunks
+    of prompts, over `feed`, where the logit row row_start[b] is the one that decides."""
     plan, k = batch.planned, proposal.tokens.shape[1]
-    num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
-    most = batch.slots.numel() * (k + 1)
-    rows = target.build(batch, Feed(plan.last_position, num_rows, num_rows, most, most))
-    row_start = rows.q_start[:-1]
-    if not rows.logit_rows.numel():  # everybody has ended since the host looked
+    first_position = plan.seq_len if feed is None else feed.start + feed.q_len - feed.num_logits + 1
+    if feed is None:
+        num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
+        most = batch.slots.numel() * (k + 1)
+        feed = Feed(plan.last_position, num_rows, num_rows, most, most)
+    rows = target.build(batch, feed)
+    if row_start is None:
+        row_start = rows.q_start[:-1]
+    if not rows.logit_rows.numel():
+        # Chunks that decide nothing; or everybody has ended since the host looked, and there is nothing to feed.
+        if rows.token_ids.numel():
+            target.forward(rows)
         return _empty_outcome(proposal, row_start)
     if batch.is_decided_by_draws:
         return match(target.backend, *target.draw(rows, batch), row_start, proposal, batch)
-    judged = target.judge(rows, batch, num_rows, plan.seq_len)
+    judged = target.judge(rows, batch, feed.num_logits, first_position)
     outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
     return replace(outcome, logits=judged.raw_logits)
 

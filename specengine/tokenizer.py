@@ -13,6 +13,8 @@ from specengine.errors import VocabularyMismatchError
 from specengine.json_file import shorten
 
 REPLACEMENT = "\ufffd"
+# Characters from which on a text takes long enough that others should not wait for it.
+_LONG_TEXT = 4096
 
 
 class Tokenizer:
@@ -39,7 +41,36 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the special tokens that the checkpoint's post-processor adds."""
-        return list(self._tokenizer.encode(text).ids)
+        if len(text) < _LONG_TEXT:
+            return list(self._tokenizer.encode(text).ids)
+        # A batch is cut without holding the interpreter's lock: other threads go on.
+        return list(self._tokenizer.encode_batch([text])[0].ids)
+
+    def token(self, token_id: int) -> str:
+        """A token as the vocabulary spells it."""
+        return str(self._tokenizer.id_to_token(token_id))
+
+    def fewest_tokens(self, text: str) -> int:
+        """No encoding of `text` has fewer tokens: found without making one. 0 where that cannot be told."""
+        if len(text) < _LONG_TEXT or self._longest_token is None:
+            return 0
+        return -(-len(text.encode()) // self._longest_token)
+
+    @cached_property
+    def _longest_token(self) -> int | None:
+        """The most bytes of a text that one token stands for, where a token is its bytes and no more."""
+        tokenizer = self._tokenizer
+        is_bytes = (
+            isinstance(tokenizer.model, tokenizers.models.BPE)
+            and isinstance(tokenizer.pre_tokenizer, tokenizers.pre_tokenizers.ByteLevel)
+            and tokenizer.normalizer is None
+            and set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) <= self._vocabulary.keys()
+            and not any(
+                token.lstrip or token.rstrip for token in tokenizer.get_added_tokens_decoder().values()
+            )
+        )
+        # Each byte is a character of the spelling; an added token's may be of several bytes.
+        return max(len(token.encode()) for token in self._vocabulary) if is_bytes else None
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""

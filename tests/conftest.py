@@ -24,7 +24,6 @@ from law_helpers import (
 from specengine import _C, metrics
 from specengine.drafters.base import Drafter
 from specengine.engine import Engine, assembly
-from specengine.engine import engine as engine_module
 from specengine.ops.backend import Backend
 
 torch.set_num_threads(1)
@@ -191,5 +190,5 @@ def tally(monkeypatch: pytest.MonkeyPatch) -> Tally:
         counted.num_accepted += num_accepted
         counted.num_rejected += num_accepted < num_draft
 
-    monkeypatch.setattr(engine_module.metrics, "record_round", record)
+    monkeypatch.setattr(metrics, "record_round", record)
     return counted

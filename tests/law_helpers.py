@@ -123,7 +123,7 @@ def assert_idle(engine: Engine, num_free_blocks: int) -> None:
     manager = engine._kv_cache.manager
     manager.check_invariants()
     assert not engine.has_work
-    assert engine._polled == {}
+    assert engine._outbox.requests == {}
     assert manager.num_sequences == 0
     assert engine.num_free_blocks == num_free_blocks
     counts = [manager.reference_count(block) for block in range(1, manager.num_blocks)]

@@ -423,7 +423,7 @@ def test_a_bad_added_request_is_named_and_costs_the_others_nothing(engine: Engin
 
 
 def test_one_bad_prompt_of_a_list_queues_none_of_it(engine: Engine) -> None:
-    with pytest.raises(ValueError, match="prompt token id 64 is outside 0 … 63"):
+    with pytest.raises(ValueError, match=r"prompt\[2\]\[1\] must be between 0 and 63, got 64"):
         engine.stream([PROMPT, PROMPT, [1, VOCAB]], max_new_tokens=4)
     assert not engine.has_work
     assert_idle(engine, 16)
@@ -433,18 +433,18 @@ def test_a_request_that_is_queued_although_it_is_refused_is_noticed(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The planted fault: a request is queued before its neighbours in the list are checked."""
-    build = engine._intake.build_request
+    build = engine._intake._build
 
-    def mutant(index: int, prompt: Any, params: SamplingParams) -> Any:
-        request = build(index, prompt, params)
+    def mutant(*given: Any) -> Any:
+        request = build(*given)
         engine._scheduler.add(request)
         return request
 
     others = running(engine)
     next(others)
-    monkeypatch.setattr(engine._intake, "build_request", mutant)
-    with pytest.raises(ValueError, match="outside"):
-        engine.generate([PROMPT, [VOCAB]], max_new_tokens=4)
+    monkeypatch.setattr(engine._intake, "_build", mutant)
+    with pytest.raises(ValueError, match="no room"):
+        engine.generate([PROMPT, [1] * CONTEXT], max_new_tokens=4)
     with pytest.raises(AssertionError, match="queued"):
         next(others)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,8 @@ from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter
 
 from specengine import metrics
 from specengine.config import SamplingParams
-from specengine.engine import Engine
-from specengine.engine import engine as engine_module
-from specengine.outputs import GenerationResult, TokenLogprob
+from specengine.engine import Engine, record
+from specengine.outputs import GenerationResult
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.text import TextStream
 
@@ -291,16 +290,19 @@ def test_an_eos_that_the_checkpoint_names_ends_an_accepted_run(
 
 
 def look_for_stops_in_the_last_token_of_a_round_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    append = Engine._append
+    extend, find_ending, last = record.extend, record.find_ending, 0
 
-    def faulty(
-        self: Engine, sequence: Sequence, token: int, *, is_draft: bool, logprob: TokenLogprob | None
-    ) -> None:
-        append(self, sequence, token, is_draft=is_draft, logprob=logprob)
-        if is_draft and sequence.finish_reason == "stop":
-            sequence.finish_reason = sequence.stop_reason = None
+    def faulty_extend(sequence: Sequence, tokens: list[int], *given: Any, **flags: Any) -> None:
+        nonlocal last
+        last = sequence.settled.num_tokens + len(tokens)
+        extend(sequence, tokens, *given, **flags)
 
-    monkeypatch.setattr(Engine, "_append", faulty)
+    def faulty(sequence: Sequence, token: int, num_tokens: int) -> record.Ending:
+        ending = find_ending(sequence, token, num_tokens)
+        return ending if num_tokens == last or ending.reason == "length" else record.Ending()
+
+    monkeypatch.setattr(record, "extend", faulty_extend)
+    monkeypatch.setattr(record, "find_ending", faulty)
 
 
 def count_what_came_after_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,20 +311,21 @@ def count_what_came_after_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(own: Any, *, num_draft: int, num_accepted: int, num_kept: int) -> None:
         record_round(own, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_accepted + 1)
 
-    monkeypatch.setattr(engine_module.metrics, "record_round", faulty)
+    monkeypatch.setattr(metrics, "record_round", faulty)
 
 
 def keep_the_rest_of_the_accepted_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    is_finished = property(lambda self: self.finish_reason is not None)
-    append = Engine._append
+    extend = record.extend
 
-    def faulty(self: Engine, sequence: Sequence, token: int, **kwargs: Any) -> None:
-        append(self, sequence, token, **kwargs)
-        if sequence.stop_reason is None and sequence.finish_reason == "stop":
-            sequence.output_ids.append(token)
+    def faulty(sequence: Sequence, tokens: list[int], *given: Any, **flags: Any) -> None:
+        before = sequence.settled.num_tokens
+        extend(sequence, tokens, *given, **flags)
+        settled = sequence.settled
+        if settled.stop_reason is None and settled.finish_reason == "stop":
+            sequence.output_ids += tokens[settled.num_tokens - before :] or tokens[-1:]
+            sequence.settled = replace(settled, num_tokens=len(sequence.output_ids))
 
-    monkeypatch.setattr(Engine, "_append", faulty)
-    monkeypatch.setattr(Sequence, "is_finished", is_finished)
+    monkeypatch.setattr(record, "extend", faulty)
 
 
 def search_stop_strings_within_one_token_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def test_noise_counted_by_the_round_is_noticed_under_preemption(
 
     def mutant(self: BatchState, sequence: Any) -> None:
         admit(self, sequence)
-        self.seeds[sequence.slot] += sequence.num_preemptions
+        self.seeds[sequence.slot] += sequence.place.num_preemptions
 
     monkeypatch.setattr(BatchState, "admit", mutant)
     with pytest.raises(AssertionError):

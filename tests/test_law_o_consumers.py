@@ -17,7 +17,9 @@ from scripted_drafters import Known, ScriptedDrafter
 from specengine import speculative
 from specengine.config import SamplingParams
 from specengine.engine import Engine
-from specengine.engine import engine as engine_module
+from specengine.engine.record import Records
+from specengine.engine.record import finish as finish_sequence
+from specengine.engine.stepper import Stepper
 from specengine.models.decoder import Decoder
 from specengine.outputs import GenerationResult
 
@@ -259,7 +261,7 @@ class Trap:
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [(Decoder, "forward_stats"), (speculative, "verify"), (engine_module.Engine, "_gather_logprobs")],
+    [(Decoder, "forward_stats"), (speculative, "verify"), (Records, "_gather_logprobs")],
     ids=["forward", "verify", "logprobs"],
 )
 def test_an_interruption_inside_a_step_loses_nothing(
@@ -364,18 +366,18 @@ def test_closing_an_engine_ends_the_streams_that_are_open(lab: Lab) -> None:
 
 
 def close_without_aborting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "_abort", lambda self, *requests: None)
+    monkeypatch.setattr(Engine, "_give_up", lambda self, requests: None)
 
 
 def abort_without_freeing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def faulty(self: Engine, *requests: Any) -> None:
+    def faulty(self: Stepper, *requests: Any) -> None:
         for sequence in (sequence for request in requests for sequence in request.sequences):
             if not sequence.is_finished:
-                sequence.finish_reason = "abort"
-                if sequence in self._scheduler.running:
-                    self._scheduler.running.remove(sequence)
+                finish_sequence(sequence, "abort")
+                if sequence in self.scheduler.running:
+                    self.scheduler.running.remove(sequence)
 
-    monkeypatch.setattr(Engine, "_abort", faulty)
+    monkeypatch.setattr(Stepper, "end", faulty)
 
 
 @pytest.mark.parametrize("plant", [close_without_aborting, abort_without_freeing])
@@ -390,6 +392,6 @@ def test_the_law_notices_a_close_that_leaves_something_behind(
 def test_the_law_notices_an_engine_that_does_not_recover(
     lab: Lab, broken: BrokenDrafter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "_recover", lambda self: None)
+    monkeypatch.setattr(Stepper, "_recover", lambda self: None)
     with pytest.raises((AssertionError, ValueError)):
         check_interrupted(lab, lambda call, error: broken.break_at("observe", call, error), num_calls=2)

@@ -11,8 +11,7 @@ from law_helpers import Tally, make_prompt, plain, spec
 from scripted_drafters import PerfectDrafter, ScriptedDrafter
 
 from conftest import CheckpointFactory, EngineFactory
-from specengine import Engine, GenerationResult, SamplingParams
-from specengine.engine import engine as engine_module
+from specengine import Engine, GenerationResult, SamplingParams, metrics
 from specengine.outputs import SpeculativeDecodingMetrics
 
 VOCAB = 64
@@ -262,8 +261,8 @@ def test_a_wrong_count_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[..., dict[str, int]],
 ) -> None:
-    mutant = _mutated(fault)(engine_module.metrics.record_round)
-    monkeypatch.setattr(engine_module.metrics, "record_round", mutant)
+    mutant = _mutated(fault)(metrics.record_round)
+    monkeypatch.setattr(metrics, "record_round", mutant)
     with pytest.raises(AssertionError):
         check_stops(engine, scripted)
 

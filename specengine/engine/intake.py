@@ -10,12 +10,11 @@ from typing import Any
 
 from specengine import rng
 from specengine.config import SamplingParams, field_names
+from specengine.prompt import Prompt, check_prompt, check_prompts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Request, Sequence, resolve_num_speculative_tokens
 from specengine.runtime.text import TextStream
 from specengine.tokenizer import Tokenizer
-
-Prompt = str | Collection[int]
 
 
 class Intake:
@@ -55,12 +54,29 @@ class Intake:
         self._is_lossless = is_lossless
         self._request_ids = itertools.count()
 
-    def build_request(self, index: int, prompt: Prompt, params: SamplingParams) -> Request:
-        """A request with one sequence a sample. Raises `ValueError` or `TypeError` naming what cannot be."""
+    def build_requests(
+        self,
+        prompts: Prompt | Collection[Prompt],
+        params: SamplingParams | Collection[SamplingParams] | None,
+        sampling: dict[str, Any],
+    ) -> list[Request]:
+        """A request a prompt, from any form that `Engine.generate` takes."""
+        chosen, is_single = check_prompts(prompts, num_ids=self._vocab_size)
+        each = split_params(params, sampling, len(chosen))
+        return [
+            self._build(index, "prompt" if is_single else f"prompt[{index}]", prompt, one)
+            for index, (prompt, one) in enumerate(zip(chosen, each, strict=True))
+        ]
+
+    def build_request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """A request for one prompt. Raises `ValueError` or `TypeError` naming what cannot be."""
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {reprlib.repr(params)}")
+        return self._build(0, "prompt", check_prompt("prompt", prompt, num_ids=self._vocab_size), params)
+
+    def _build(self, index: int, name: str, prompt: str | list[int], params: SamplingParams) -> Request:
         self._check_params(params)
-        ids = self._encode(prompt)
+        ids = self._encode(name, prompt, params)
         max_new_tokens = min(params.max_new_tokens, self._max_seq_len - len(ids))
         self._check_fits(len(ids), max_new_tokens)
         request = Request(
@@ -108,25 +124,32 @@ class Intake:
                 f"and the engine has {self._kv_cache.num_usable_blocks}; raise num_blocks or kv_cache_bytes"
             )
 
-    def _encode(self, prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            if not prompt:
-                raise ValueError("prompt must not be empty, got ''")
-            if self._tokenizer is None:
-                raise ValueError(
-                    f"{self._no_tokenizer}; give the prompt as token ids, or a tokenizer (tokenizer=, --tokenizer), "
-                    f"not {reprlib.repr(prompt)}"
-                )
-            ids = self._tokenizer.encode(prompt)
-        else:
-            ids = check_prompt_ids(prompt, self._vocab_size)
+    def _encode(self, name: str, prompt: str | list[int], params: SamplingParams) -> list[int]:
+        """The prompt's ids, each of which the model has, and no more than leave room for a new one."""
+        longest = self._max_seq_len - min(1, params.max_new_tokens)
+        ids = self._tokenize(name, prompt, longest) if isinstance(prompt, str) else prompt
         if not ids:
-            raise ValueError(f"prompt must have at least one token, got {reprlib.repr(prompt)}")
-        if len(ids) >= self._max_seq_len:
+            raise ValueError(f"{name} must have at least one token, got {reprlib.repr(prompt)}")
+        if len(ids) > longest:
+            raise ValueError(_too_long(name, f"{len(ids)} tokens", longest, self._max_seq_len))
+        return ids
+
+    def _tokenize(self, name: str, prompt: str, longest: int) -> list[int]:
+        if self._tokenizer is None:
             raise ValueError(
-                f"prompt has {len(ids)} tokens, which leaves no room for a new one in a context of "
-                f"{self._max_seq_len}"
+                f"{self._no_tokenizer}; give the prompt as token ids, or a tokenizer (tokenizer=, --tokenizer), "
+                f"not {reprlib.repr(prompt)}"
             )
+        fewest = self._tokenizer.fewest_tokens(prompt)
+        if fewest > longest:
+            raise ValueError(_too_long(name, f"at least {fewest} tokens", longest, self._max_seq_len))
+        ids = self._tokenizer.encode(prompt)
+        for token_id in ids:
+            if token_id >= self._vocab_size:
+                raise ValueError(
+                    f"{name} holds the token {self._tokenizer.token(token_id)!r}, whose id {token_id} is outside "
+                    f"0 … {self._vocab_size - 1}: the tokenizer has it, the model has not"
+                )
         return ids
 
     def _build_sequence(self, request: Request, sample_index: int, max_new_tokens: int) -> Sequence:
@@ -139,7 +162,7 @@ class Intake:
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
         )
-        sequence = Sequence(
+        return Sequence(
             request=request,
             sample_index=sample_index,
             text=text,
@@ -148,20 +171,6 @@ class Intake:
             eos_token_ids=eos,
             banned_until=len(request.prompt_ids) + params.min_new_tokens,
         )
-        sequence.metrics.num_spec_tokens = num_draft
-        return sequence
-
-
-def split_prompts(prompts: Prompt | Collection[Prompt]) -> tuple[list[Prompt], bool]:
-    """The prompts as a list, and whether a single one was given."""
-    if isinstance(prompts, str):
-        return [prompts], True
-    items = _as_list(prompts)
-    if not items:
-        raise ValueError("prompt must not be empty, got []")
-    if all(not isinstance(item, str | list | tuple) and not hasattr(item, "__len__") for item in items):
-        return [items], True
-    return items, False
 
 
 def split_params(
@@ -190,24 +199,6 @@ def split_params(
     return each
 
 
-def check_prompt_ids(prompt: Collection[int], vocab_size: int) -> list[int]:
-    """Token ids as ints in 0 … vocab_size - 1."""
-    ids = []
-    for token in _as_list(prompt):
-        if isinstance(token, bool) or not hasattr(token, "__index__"):
-            raise TypeError(f"prompt token ids must be integers, got {reprlib.repr(token)}")
-        token_id = token.__index__()
-        if not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt token id {token_id} is outside 0 … {vocab_size - 1}")
-        ids.append(token_id)
-    return ids
-
-
-def _as_list(prompt: Any) -> list[Any]:
-    """Sequences as they are, arrays and tensors through their `tolist`."""
-    values = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    if not isinstance(values, Collection) or isinstance(values, str | bytes | bytearray):
-        raise TypeError(
-            f"prompt must be a string, a list of token ids or a list of these, got {reprlib.repr(prompt)}"
-        )
-    return list(values)
+def _too_long(name: str, length: str, longest: int, context: int) -> str:
+    room = "leaves no room for a new one in" if longest < context else "does not fit into"
+    return f"{name} has {length}, which {room} a context of {context}"

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from specengine import metrics
-from specengine.outputs import CompletionOutput, GenerationMetrics, GenerationResult
+from specengine.outputs import (
+    CompletionOutput,
+    GenerationMetrics,
+    GenerationResult,
+    SpeculativeDecodingMetrics,
+)
 from specengine.runtime.sequence import Request, Sequence
 
 
@@ -22,18 +27,19 @@ def build_result(request: Request) -> GenerationResult:
 
 
 def _build_output(sequence: Sequence) -> CompletionOutput:
+    settled = sequence.settled
     logprobs = None if sequence.params.logprobs is None else list(sequence.logprobs)
     return CompletionOutput(
         index=sequence.sample_index,
         token_ids=list(sequence.output_ids),
-        text=sequence.text.text,
-        finish_reason=sequence.finish_reason or "abort",
-        stop_reason=sequence.stop_reason,
+        text=settled.text,
+        finish_reason=settled.finish_reason or "abort",
+        stop_reason=settled.stop_reason,
         logprobs=logprobs,
         cumulative_logprob=None if logprobs is None else sum(entry.logprob for entry in logprobs),
         token_source=list(sequence.token_source),
         seed=sequence.seed,
-        error=sequence.error,
+        error=settled.error,
     )
 
 
@@ -45,13 +51,23 @@ def _build_metrics(request: Request) -> GenerationMetrics:
     first = request.first_token_time or last
     return GenerationMetrics(
         num_prompt_tokens=len(request.prompt_ids),
-        num_generated_tokens=sum(len(sequence.output_ids) for sequence in sequences),
-        num_cached_tokens=request.num_cached_tokens,
-        num_target_forwards=sum(sequence.num_target_forwards for sequence in sequences),
-        num_preemptions=sum(sequence.num_preemptions for sequence in sequences),
+        num_generated_tokens=sum(sequence.settled.num_tokens for sequence in sequences),
+        num_cached_tokens=sum(sequence.place.num_cached_tokens or 0 for sequence in sequences),
+        num_target_forwards=sum(
+            sequence.num_prompt_forwards + sequence.settled.num_forwards for sequence in sequences
+        ),
+        num_preemptions=sum(sequence.place.num_preemptions for sequence in sequences),
         queue_time=started - request.arrival_time,
         prompt_time=first - started,
         decode_time=last - first,
         total_time=last - request.arrival_time,
-        speculative_decoding=metrics.merge(sequence.metrics for sequence in sequences),
+        speculative_decoding=metrics.merge(map(_build_statistics, sequences)),
     )
+
+
+def _build_statistics(sequence: Sequence) -> SpeculativeDecodingMetrics:
+    most = max([sequence.num_speculative_tokens, *(counts.num_draft for counts in sequence.rounds)])
+    total = SpeculativeDecodingMetrics(num_spec_tokens=most)
+    for num_draft, num_accepted, num_kept in sequence.rounds:
+        metrics.record_round(total, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept)
+    return total

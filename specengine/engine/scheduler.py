@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -26,6 +26,11 @@ class Chunk:
     @property
     def is_last(self) -> bool:
         return self.start + self.length == self.sequence.num_tokens_to_compute
+
+    @property
+    def decides_first(self) -> bool:
+        """Whether its last row decides the sequence's first token."""
+        return self.is_last and not self.sequence.output_ids and self.sequence.remaining > 0
 
 
 @dataclass(frozen=True)
@@ -83,13 +88,26 @@ class Scheduler:
         if sequence in self.running:
             self._release(sequence)
 
-    def reclaim(self) -> None:
-        """Frees the slots that an interruption left without a running sequence."""
+    def recover(self) -> None:
+        """After an interruption: makes queues and slots agree with each sequence's place, and no slot without one.
+
+        Whoever was being given blocks computes anew: copies may not have been made.
+        """
+        lost = [sequence for sequence in self.running if sequence.slot is None]
+        for sequence in self.running:
+            if sequence.slot is not None and sequence.slot == self._kv_cache.interrupted_slot:
+                self.waiting.appendleft(sequence)
+                sequence.place = replace(sequence.place, slot=None)
+                lost.append(sequence)
+        self.running = [sequence for sequence in self.running if sequence.slot is not None]
+        self.waiting = deque(sequence for sequence in self.waiting if sequence.slot is None)
         owned = {sequence.slot for sequence in self.running}
         for slot in range(self._state.num_slots):
             if slot not in owned:
                 with suppress(UnknownSequenceError):
                     self._manager.free(slot)
+        for sequence in lost:
+            self._on_release(sequence)
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable by prefix."""
@@ -141,7 +159,7 @@ class Scheduler:
         target's in its prefill, the draft's in its first round."""
 
         def is_computing(other: Sequence) -> bool:
-            is_drafted = other.metrics.num_rounds > 0 or other.max_draft_tokens <= 0
+            is_drafted = other.settled.num_rounds > 0 or other.max_draft_tokens <= 0
             return other.slot is not None and not (self._is_prefilled(other) and is_drafted)
 
         siblings = sequence.request.sequences
@@ -159,16 +177,17 @@ class Scheduler:
             is_room = needed + len(self.running) <= self._manager.num_free_blocks
             if is_room:
                 self._kv_cache.reserve(slot, computed, num_tokens)
-                sequence.slot = slot
+                # It is in the queue that its place says whenever an interruption comes.
+                self.running.append(sequence)
+                cached = sequence.place.num_cached_tokens
+                sequence.place = replace(
+                    sequence.place, slot=slot, num_cached_tokens=computed if cached is None else cached
+                )
                 self._state.admit(sequence)
                 self.waiting.remove(sequence)
-                self.running.append(sequence)
-                if not sequence.output_ids:
-                    sequence.request.num_cached_tokens += computed
         finally:
-            if sequence not in self.running:
+            if sequence.slot is None:
                 self._manager.free(slot)
-                sequence.slot = None
         return is_room
 
     def _share_prefix(self, sequence: Sequence) -> int:
@@ -195,15 +214,17 @@ class Scheduler:
         return chunks
 
     def _preempt(self, sequence: Sequence) -> None:
-        sequence.num_preemptions += 1
         self.waiting.appendleft(sequence)
         self._release(sequence)
 
     def _release(self, sequence: Sequence) -> None:
         """Takes a running sequence's blocks. The drafter hears of it last: its errors find nothing half done."""
-        self.publish(sequence)
-        self.running.remove(sequence)
-        slot, sequence.slot = sequence.slot, None
+        slot = sequence.slot
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        self.publish(sequence)
+        is_preempted = not sequence.is_finished
+        num_preemptions = sequence.place.num_preemptions + is_preempted
+        sequence.place = replace(sequence.place, slot=None, num_preemptions=num_preemptions)
+        self.running.remove(sequence)
         self._manager.free(slot)
         self._on_release(sequence)

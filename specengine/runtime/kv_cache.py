@@ -12,7 +12,7 @@ from torch import Tensor
 
 from specengine import _C
 from specengine.config import EngineConfig
-from specengine.errors import InsufficientMemoryError
+from specengine.errors import InsufficientMemoryError, OutOfBlocksError
 from specengine.models.decoder import DecoderSpec
 from specengine.runtime.graphs import wait_for
 
@@ -34,6 +34,7 @@ class KVCache:
     tensors:     per model `[layers, 2, num_blocks, kv_heads, block_size, head_dim]`
     block_table: `[max_batch_size + 1, max_blocks]` int32 in host memory, written by the manager; the last row is
                  padding's, and always the scratch block
+    interrupted_slot: the slot whose `reserve` has begun and not ended, if any
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class KVCache:
         self.num_blocks = plan_num_blocks(config, block_bytes, max_seq_len, device)
         max_blocks = math.ceil(max_seq_len / self.block_size)
         self.block_table = torch.zeros(config.max_batch_size + 1, max_blocks, dtype=torch.int32)
+        self.interrupted_slot: int | None = None
         self._device_table = _DeviceTable(self.block_table, device)
         self.manager = _C.PagedKVCache(
             self.num_blocks,
@@ -90,11 +92,17 @@ class KVCache:
 
         Raises `OutOfBlocksError`, nothing changed, if there are too few free blocks.
         """
-        copies = self.manager.extend(slot, first_position, num_tokens)
+        self.interrupted_slot = slot
+        try:
+            copies = self.manager.extend(slot, first_position, num_tokens)
+        except OutOfBlocksError:
+            self.interrupted_slot = None
+            raise
         if copies:
             source, destination = (torch.tensor(ids, device=self.device) for ids in zip(*copies, strict=True))
             for tensor in self.tensors:
                 tensor[:, :, destination] = tensor[:, :, source]
+        self.interrupted_slot = None
 
     def blocks_for(self, num_tokens: int) -> int:
         return math.ceil(num_tokens / self.block_size)

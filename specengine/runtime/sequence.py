@@ -4,30 +4,72 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from specengine import rng
 from specengine.config import AUTO, AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
-from specengine.outputs import (
-    FinishReason,
-    SpeculativeDecodingMetrics,
-    StreamEvent,
-    TokenLogprob,
-    TokenSource,
-)
+from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.text import TextStream
 
 _sequence_ids = itertools.count()
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What is settled of a sequence, and may be told. Replaced as a whole: an interruption finds all of a round in it,
+    or nothing.
+
+    num_tokens, num_rounds: entries of the sequence's lists that count; later ones were being written
+    num_forwards: rounds that it took part in, one that found an error included
+    text:         without what the tokenizer still holds back
+    num_final:    leading characters of `text` that no later token changes
+    """
+
+    num_tokens: int = 0
+    num_rounds: int = 0
+    num_forwards: int = 0
+    text: str = ""
+    num_final: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sequence stands. Replaced as a whole, too.
+
+    slot:              set while it owns KV blocks
+    num_preemptions:   times it lost them
+    num_cached_tokens: of its prompt's, found computed when it first got them
+    """
+
+    slot: int | None = None
+    num_preemptions: int = 0
+    num_cached_tokens: int | None = None
+
+
+class RoundCounts(NamedTuple):
+    """A round of one sequence: tokens drafted and accepted, and those of its tokens that a stop left."""
+
+    num_draft: int
+    num_accepted: int
+    num_kept: int
+
+
 @dataclass(eq=False)
 class Sequence:
-    """One sample of one request. Its committed tokens are the truth; `slot` is set while it owns KV blocks.
+    """One sample of one request. `settled` and `place` are the truth; the rest can be made to agree with them.
 
     num_speculative_tokens: drafts a round; may be changed while the sequence runs: the next round follows
+    text:     turns the settled tokens into text; can be built again from them
+    reported: what the caller has been told
+    output_ids, token_source, logprobs, rounds: see `Settled`
     num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
     num_undrafted_ahead: how many of them, the latest, drafted nothing
+    num_prompt_forwards: forwards over chunks of its prompt, repeated ones included
     """
 
     request: Request
@@ -38,21 +80,21 @@ class Sequence:
     eos_token_ids: tuple[int, ...]
     banned_until: int
     sequence_id: int = field(default_factory=lambda: next(_sequence_ids))
-    slot: int | None = None
+    settled: Settled = Settled()
+    reported: Settled = Settled()
+    place: Place = Place()
     output_ids: list[int] = field(default_factory=list)
     token_source: list[TokenSource] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: str | int | None = None
-    error: str | None = None
-    metrics: SpeculativeDecodingMetrics = field(default_factory=SpeculativeDecodingMetrics)
+    rounds: list[RoundCounts] = field(default_factory=list)
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
     num_undrafted_ahead: int = 0
-    num_target_forwards: int = 0
-    num_preemptions: int = 0
-    num_reported: int = 0
-    is_end_reported: bool = False
+    num_prompt_forwards: int = 0
+
+    @property
+    def slot(self) -> int | None:
+        return self.place.slot
 
     @property
     def seed(self) -> int:
@@ -65,7 +107,7 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Committed tokens, the prompt's included."""
-        return len(self.request.prompt_ids) + len(self.output_ids)
+        return len(self.request.prompt_ids) + self.settled.num_tokens
 
     @property
     def token_ids(self) -> list[int]:
@@ -85,7 +127,7 @@ class Sequence:
     @property
     def remaining(self) -> int:
         """New tokens that may still be generated."""
-        return self.max_new_tokens - len(self.output_ids)
+        return self.max_new_tokens - self.settled.num_tokens
 
     def add_round_ahead(self, draft_limit: int) -> None:
         """A round of up to `draft_limit` drafts is under way."""
@@ -126,12 +168,26 @@ class Sequence:
 
     @property
     def is_finished(self) -> bool:
-        return self.finish_reason is not None
+        return self.settled.finish_reason is not None
+
+    def forget_unsettled(self) -> None:
+        """After an interruption: drops what was being written, and what is under way."""
+        settled = self.settled
+        for entries in (self.output_ids, self.token_source, self.logprobs):
+            del entries[settled.num_tokens :]
+        del self.rounds[settled.num_rounds :]
+        self.num_rounds_ahead = self.num_tokens_ahead = self.num_undrafted_ahead = 0
+        if not self.is_finished:
+            self.text = self.text.rebuilt(self.output_ids)
 
 
 @dataclass(eq=False)
 class Request:
-    """One prompt and what was asked for it."""
+    """One prompt and what was asked for it.
+
+    on_news:         called with the request when more of it is settled than its caller knows
+    prompt_logprobs: entry i is of prompt token i; the first has none. Complete as far as its KV is computed
+    """
 
     request_id: int
     index: int
@@ -139,11 +195,10 @@ class Request:
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
+    on_news: Callable[[Request], object] = lambda _: None
     is_lossless: bool = True
     sequences: list[Sequence] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
-    events: deque[StreamEvent] = field(default_factory=deque)
-    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     arrival_time: float = field(default_factory=time.perf_counter)
     first_forward_time: float | None = None
     first_token_time: float | None = None

@@ -20,11 +20,21 @@ class TextStream:
         include_stop: bool,
     ) -> None:
         self.text = ""
+        self._tokenizer = tokenizer
+        self._prompt_ids = prompt_ids
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids)
         self._stop = stop
         self._include_stop = include_stop
-        self._num_shown = 0
         self._is_closed = False
+
+    def rebuilt(self, token_ids: list[int]) -> TextStream:
+        """A stream that has seen these tokens, none of which ended the text; this one is left as it is."""
+        stream = TextStream(
+            self._tokenizer, self._prompt_ids, stop=self._stop, include_stop=self._include_stop
+        )
+        for token_id in token_ids:
+            stream.push(token_id, may_stop=False)
+        return stream
 
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Appends a token's text; returns the stop string that it completes, after cutting the text there."""
@@ -40,12 +50,10 @@ class TextStream:
         self._is_closed = True
         return matched
 
-    def take_delta(self) -> str:
-        """The text that became final since the last call."""
-        end = len(self.text) if self._is_closed else len(self.text) - self._num_held_back()
-        delta = self.text[self._num_shown : end]
-        self._num_shown = max(self._num_shown, end)
-        return delta
+    @property
+    def num_final(self) -> int:
+        """Leading characters of the text that may be shown: all but what might become a stop string."""
+        return len(self.text) if self._is_closed else len(self.text) - self._num_held_back()
 
     def _append(self, piece: str, *, may_stop: bool) -> str | None:
         num_before = len(self.text)

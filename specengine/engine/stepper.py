@@ -1,0 +1,117 @@
+"""The step: moves every running sequence one round further, and mends what an interruption leaves."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import torch
+
+from specengine.drafters.base import RoundDrafter
+from specengine.engine import record
+from specengine.engine.prompts import Prompts
+from specengine.engine.record import Records
+from specengine.engine.rounds import Rounds
+from specengine.engine.scheduler import Plan, Scheduler
+from specengine.runtime.kv_cache import KVCache
+from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.sequence import Request, Sequence
+from specengine.runtime.state import BatchState
+
+
+class Stepper:
+    """Prompts, rounds and their records, in turn. One thread at a time.
+
+    is_stepping: whether a step is under way: then nobody may be ended
+    """
+
+    def __init__(
+        self,
+        kv_cache: KVCache,
+        state: BatchState,
+        target: ModelRunner,
+        drafter: RoundDrafter,
+        rounds: Rounds,
+        *,
+        chunk_size: int,
+    ) -> None:
+        self.is_stepping = False
+        self._kv_cache = kv_cache
+        self._state = state
+        self._rounds = rounds
+        self.scheduler = Scheduler(
+            kv_cache,
+            state,
+            chunk_size=chunk_size,
+            on_release=lambda sequence: drafter.release(sequence.sequence_id),
+            on_pressure=self._collect_one,
+        )
+        self._records = Records(kv_cache, target, on_settled=self._after_settled)
+        self._prompts = Prompts(target, state, kv_cache, rounds, self.scheduler, on_scored=self._end_scored)
+
+    def step(self) -> None:
+        """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
+        try:
+            self.is_stepping = True
+            self._run(self.scheduler.schedule())
+            self.is_stepping = False  # here too: an interruption may strike the line below
+        except BaseException:
+            self._recover()
+            raise
+        finally:
+            self.is_stepping = False
+
+    def end(self, *requests: Request) -> None:
+        """Ends what is unfinished of the requests, all of it even if a drafter raises on the way."""
+        sequences = [sequence for request in requests for sequence in request.sequences]
+        with ExitStack() as cleanup:
+            for sequence in reversed(sequences):
+                if not sequence.is_finished:
+                    cleanup.callback(self._end, sequence)
+
+    @torch.inference_mode()
+    def _run(self, plan: Plan) -> None:
+        scheduler = self.scheduler
+        is_stuck = not (plan.chunks or plan.decoding or scheduler.running) and scheduler.has_work
+        assert not is_stuck, f"{len(scheduler.waiting)} sequences wait, and nobody runs"
+        if plan.chunks:
+            self._prompts.run(plan.chunks)
+        if plan.decoding:
+            self._rounds.launch(plan.decoding)
+        while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
+            self._records.collect(flight)
+        if not scheduler.has_work:
+            self._rounds.clear()
+
+    def _collect_one(self) -> bool:
+        """Reads what has been under way longest; whether there was anything."""
+        flight = self._rounds.pop()
+        if flight is not None:
+            self._records.collect(flight)
+        return flight is not None
+
+    def _recover(self) -> None:
+        """What is settled is the truth; everything else is made to agree with it, or is unreachable again."""
+        self._rounds.clear()
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            sequence.forget_unsettled()
+        self.scheduler.recover()
+        for sequence in list(self.scheduler.running):
+            assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
+            self._state.admit(sequence)
+            self._kv_cache.manager.rollback(sequence.slot, max(0, sequence.num_tokens - 1))
+        for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
+            self._after_settled(sequence)
+
+    def _after_settled(self, sequence: Sequence) -> None:
+        sequence.request.on_news(sequence.request)
+        if sequence.is_finished:
+            self.scheduler.remove(sequence)
+
+    def _end_scored(self, sequence: Sequence) -> None:
+        record.finish(sequence, "length")
+        self._after_settled(sequence)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.request.on_news(sequence.request)
+        record.finish(sequence, "abort")
+        self._after_settled(sequence)
