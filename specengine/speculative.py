@@ -6,6 +6,7 @@ recorded once can be replayed (`specengine.engine.rounds`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,17 +43,29 @@ class RoundOutcome:
 
 
 def run_round(
-    batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: RoundDrafter
+    batch: RunningBatch,
+    state: BatchState,
+    target: ModelRunner,
+    drafter: RoundDrafter,
+    *,
+    mark: Callable[[], None] = lambda: None,
 ) -> RoundOutcome:
-    """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023)."""
+    """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023).
+
+    mark: called at the end of each of the three
+    """
     size = {"batch_size": batch.slots.numel(), "k": batch.k}
     with ranges.span(ranges.DRAFT, **size):
         batch = state.plan(batch, draft_positions=drafter.draft_positions)
         proposal = drafter.propose(batch, state)
+        mark()
     with ranges.span(ranges.VERIFY, **size):
         outcome = judge(proposal, batch, target)
+        mark()
     with ranges.span(ranges.COMMIT, **size):
-        return commit(outcome, batch, state)
+        outcome = commit(outcome, batch, state)
+        mark()
+    return outcome
 
 
 def judge(
@@ -127,11 +140,16 @@ def verify(
         return outcome
     by_rejection = batch.uses_rejection & (num_draft > 0) & is_running
     backend.match_verify(logits, stats, *drafts, *keys, is_running & ~by_rejection, *results)
-    log_probs = proposal.log_probs
-    if log_probs is None:  # a point mass
-        log_probs = torch.zeros_like(proposal.tokens, dtype=torch.float32)
-    law = (log_probs, proposal.logits, proposal.stats)
-    backend.rejection_verify(logits, stats, *drafts, *law, *keys, by_rejection, *results)
+    is_point_mass = by_rejection
+    if proposal.log_probs is not None:
+        law = (proposal.log_probs, proposal.logits, proposal.stats)
+        is_drawn = by_rejection if proposal.has_law is None else by_rejection & proposal.has_law
+        backend.rejection_verify(logits, stats, *drafts, *law, *keys, is_drawn, *results)
+        if proposal.has_law is None:
+            return outcome
+        is_point_mass = by_rejection & ~proposal.has_law
+    certain = torch.zeros_like(proposal.tokens, dtype=torch.float32)
+    backend.rejection_verify(logits, stats, *drafts, certain, None, None, *keys, is_point_mass, *results)
     return outcome
 
 

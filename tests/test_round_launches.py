@@ -17,8 +17,8 @@ from aot_suite import SIZES, TRITON, integers, meta
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specengine.drafters import draft_model
-from specengine.drafters.base import HostDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.device.launch import record
 from specengine.runtime.model_runner import ModelRunner

@@ -26,19 +26,20 @@ A drafter that replays what followed the last occurrence of the current token:
         print(engine.generate("a b c a b", max_new_tokens=8).text)
 
 Whatever it proposes, the output is that of plain decoding: losslessness is a property of verification, as long as
-the proposal tells the truth about the distribution its tokens were drawn from.
+the proposal tells the truth about the distribution its tokens were drawn from. A drafter that wants to hear of
+prompts, and of rounds in which it did not draft, is a `ListeningDrafter`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
+from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
 
@@ -47,10 +48,11 @@ class DraftProposal:
     """Proposed tokens and the law they were really drawn from, after every filter.
 
     tokens:     `[B, k]` int32, row b's first num_tokens[b] are proposed
-    num_tokens: `[B]` int32, at most the batch's `max_draft`
+    num_tokens: `[B]` int32
     log_probs:  `[B, k]` fp32, log-probability of each token under that law; None = point mass (deterministic)
     logits:     `[B, k, V]` fp32 that the tokens were drawn from, or None = point mass
     stats:      `[B, k, 4]` of the `filter_rows` op on them: maximum, threshold, log-normaliser, error
+    has_law:    `[B]` bool, rows that were drawn from these; the others are point masses. None: all rows were
 
     A token v had log-probability logits[v] / T - log-normaliser if logits[v] / T >= threshold, else -inf, with T
     the request's temperature.
@@ -61,6 +63,7 @@ class DraftProposal:
     log_probs: Tensor | None = None
     logits: Tensor | None = None
     stats: Tensor | None = None
+    has_law: Tensor | None = None
 
     @staticmethod
     def from_lists(
@@ -89,6 +92,36 @@ class DraftProposal:
         chosen = log_probs.gather(2, tokens.long()[..., None])[..., 0]
         return DraftProposal(tokens, num_tokens, chosen, log_probs * scale, stats)
 
+    @staticmethod
+    def combine(batch_size: int, parts: Sequence[tuple[Sequence[int], DraftProposal]]) -> DraftProposal:
+        """One proposal of several, each with a law of its own: point masses for some rows, say, beside draws.
+
+        parts: the rows of the batch that a part is for, and its proposal; rows of no part draft nothing
+        """
+        given = [part for _, part in parts]
+        width = max((part.tokens.shape[1] for part in given), default=0)
+        vocab = max((part.logits.shape[2] for part in given if part.logits is not None), default=0)
+        device = given[0].tokens.device if given else "cpu"
+        tokens = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
+        num_tokens = torch.zeros(batch_size, dtype=torch.int32, device=device)
+        log_probs = torch.zeros(batch_size, width, device=device)
+        logits = torch.full((batch_size, width, vocab), float("-inf"), device=device)
+        stats = torch.zeros(batch_size, width, 4, device=device)
+        has_law = torch.zeros(batch_size, dtype=torch.bool, device=device)
+        for rows, part in parts:
+            at = torch.tensor(rows, device=device, dtype=torch.int64)
+            count = part.tokens.shape[1]
+            tokens[at, :count] = part.tokens.int()
+            num_tokens[at] = part.num_tokens.int()
+            if part.logits is not None and part.log_probs is not None and part.stats is not None:
+                has_law[at] = True if part.has_law is None else part.has_law
+                log_probs[at, :count] = part.log_probs
+                logits[at, :count, : part.logits.shape[2]] = part.logits
+                stats[at, :count] = part.stats
+        if not vocab:
+            return DraftProposal(tokens, num_tokens)
+        return DraftProposal(tokens, num_tokens, log_probs, logits, stats, has_law)
+
 
 @runtime_checkable
 class Drafter(Protocol):
@@ -97,13 +130,27 @@ class Drafter(Protocol):
     name: str
 
     def propose(self, batch: RunningBatch) -> DraftProposal:
-        """At most `batch.draft_limits[b]` tokens that may follow `batch.committed(b)`, for each sequence b."""
+        """Tokens that may follow `batch.committed(b)`, for each sequence b; beyond `batch.draft_limits[b]` they are
+        cut off."""
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         """Told after each round how many of its tokens were accepted (`[B]` int32)."""
 
     def release(self, sequence_id: int) -> None:
         """The sequence is finished, aborted or preempted: its state can go (a preempted one may come back)."""
+
+
+@runtime_checkable
+class ListeningDrafter(Drafter, Protocol):
+    """A `Drafter` that hears of every token, whether it drafts or not: one that keeps an index of texts, say."""
+
+    def hear(self, sequence_id: int, tokens: Sequence[int], num_new: int) -> None:
+        """The sequence's tokens so far, the prompt's included; it has not heard of the last num_new of them.
+
+        The first call comes with the prompt and its first token, the next with every round, also of those that
+        draft nothing, and always before `propose` and `release`. `tokens` grows from call to call: read it, don't
+        keep or change it. A sequence that was released and comes back is heard of from the start.
+        """
 
 
 class RoundDrafter(Protocol):
@@ -118,9 +165,13 @@ class RoundDrafter(Protocol):
     draft_positions: int
     may_run_ahead: bool
 
-    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
-        """The host's part, before a round; returns whether `propose` will only read device state, at places that
-        depend on the batch's size and k alone."""
+    def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
+        """The host's part, before a round.
+
+        None: the round must run from Python. Else `propose` will only read device state, at places that depend on
+        the batch's size, its k, its mode and the key that is returned: a round of the same may be a recording of
+        this one. A batch of padding alone is asked for the key of ordinary rounds.
+        """
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """The proposal for a round that has begun, staged behind the committed tokens."""
@@ -128,8 +179,15 @@ class RoundDrafter(Protocol):
     def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
         """Told, once the host knows, what became of each sequence of a round; None: it was over before."""
 
+    def hear(self, sequence: HostSequence) -> None:
+        """The host's record of a sequence has grown: by its prompt's first token, or a round, whoever drafted."""
+
     def release(self, sequence_id: int) -> None:
         """See `Drafter`."""
+
+    def first_written(self, sequence: HostSequence) -> int | None:
+        """The first position whose keys and values it writes in the next round, in blocks that it shares with the
+        target; None: it writes none. Blocks from there on are the sequence's own by then."""
 
 
 @dataclass(frozen=True)
@@ -140,90 +198,3 @@ class RowResult:
     length: int
     num_draft: int
     num_accepted: int
-
-
-class HostDrafter:
-    """A `Drafter` that is not the engine's own in the rounds: what it proposes is checked, then uploaded."""
-
-    draft_positions = 2**31 - 1
-    may_run_ahead = False
-
-    def __init__(self, drafter: Drafter, *, vocab_size: int) -> None:
-        self.name = drafter.name
-        self._drafter = drafter
-        self._vocab_size = vocab_size
-        self._uploads: dict[int, tuple[Tensor, Tensor]] = {}
-        self._proposal: DraftProposal | None = None
-        self._asked: RunningBatch
-
-    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
-        """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is."""
-        self._asked = batch = state.plan(batch.without_padding())
-        proposal = self._drafter.propose(batch)
-        check_proposal(proposal, batch, name=self.name, vocab_size=self._vocab_size)
-        self._proposal = proposal if proposal.logits is not None else None
-        if self._proposal is None:
-            tokens, num_tokens = self._upload(state, batch.k)
-            tokens[: batch.size, : proposal.tokens.shape[1]] = proposal.tokens
-            num_tokens.zero_()
-            num_tokens[: batch.size] = proposal.num_tokens
-        return self._proposal is None
-
-    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
-        """What was prepared."""
-        proposal = self._proposal
-        if proposal is None:
-            count = batch.slots.numel()
-            tokens, num_tokens = self._upload(state, batch.k)
-            # Rows that do not run, padding's for one, still hold what was there before.
-            used = torch.minimum(num_tokens[:count], batch.planned.num_draft)
-            proposal = DraftProposal(tokens[:count], used)
-        state.stage(batch, proposal.tokens)
-        return proposal
-
-    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
-        """Passed on, as the public interface has it."""
-        counts = [0 if result is None else result.num_accepted for result in results]
-        device = batch.slots.device
-        self._drafter.observe(self._asked, torch.tensor(counts, dtype=torch.int32, device=device))
-
-    def release(self, sequence_id: int) -> None:
-        """Passed on."""
-        self._drafter.release(sequence_id)
-
-    def _upload(self, state: BatchState, k: int) -> tuple[Tensor, Tensor]:
-        """The place of proposals of up to `k` tokens: `[slots, k]`, and their numbers `[slots]`."""
-        if k not in self._uploads:
-            new = state.seq_len.new_zeros
-            self._uploads[k] = new(state.num_slots, k), new(state.num_slots)
-        return self._uploads[k]
-
-
-def check_proposal(proposal: DraftProposal, batch: RunningBatch, *, name: str, vocab_size: int) -> None:
-    """Raises `ValueError` naming the drafter if a proposal is malformed. For drafters that are not the engine's."""
-    tokens, num_tokens = proposal.tokens, proposal.num_tokens
-    is_shaped = tokens.dim() == 2 and tokens.shape[0] == batch.size and num_tokens.shape == (batch.size,)
-    if not is_shaped or tokens.shape[1] > MAX_NUM_SPECULATIVE_TOKENS:
-        raise ValueError(
-            f"drafter {name!r}: tokens must be [{batch.size}, k] with k <= {MAX_NUM_SPECULATIVE_TOKENS} and "
-            f"num_tokens [{batch.size}], got "
-            f"{list(tokens.shape)} and {list(num_tokens.shape)}"
-        )
-    if bool((num_tokens > batch.max_draft).any()) or bool((num_tokens > tokens.shape[1]).any()):
-        raise ValueError(
-            f"drafter {name!r} proposed {num_tokens.tolist()} tokens where {list(batch.draft_limits)} were asked for"
-        )
-    if bool((num_tokens < 0).any()):
-        raise ValueError(f"drafter {name!r}: num_tokens must not be negative, got {num_tokens.tolist()}")
-    used = torch.arange(tokens.shape[1], device=tokens.device) < num_tokens[:, None]
-    is_outside = ((tokens < 0) | (tokens >= vocab_size)) & used
-    if bool(is_outside.any()):
-        raise ValueError(
-            f"drafter {name!r} proposed token id {int(tokens[is_outside][0])}, outside 0 … {vocab_size - 1}"
-        )
-    if (proposal.logits is None) != (proposal.stats is None) or (proposal.logits is None) != (
-        proposal.log_probs is None
-    ):
-        raise ValueError(
-            f"drafter {name!r}: log_probs, logits and stats must be given together or not at all"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -38,7 +39,7 @@ class DraftModelDrafter:
         self.draft_positions = runner.max_positions
         self._chunk_size = chunk_size
 
-    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+    def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """Computes all but the last two committed tokens of what the draft's KV lacks.
 
         Rounds that are under way need not have been read: which tokens they lack is found on the device, within
@@ -50,7 +51,7 @@ class DraftModelDrafter:
         ]
         while any(gap.length for gap in gaps):
             gaps = self._fill(gaps, batch, state)
-        return batch.bias is None
+        return ("model", self.name) if batch.bias is None else None
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
@@ -70,8 +71,18 @@ class DraftModelDrafter:
             if result is not None and result.num_draft > 0:
                 self._set_computed(result.slot, result.length + result.num_draft - 1)
 
+    def hear(self, sequence: Sequence) -> None:
+        """Nothing to do: it reads the committed tokens on the device."""
+
     def release(self, sequence_id: int) -> None:
         """Nothing to do: the state is KV, which the block manager frees."""
+
+    def first_written(self, sequence: Sequence) -> int | None:
+        """The last two committed tokens, and whatever it lacks before them."""
+        if sequence.slot is None or sequence.max_draft_tokens <= 0:
+            return None
+        computed = self.runner.kv_cache.num_computed(sequence.slot, self.runner.model_index)
+        return min(computed, max(0, sequence.num_tokens - _NUM_FED))
 
     def _gap(self, sequence: Sequence, draft_limit: int) -> _Gap:
         """What the draft's KV may lack of a sequence before its last two committed tokens.

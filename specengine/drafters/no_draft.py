@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from specengine.drafters.base import DraftProposal, RowResult
+from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
 
@@ -15,9 +16,9 @@ class NoDrafter:
     draft_positions = 2**31 - 1
     may_run_ahead = True
 
-    def prepare(self, batch: RunningBatch, state: BatchState) -> bool:
+    def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """Nothing to do."""
-        return True
+        return self.name
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """Empty proposals: `[B, 0]`."""
@@ -26,5 +27,12 @@ class NoDrafter:
     def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
         """Nothing to do."""
 
+    def hear(self, sequence: HostSequence) -> None:
+        """Nothing to do."""
+
     def release(self, sequence_id: int) -> None:
         """Nothing to do."""
+
+    def first_written(self, sequence: HostSequence) -> int | None:
+        """It has no keys and values."""
+        return None

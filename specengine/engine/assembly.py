@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from specengine.config import AUTO, EngineConfig, field_names
-from specengine.drafters.base import Drafter, HostDrafter, RoundDrafter
+from specengine.drafters.base import Drafter, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
+from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
 from specengine.models.checkpoints.given_tokenizer import open_tokenizer

@@ -44,7 +44,7 @@ class Records:
         """Reads what has become of a flight, sequence by sequence: each gets all of it, or, interrupted, nothing."""
         is_round = flight.drafter is not None
         with ranges.span(ranges.HOST, batch_size=len(flight.sequences), k=flight.batch.k) as span:
-            rows = flight.results.read()[: len(flight.sequences)]
+            rows = flight.read()[: len(flight.sequences)]
             span.note(accepted=sum(max(0, row[RESULT_EMITTED] - 1) for row in rows))
             results = [
                 _row_result(sequence, row, is_round=is_round)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +17,7 @@ from specengine import ranges
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
 from specengine.drafters.base import RoundDrafter
 from specengine.drafters.no_draft import NoDrafter
+from specengine.engine.times import NUM_TIMES, Clock, RoundTimes, Stopwatch
 from specengine.errors import GraphCaptureError
 from specengine.kernels.types.round import NUM_RESULT_COLUMNS
 from specengine.runtime.graphs import Pending, Recorder, ResultRing, bucket, draft_bucket, sizes
@@ -26,12 +27,16 @@ from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RoundMode, RunningBatch, round_mode
 from specengine.speculative import RoundOutcome, run_round
 
+# Of a recording: batch size, k, mode, and who drafts (see `RoundDrafter.prepare`).
+_Key = tuple[int, int, RoundMode, Hashable]
+
 
 @dataclass(frozen=True)
 class Flight:
     """A round, or a prompt's first token, that is under way.
 
     drafter: whom to tell what became of it; None for a prompt
+    watch:   times the round; None for a prompt
     """
 
     sequences: list[Sequence]
@@ -39,11 +44,20 @@ class Flight:
     outcome: RoundOutcome
     results: Pending
     drafter: RoundDrafter | None
+    watch: Stopwatch | None
 
     @property
     def is_needed_now(self) -> bool:
-        """Whether the next round would overwrite what the host has yet to read, or needs to know."""
-        return self.batch.mode.wants_logprobs or self.batch.mode.has_bias
+        """Whether the next round would overwrite what the host has yet to read, or (as likely as not) needs to know."""
+        runs_ahead = self.drafter is None or self.drafter.may_run_ahead
+        return self.batch.mode.wants_logprobs or self.batch.mode.has_bias or not runs_ahead
+
+    def read(self) -> list[list[int]]:
+        """The rows of its record: waits for them. What the host makes of them is timed from here on."""
+        rows = self.results.read()
+        if self.watch is not None:
+            self.watch.begin_host()
+        return rows
 
 
 class Rounds:
@@ -52,6 +66,7 @@ class Rounds:
     recorder:     records rounds for replay, or None: every round runs from Python
     is_strict:    whether a round that cannot be recorded is an error; else a warning, and rounds run from Python
     rounds_ahead: rounds that may be under way when the host has read all the others
+    times:        what the latest rounds took, the last one last
     """
 
     def __init__(
@@ -72,9 +87,11 @@ class Rounds:
         self._kv_cache = kv_cache
         self._no_drafter = NoDrafter()
         self._is_strict = is_strict
-        self._rounds_ahead = rounds_ahead if drafter.may_run_ahead else 0
+        self._rounds_ahead = rounds_ahead
+        self._clock = Clock(state.device)
+        self.times: deque[RoundTimes] = deque(maxlen=NUM_TIMES)
         self._sizes = sizes(state.num_slots)
-        self._recordings: dict[tuple[int, int, RoundMode], Callable[[], RoundOutcome]] = {}
+        self._recordings: dict[_Key, Callable[[], RoundOutcome]] = {}
         self._flights: deque[Flight] = deque()
         self._ring = ResultRing(
             # A step reads what it must after it has queued a prompt's first token and a round.
@@ -85,25 +102,44 @@ class Rounds:
 
     def record(self, k: int, mode: RoundMode) -> None:
         """Records rounds of up to `k` drafts for every batch size, the largest first: they share its memory."""
+        drafter, k = self._who_drafts(k), draft_bucket(k)
         for size in reversed(self._sizes):
-            self._recorded(size, draft_bucket(k), mode)
+            who = drafter.prepare(self._select([], mode, k=k, size=size), self._state)
+            if who is not None:
+                self._record((size, k, mode, who), drafter)
+
+    def must_read(self, running: list[Sequence]) -> bool:
+        """Whether a round of these has to wait for a result: its drafter wants to know what was accepted."""
+        if not self._flights or self.drafter.may_run_ahead:
+            return False
+        return any(sequence.max_draft_tokens > 0 for sequence in running)
 
     def launch(self, sequences: list[Sequence]) -> None:
         """Queues a round of these sequences; reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
-        drafter = self.drafter if k else self._no_drafter
-        table, mode = self._kv_cache.device_block_table(), round_mode(sequences)
-        size, run = len(sequences), None
-        if self.recorder is not None and not mode.has_bias:
+        drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
+        is_recordable = self.recorder is not None and not mode.has_bias
+        if is_recordable:
             k, size = draft_bucket(k), bucket(size, self._sizes)
-            run = self._recorded(size, k, mode)
-        batch = self._state.select(sequences, table, mode, k=k, size=size)
+        batch = self._select(sequences, mode, k=k, size=size)
+        watch = self._clock.start(len(sequences), k)
         with ranges.span(ranges.DRAFT, batch_size=len(sequences), k=k):
-            is_replayable = drafter.prepare(batch, self._state)
-        if run is None or not is_replayable:
+            who = drafter.prepare(batch, self._state)
+        replay = None
+        if is_recordable and who is not None:
+            key = (size, k, mode, who)
+            if key not in self._recordings:
+                self._record(key, drafter)
+                # The recording's batch of padding lay where this one does.
+                batch = self._select(sequences, mode, k=k, size=size)
+            replay = self._recordings.get(key)
+        if replay is not None:
+            outcome = replay()
+            watch.mark()
+        else:
             batch = batch.without_padding()
-            run = partial(run_round, batch, self._state, self._target, drafter)
-        self.push(sequences, batch, run(), drafter)
+            outcome = run_round(batch, self._state, self._target, drafter, mark=watch.mark)
+        self.push(sequences, batch, outcome, drafter, watch)
 
     def push(
         self,
@@ -111,11 +147,12 @@ class Rounds:
         batch: RunningBatch,
         outcome: RoundOutcome,
         drafter: RoundDrafter | None,
+        watch: Stopwatch | None = None,
     ) -> None:
         """Notes what is under way, and sends its record to the host."""
         assert outcome.record is not None, "what is under way has been committed"
         results = self._ring.push(outcome.record)
-        self._flights.append(Flight(sequences, batch, outcome, results, drafter))
+        self._flights.append(Flight(sequences, batch, outcome, results, drafter, watch))
         if drafter is not None:
             for sequence, limit in zip(sequences, batch.draft_limits, strict=True):
                 sequence.add_round_ahead(limit)
@@ -129,6 +166,11 @@ class Rounds:
             for sequence, limit in zip(flight.sequences, flight.batch.draft_limits, strict=True):
                 sequence.drop_round_ahead(limit)
         return flight
+
+    def note_times(self, flight: Flight) -> None:
+        """What was read of a flight has been worked through."""
+        if flight.watch is not None:
+            self.times.append(self._clock.stop(flight.watch))
 
     def pop_due(self, *, has_launched: bool) -> Flight | None:
         """`pop`, unless everything that is under way may stay so: the rounds that were launched last."""
@@ -147,20 +189,25 @@ class Rounds:
         self.clear()
         self._recordings.clear()
 
-    def _recorded(self, size: int, k: int, mode: RoundMode) -> Callable[[], RoundOutcome] | None:
-        key = (size, k, mode)
-        if key not in self._recordings and self.recorder is not None:
-            drafter = self.drafter if k else self._no_drafter
-            # Padding alone, where later batches of this size lie: nothing of the host's knowledge is in it.
-            batch = self._state.select([], self._kv_cache.device_block_table(), mode, k=k, size=size)
-            name = f"{size} sequences, k = {k}, {mode}"
-            try:
-                self._recordings[key] = self.recorder.record(
-                    name, partial(run_round, batch, self._state, self._target, drafter)
-                )
-            except GraphCaptureError as error:
-                if self._is_strict:
-                    raise
-                warnings.warn(f"{error}; rounds run without CUDA graphs", RuntimeWarning, stacklevel=2)
-                self.recorder = None
-        return self._recordings.get(key)
+    def _who_drafts(self, k: int) -> RoundDrafter:
+        return self.drafter if k else self._no_drafter
+
+    def _select(self, sequences: list[Sequence], mode: RoundMode, *, k: int, size: int) -> RunningBatch:
+        return self._state.select(sequences, self._kv_cache.device_block_table(), mode, k=k, size=size)
+
+    def _record(self, key: _Key, drafter: RoundDrafter) -> None:
+        """Records a round that `drafter` has prepared; unless strict, a failure is the last."""
+        if self.recorder is None or key in self._recordings:
+            return
+        size, k, mode, _ = key
+        # Padding alone, where later batches of this size lie: nothing of the host's knowledge is in it.
+        batch = self._select([], mode, k=k, size=size)
+        name = f"{size} sequences, k = {k}, {mode}"
+        try:
+            run = partial(run_round, batch, self._state, self._target, drafter)
+            self._recordings[key] = self.recorder.record(name, run)
+        except GraphCaptureError as error:
+            if self._is_strict:
+                raise
+            warnings.warn(f"{error}; rounds run without CUDA graphs", RuntimeWarning, stacklevel=2)
+            self.recorder = None

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from specengine.drafters.base import RoundDrafter
 from specengine.errors import OutOfBlocksError, UnknownSequenceError
-from specengine.runtime.kv_cache import DRAFT, TARGET, KVCache
+from specengine.runtime.kv_cache import TARGET, KVCache
 from specengine.runtime.sequence import Request, Sequence
 from specengine.runtime.state import BatchState
 
@@ -50,7 +51,7 @@ class Scheduler:
         state: BatchState,
         *,
         chunk_size: int,
-        on_release: Callable[[Sequence], None],
+        drafter: RoundDrafter,
         on_pressure: Callable[[], bool],
     ) -> None:
         self.waiting: deque[Sequence] = deque()
@@ -59,7 +60,7 @@ class Scheduler:
         self._manager = kv_cache.manager
         self._state = state
         self._chunk_size = chunk_size
-        self._on_release = on_release
+        self._drafter = drafter
         self._on_pressure = on_pressure
 
     @property
@@ -107,7 +108,7 @@ class Scheduler:
                 with suppress(UnknownSequenceError):
                     self._manager.free(slot)
         for sequence in lost:
-            self._on_release(sequence)
+            self._drafter.release(sequence.sequence_id)
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable by prefix."""
@@ -135,10 +136,8 @@ class Scheduler:
     def _try_reserve(self, sequence: Sequence) -> bool:
         assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
         first = self.num_computed(sequence)
-        if sequence.max_draft_tokens > 0 and len(self._kv_cache.tensors) > 1:
-            # A draft model writes the last two committed tokens, and whatever it lacks before them.
-            drafted = self._kv_cache.num_computed(sequence.slot, DRAFT)
-            first = min(first, drafted, max(0, sequence.num_tokens - 2))
+        drafted = self._drafter.first_written(sequence)
+        first = first if drafted is None else min(first, drafted)
         try:
             self._kv_cache.reserve(sequence.slot, first, sequence.max_num_computed)
         except OutOfBlocksError:
@@ -227,4 +226,4 @@ class Scheduler:
         sequence.place = replace(sequence.place, slot=None, num_preemptions=num_preemptions)
         self.running.remove(sequence)
         self._manager.free(slot)
-        self._on_release(sequence)
+        self._drafter.release(sequence.sequence_id)

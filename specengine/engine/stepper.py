@@ -10,7 +10,7 @@ from specengine.drafters.base import RoundDrafter
 from specengine.engine import record
 from specengine.engine.prompts import Prompts
 from specengine.engine.record import Records
-from specengine.engine.rounds import Rounds
+from specengine.engine.rounds import Flight, Rounds
 from specengine.engine.scheduler import Plan, Scheduler
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.model_runner import ModelRunner
@@ -37,21 +37,24 @@ class Stepper:
         self.is_stepping = False
         self._kv_cache = kv_cache
         self._state = state
+        self._drafter = drafter
         self._rounds = rounds
         self.scheduler = Scheduler(
             kv_cache,
             state,
             chunk_size=chunk_size,
-            on_release=lambda sequence: drafter.release(sequence.sequence_id),
+            drafter=drafter,
             on_pressure=self._collect_one,
         )
-        self._records = Records(kv_cache, target, on_settled=self._after_settled)
+        self._records = Records(kv_cache, target, on_settled=self._after_round)
         self._prompts = Prompts(target, state, kv_cache, rounds, self.scheduler, on_scored=self._end_scored)
 
     def step(self) -> None:
         """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
         try:
             self.is_stepping = True
+            while self._rounds.must_read(self.scheduler.running):
+                self._collect_one()
             self._run(self.scheduler.schedule())
             self.is_stepping = False  # here too: an interruption may strike the line below
         except BaseException:
@@ -78,7 +81,7 @@ class Stepper:
         if plan.decoding:
             self._rounds.launch(plan.decoding)
         while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
-            self._records.collect(flight)
+            self._collect(flight)
         if not scheduler.has_work:
             self._rounds.clear()
 
@@ -86,8 +89,12 @@ class Stepper:
         """Reads what has been under way longest; whether there was anything."""
         flight = self._rounds.pop()
         if flight is not None:
-            self._records.collect(flight)
+            self._collect(flight)
         return flight is not None
+
+    def _collect(self, flight: Flight) -> None:
+        self._records.collect(flight)
+        self._rounds.note_times(flight)
 
     def _recover(self) -> None:
         """What is settled is the truth; everything else is made to agree with it, or is unreachable again."""
@@ -101,6 +108,10 @@ class Stepper:
             self._kv_cache.manager.rollback(sequence.slot, max(0, sequence.num_tokens - 1))
         for sequence in [*self.scheduler.running, *self.scheduler.waiting]:
             self._after_settled(sequence)
+
+    def _after_round(self, sequence: Sequence) -> None:
+        self._drafter.hear(sequence)
+        self._after_settled(sequence)
 
     def _after_settled(self, sequence: Sequence) -> None:
         sequence.request.on_news(sequence.request)

@@ -1,0 +1,107 @@
+"""A `Drafter` of the caller's in the engine's rounds: it works on the host, and what it proposes is uploaded."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from specengine.drafters.base import Drafter, DraftProposal, ListeningDrafter, RowResult
+from specengine.drafters.given import take_proposal
+from specengine.runtime.sequence import Sequence as HostSequence
+from specengine.runtime.state import BatchState, RunningBatch
+
+
+@dataclass
+class _Heard:
+    """What a listening drafter has been told of a sequence: the first num_heard of these tokens."""
+
+    tokens: list[int] = field(default_factory=list)
+    num_heard: int = 0
+
+
+class HostDrafter:
+    """Asks the caller's drafter before a round, checks what it proposes, and uploads it."""
+
+    draft_positions = 2**31 - 1
+    may_run_ahead = False
+
+    def __init__(self, drafter: Drafter, *, vocab_size: int) -> None:
+        self.name = drafter.name
+        self._drafter = drafter
+        self._vocab_size = vocab_size
+        self._uploads: dict[int, tuple[Tensor, Tensor]] = {}
+        # The round's own: a proposal with a law until it is judged, and the batch until the drafter has observed it.
+        self._proposal: DraftProposal | None = None
+        self._asked: RunningBatch | None = None
+        self._heard: dict[int, _Heard] = {}
+
+    def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
+        """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is, and is not for recordings."""
+        self._proposal = None
+        if batch.size:
+            for sequence in batch.sequences:
+                self.hear(sequence)
+            self._asked = asked = state.plan(batch.without_padding())
+            proposal = take_proposal(
+                self._drafter.propose(asked), asked, name=self.name, vocab_size=self._vocab_size
+            )
+            if proposal.logits is not None:
+                self._proposal = proposal
+                return None
+            tokens, num_tokens = self._upload(state, batch.k)
+            tokens.zero_()
+            num_tokens.zero_()
+            tokens[: batch.size, : proposal.tokens.shape[1]] = proposal.tokens
+            num_tokens[: batch.size] = proposal.num_tokens
+        return "upload", self.name
+
+    def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
+        """What was prepared for this round."""
+        proposal, self._proposal = self._proposal, None
+        if proposal is None:
+            count = batch.slots.numel()
+            tokens, num_tokens = self._upload(state, batch.k)
+            # Rows that do not run, padding's for one, still hold what was there before.
+            used = torch.minimum(num_tokens[:count], batch.planned.num_draft)
+            proposal = DraftProposal(tokens[:count], used)
+        state.stage(batch, proposal.tokens)
+        return proposal
+
+    def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
+        """Passed on, as the public interface has it."""
+        asked, self._asked = self._asked, None
+        assert asked is not None, "a round is observed once"
+        counts = [0 if result is None else result.num_accepted for result in results]
+        self._drafter.observe(asked, torch.tensor(counts, dtype=torch.int32, device=batch.slots.device))
+
+    def hear(self, sequence: HostSequence) -> None:
+        """Passed on to a drafter that listens, unless it has heard."""
+        if not isinstance(self._drafter, ListeningDrafter):
+            return
+        heard = self._heard.setdefault(sequence.sequence_id, _Heard())
+        prompt = sequence.request.prompt_ids
+        heard.tokens += (
+            sequence.output_ids[len(heard.tokens) - len(prompt) :] if heard.tokens else sequence.token_ids
+        )
+        if heard.num_heard < len(heard.tokens):
+            self._drafter.hear(sequence.sequence_id, heard.tokens, len(heard.tokens) - heard.num_heard)
+            heard.num_heard = len(heard.tokens)
+
+    def release(self, sequence_id: int) -> None:
+        """Passed on."""
+        self._heard.pop(sequence_id, None)
+        self._drafter.release(sequence_id)
+
+    def first_written(self, sequence: HostSequence) -> int | None:
+        """It has no keys and values."""
+        return None
+
+    def _upload(self, state: BatchState, k: int) -> tuple[Tensor, Tensor]:
+        """The place of proposals of up to `k` tokens: `[slots, k]`, and their numbers `[slots]`."""
+        if k not in self._uploads:
+            new = state.seq_len.new_zeros
+            self._uploads[k] = new(state.num_slots, k), new(state.num_slots)
+        return self._uploads[k]
