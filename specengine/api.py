@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any, cast, overload
@@ -14,6 +15,8 @@ from specengine.outputs import GenerationResult, StreamEvent
 # An engine holds weights and a KV cache: room to compare two pairs, each with and without its draft.
 MAX_CACHED_ENGINES = 4
 _engines = EngineCache(MAX_CACHED_ENGINES)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_engines.forget)
 
 
 @overload

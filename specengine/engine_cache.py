@@ -50,6 +50,11 @@ class EngineCache:
         with self._lock:
             self._retire(list(self._kept))
 
+    def forget(self) -> None:
+        """For a forked process: the engines are the parent's, and another thread of it may have held the locks."""
+        self._lock = threading.Lock()
+        self._kept = OrderedDict()
+
     def __len__(self) -> int:
         return len(self._kept)
 

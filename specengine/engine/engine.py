@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import threading
+import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Collection
@@ -36,6 +40,20 @@ from specengine.runtime.sequence import Request
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.tokenizer import Tokenizer
 
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+_EXIT_SECONDS = 5.0
+
+
+def _stop_before_exit() -> None:
+    """Takes every engine and keeps it: a daemon thread in the middle of a step would be ended in native code, which
+    ends the process with an error."""
+    deadline = time.monotonic() + _EXIT_SECONDS
+    for engine in list(_engines):
+        engine.hold_for_ever(deadline - time.monotonic())
+
+
+atexit.register(_stop_before_exit)
+
 
 class Engine:
     """Loads a target, and optionally something that drafts for it, and generates exactly what the target would.
@@ -44,7 +62,8 @@ class Engine:
     draft_model: the same, or a `Drafter` object, or None for plain decoding
     config:      an `EngineConfig`; its fields can also be given one by one
 
-    Safe to call from several threads: whoever waits for a result moves everybody's requests on.
+    Safe to call from several threads: whoever waits for a result moves everybody's requests on. A forked process
+    builds engines of its own: those of its parent refuse at once.
 
     Raises `ModelLoadError`, `VocabularyMismatchError`, `InsufficientMemoryError`, `BackendUnavailableError`, and
     `ValueError`/`TypeError` for values that cannot be.
@@ -127,6 +146,8 @@ class Engine:
         self._has_changed = threading.Condition()
         self._doomed: deque[Request] = deque()
         self._is_closed = False
+        self._process_id = os.getpid()
+        _engines.add(self)
         if self.config.cuda_graphs is True:
             self._record_rounds()
 
@@ -202,6 +223,7 @@ class Engine:
         streamer: called with every `StreamEvent`
         returns   one `GenerationResult`, or a list in the prompts' order
         """
+        self._check_open()
         requests = self._intake.build_requests(prompts, params, sampling)
         results: list[GenerationResult | None] = [None] * len(requests)
         is_single = check_prompts(prompts)[1]
@@ -232,11 +254,13 @@ class Engine:
 
         Arguments are checked at once; the requests are queued when the first event is asked for.
         """
+        self._check_open()
         requests = self._intake.build_requests(prompts, params, sampling)
         return self._events(requests)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queues one prompt for `step` and returns its request id."""
+        self._check_open()
         request = self._intake.build_request(prompt, SamplingParams() if params is None else params)
         request.index = request.request_id
         try:
@@ -295,7 +319,12 @@ class Engine:
             self._give_up([request])
 
     def close(self) -> None:
-        """Aborts everything and gives the memory back. The engine cannot be used afterwards."""
+        """Aborts everything and gives the memory back. The engine cannot be used afterwards.
+
+        In a forked process it does nothing: the engine is the parent's.
+        """
+        if self._process_id != os.getpid():
+            return
         with self._held():
             if self._is_closed:
                 return
@@ -313,15 +342,26 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+    def hold_for_ever(self, seconds: float) -> None:
+        """For the end of the process: no other thread begins a step again. Waits at most `seconds` for one to end."""
+        if self._process_id == os.getpid():
+            self._lock.acquire(timeout=max(0.0, seconds))
+
     # -- between threads --------------------------------------------------------------------------------------
 
     def _check_open(self) -> None:
+        if self._process_id != os.getpid():
+            raise SpecEngineError(
+                "this engine belongs to the process that was forked: its threads are not here; build another"
+            )
         if self._is_closed:
             raise SpecEngineError("the engine is closed")
 
     @contextmanager
     def _held(self) -> Iterator[None]:
         """The engine for one thread alone; whoever was given up meanwhile is ended before the next has it."""
+        if self._process_id != os.getpid():
+            self._check_open()
         with self._lock:
             try:
                 yield
@@ -343,6 +383,8 @@ class Engine:
 
     def _give_up(self, requests: list[Request]) -> None:
         """Nobody wants to know more of these: ends them, or leaves that to the thread that is stepping."""
+        if self._process_id != os.getpid():
+            return  # they are the parent's
         self._doomed.extend(request for request in requests if not request.is_finished)
         self._end_doomed()
 

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from specengine.tokenizer import IncrementalDetokenizer, Tokenizer
+
+_FIRST_MARK, _MAX_NUM_MARKS = 0xD800, 0x800
+_MARKS = re.compile("[\ud800-\udfff]")
 
 
 class TextStream:
     """Turns tokens into text, finds stop strings, and holds back what might still become one.
 
-    Without a tokenizer the text stays empty and stop strings cannot occur.
+    Special tokens are no part of the text, but a stop string may hold some: they are marked in it then, by half
+    surrogate pairs, which no text holds. Without a tokenizer the text stays empty and stop strings cannot occur.
     """
 
     def __init__(
@@ -19,13 +25,20 @@ class TextStream:
         stop: tuple[str, ...],
         include_stop: bool,
     ) -> None:
-        self.text = ""
+        self._marked = ""
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids)
         self._stop = stop
         self._include_stop = include_stop
+        self._marks = {} if tokenizer is None else _mark_special_tokens(tokenizer, stop)
+        self._patterns = _patterns(stop, self._marks)
         self._is_closed = False
+
+    @property
+    def text(self) -> str:
+        """The text so far, cut at a stop string."""
+        return _without_marks(self._marked) if self._marks else self._marked
 
     def rebuilt(self, token_ids: list[int]) -> TextStream:
         """A stream that has seen these tokens, none of which ended the text; this one is left as it is."""
@@ -40,7 +53,8 @@ class TextStream:
         """Appends a token's text; returns the stop string that it completes, after cutting the text there."""
         if self._detokenizer is None:
             return None
-        return self._append(self._detokenizer.push(token_id), may_stop=may_stop)
+        mark = self._marks.get(token_id, ("", ""))[1]
+        return self._append(mark or self._detokenizer.push(token_id), may_stop=may_stop)
 
     def close(self, *, may_stop: bool) -> str | None:
         """Flushes what the detokenizer held back; nothing is held back any more. Returns a completed stop string."""
@@ -53,30 +67,61 @@ class TextStream:
     @property
     def num_final(self) -> int:
         """Leading characters of the text that may be shown: all but what might become a stop string."""
-        return len(self.text) if self._is_closed else len(self.text) - self._num_held_back()
+        if self._is_closed:
+            return len(self.text)
+        end = len(self._marked) - self._num_held_back()
+        return len(_without_marks(self._marked[:end])) if self._marks else end
 
     def _append(self, piece: str, *, may_stop: bool) -> str | None:
-        num_before = len(self.text)
-        self.text += piece
+        num_before = len(self._marked)
+        self._marked += piece
         if not may_stop or not piece:
             return None
         matches = []
-        for order, string in enumerate(self._stop):
-            at = self.text.find(string, max(0, num_before - len(string) + 1))
+        for order, (pattern, string) in enumerate(self._patterns):
+            at = self._marked.find(pattern, max(0, num_before - len(pattern) + 1))
             if at >= 0:
                 matches.append((at, order, string))
         if not matches:
             return None
         at, _, matched = min(matches)
-        self.text = self.text[: at + len(matched) if self._include_stop else at]
+        self._marked = self._marked[:at] + (matched if self._include_stop else "")
         self._is_closed = True
         return matched
 
     def _num_held_back(self) -> int:
         longest = 0
-        for string in self._stop:
-            for length in range(min(len(string) - 1, len(self.text)), longest, -1):
-                if self.text.endswith(string[:length]):
+        for pattern, _ in self._patterns:
+            for length in range(min(len(pattern) - 1, len(self._marked)), longest, -1):
+                if self._marked.endswith(pattern[:length]):
                     longest = length
                     break
         return longest
+
+
+def _mark_special_tokens(tokenizer: Tokenizer, stop: tuple[str, ...]) -> dict[int, tuple[str, str]]:
+    """The special tokens that stop strings hold, by id: how they are written, and one character that marks each."""
+    wanted = {
+        token_id: content
+        for token_id, content in tokenizer.special_tokens.items()
+        if content and any(content in string for string in stop)
+    }
+    return {
+        token_id: (content, chr(_FIRST_MARK + order))
+        for order, (token_id, content) in enumerate(list(wanted.items())[:_MAX_NUM_MARKS])
+    }
+
+
+def _patterns(stop: tuple[str, ...], marks: dict[int, tuple[str, str]]) -> list[tuple[str, str]]:
+    """What to look for, and the stop string that it is: as it is spelled, and with special tokens as marks."""
+    found = []
+    for string in stop:
+        marked = string
+        for content, mark in sorted(marks.values(), key=lambda item: -len(item[0])):
+            marked = marked.replace(content, mark)
+        found += [(string, string)] + ([(marked, string)] if marked != string else [])
+    return found
+
+
+def _without_marks(text: str) -> str:
+    return _MARKS.sub("", text)
