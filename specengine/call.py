@@ -12,6 +12,7 @@ from typing import Any, TypeVar, cast
 
 from specengine import bundled
 from specengine.config import EngineConfig, SamplingParams, check_bool, field_names
+from specengine.drafters.registry import names_a_drafter
 from specengine.prompt import check_prompts
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -149,7 +150,7 @@ def _resolve_models(model: object, draft_model: object, num_speculative_tokens: 
 def _names_a_checkpoint(draft_model: object) -> bool:
     """Whether this is a checkpoint with a vocabulary of its own, not something that drafts for any target."""
     if isinstance(draft_model, str):
-        return draft_model not in ("ngram", "suffix") and not draft_model.startswith("self:")
+        return not names_a_drafter(draft_model)
     return isinstance(draft_model, os.PathLike) or hasattr(draft_model, "state_dict")
 
 

@@ -32,13 +32,17 @@ prompts, and of rounds in which it did not draft, is a `ListeningDrafter`.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from specengine.models.loader import LoadedModel
+from specengine.ops.backend import Backend
+from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
@@ -153,6 +157,7 @@ class ListeningDrafter(Drafter, Protocol):
         """
 
 
+@runtime_checkable
 class RoundDrafter(Protocol):
     """What drafts in an engine's rounds: the host's part, and the part that touches device state only.
 
@@ -198,3 +203,36 @@ class RowResult:
     length: int
     num_draft: int
     num_accepted: int
+
+
+LoadModel = Callable[[str | Path | torch.nn.Module], LoadedModel]
+
+
+@dataclass(frozen=True)
+class DrafterContext:
+    """What a drafter that is asked for by name may be built of.
+
+    argument:   what follows the colon in `draft_model="name:argument"`, or ""
+    target:     the target, its tokenizer included
+    draft:      what the drafter's module loaded (`load_draft`), its tokenizer included: its keys and values are the
+                cache's second tensor, in the target's blocks
+    load_model: loads another model as the engine's configuration says of drafts
+    backend:    computes every op
+    kv_cache:   keys and values of target and draft, and the blocks that sequences own
+    vocab_size: ids that may be proposed: 0 … vocab_size - 1
+    max_seq_len, max_batch_size: the longest sequence, and the most that run at a time
+    chunk_size: the most tokens of a forward that catches up
+    num_bytes:  memory that it may keep for itself
+    """
+
+    argument: str
+    target: LoadedModel
+    draft: LoadedModel | None
+    load_model: LoadModel
+    backend: Backend
+    kv_cache: KVCache
+    vocab_size: int
+    max_seq_len: int
+    max_batch_size: int
+    chunk_size: int
+    num_bytes: int = 256 << 20

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from specengine.config import AUTO, EngineConfig, field_names
-from specengine.drafters.base import Drafter, RoundDrafter
+from specengine.drafters import registry
+from specengine.drafters.base import Drafter, DrafterContext, LoadModel, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
@@ -41,14 +42,8 @@ def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> 
 
 
 def check_draft_model(draft_model: object) -> None:
-    """Refuses the drafters that do not exist yet."""
-    is_named = isinstance(draft_model, str) and (
-        draft_model in ("ngram", "suffix") or draft_model.startswith("self:")
-    )
-    if is_named or isinstance(draft_model, list | tuple):
-        raise ValueError(
-            f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
-        )
+    """Refuses what drafts nothing, and drafters that do not exist yet."""
+    registry.check_available(draft_model)
     # A class that has a Drafter's methods is not a Drafter.
     if isinstance(draft_model, type) or not isinstance(
         draft_model, str | os.PathLike | torch.nn.Module | Drafter | None
@@ -101,7 +96,7 @@ def open_model(source: Model, config: EngineConfig) -> Checkpoint:
 
 def open_draft(draft_model: Model | Drafter | None, config: EngineConfig) -> Checkpoint | None:
     """The same for a draft model; None for whatever else drafts."""
-    if draft_model is None or isinstance(draft_model, Drafter):
+    if draft_model is None or isinstance(draft_model, Drafter) or registry.names_a_drafter(draft_model):
         return None
     return open_model(draft_model, config)
 
@@ -152,20 +147,36 @@ def build_kv_cache(
     return KVCache(specs, dtypes, config, max_seq_len=max_seq_len, device=device)
 
 
-def build_drafter(
-    given: Model | Drafter | None,
-    draft: LoadedModel | None,
-    config: EngineConfig,
-    *,
-    kv_cache: KVCache,
-    vocab_size: int,
-) -> RoundDrafter:
-    """The drafter for a draft model, the caller's own (checked from now on), or none."""
-    if draft is not None:
-        runner = ModelRunner(draft.decoder, kv_cache, model_index=DRAFT, vocab_size=vocab_size)
-        return DraftModelDrafter(runner, name=draft.name, chunk_size=config.prefill_chunk_size)
+def draft_loader(
+    config: EngineConfig, device: torch.device, backend: Backend, progress: Callable[[int, int], None]
+) -> LoadModel:
+    """What loads whatever drafts: from a directory, a Hub name or memory."""
+
+    def load_model(source: Model) -> LoadedModel:
+        return load(
+            open_model(source, config),
+            config,
+            weight_dtype=config.draft_weight_dtype,
+            device=device,
+            backend=backend,
+            progress=progress,
+        )
+
+    return load_model
+
+
+def build_drafter(given: Model | Drafter | None, context: DrafterContext) -> RoundDrafter:
+    """The drafter of a name or for a draft model, the caller's own (checked from now on), or none."""
+    if isinstance(given, str) and registry.names_a_drafter(given):
+        named = registry.build(given, context)
+        return named if isinstance(named, RoundDrafter) else HostDrafter(named, vocab_size=context.vocab_size)
+    if context.draft is not None:
+        runner = ModelRunner(
+            context.draft.decoder, context.kv_cache, model_index=DRAFT, vocab_size=context.vocab_size
+        )
+        return DraftModelDrafter(runner, name=context.draft.name, chunk_size=context.chunk_size)
     if isinstance(given, Drafter):
-        return HostDrafter(given, vocab_size=vocab_size)
+        return HostDrafter(given, vocab_size=context.vocab_size)
     return NoDrafter()
 
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, EngineConfig, SamplingParams
-from specengine.drafters.base import Drafter
+from specengine.drafters import registry
+from specengine.drafters.base import Drafter, DrafterContext
 from specengine.drafters.no_draft import NoDrafter
 from specengine.engine import assembly
 from specengine.engine.assembly import Model
@@ -91,7 +92,9 @@ class Engine:
         draft_checkpoint = assembly.open_draft(draft_model, self.config)
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
-        target, draft = self._load_models(checkpoint, draft_checkpoint, tokenizer, backend, progress)
+        target, draft = self._load_models(
+            checkpoint, draft_model, draft_checkpoint, tokenizer, backend, progress
+        )
         vocab_size = assembly.shared_vocab_size(target, draft)
         kv_cache = assembly.build_kv_cache(
             target, draft, self.config, max_seq_len=self.max_seq_len, device=self.device
@@ -109,9 +112,19 @@ class Engine:
             forced_acceptance=self.config.forced_acceptance,
         )
         self._target = ModelRunner(target.decoder, kv_cache, model_index=TARGET, vocab_size=vocab_size)
-        self._drafter = assembly.build_drafter(
-            draft_model, draft, self.config, kv_cache=kv_cache, vocab_size=vocab_size
+        context = DrafterContext(
+            argument=registry.split(draft_model)[1] if isinstance(draft_model, str) else "",
+            target=target,
+            draft=draft,
+            load_model=assembly.draft_loader(self.config, self.device, backend, lambda *_: None),
+            backend=backend,
+            kv_cache=kv_cache,
+            vocab_size=vocab_size,
+            max_seq_len=self.max_seq_len,
+            max_batch_size=self.config.max_batch_size,
+            chunk_size=self.config.prefill_chunk_size,
         )
+        self._drafter = assembly.build_drafter(draft_model, context)
         self._rounds = Rounds(
             self._state,
             self._target,
@@ -154,6 +167,7 @@ class Engine:
     def _load_models(
         self,
         target: Checkpoint,
+        draft_model: Model | Drafter | None,
         draft: Checkpoint | None,
         tokenizer: Tokenizer | None,
         backend: Backend,
@@ -176,6 +190,9 @@ class Engine:
                 )
 
             loaded = load(target, config.weight_dtype, tokenizer)
+            if isinstance(draft_model, str) and registry.names_a_drafter(draft_model):
+                load_model = assembly.draft_loader(config, self.device, backend, update)
+                return loaded, registry.load_draft(draft_model, loaded, load_model)
             return loaded, None if draft is None else load(draft, config.draft_weight_dtype)
 
     @torch.inference_mode()

@@ -1,0 +1,64 @@
+"""Drafters by name: what `draft_model="name"` or `"name:argument"` means, for every caller alike.
+
+A drafter's module has
+
+    def build(context: DrafterContext) -> Drafter | RoundDrafter
+
+and, if it drafts with a model whose keys and values lie in the target's blocks,
+
+    def load_draft(argument: str, target: LoadedModel, load_model: LoadModel) -> LoadedModel
+
+whose result `build` finds in its context. It is imported when an engine wants it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specengine.drafters.base import Drafter, DrafterContext, LoadModel, RoundDrafter
+    from specengine.models.loader import LoadedModel
+
+# Adding a drafter: one file, and its name here.
+DRAFTERS: dict[str, str] = {}
+# Not built yet, and no names of models: alone, or before a colon.
+_RESERVED = ("ngram", "suffix", "self:")
+
+
+def names_a_drafter(draft_model: object) -> bool:
+    """Whether this is a drafter's name, not that of a checkpoint."""
+    return _is_reserved(draft_model) or (isinstance(draft_model, str) and split(draft_model)[0] in DRAFTERS)
+
+
+def check_available(draft_model: object) -> None:
+    """Raises `ValueError` for drafters that do not exist yet."""
+    if _is_reserved(draft_model) or isinstance(draft_model, list | tuple):
+        raise ValueError(
+            f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
+        )
+
+
+def split(draft_model: str) -> tuple[str, str]:
+    """Name and argument of `name:argument`."""
+    name, _, argument = draft_model.partition(":")
+    return name, argument
+
+
+def load_draft(draft_model: str, target: LoadedModel, load_model: LoadModel) -> LoadedModel | None:
+    """The model that a named drafter drafts with, or None if it has none."""
+    name, argument = split(draft_model)
+    load = getattr(importlib.import_module(DRAFTERS[name]), "load_draft", None)
+    return None if load is None else load(argument, target, load_model)
+
+
+def build(draft_model: str, context: DrafterContext) -> Drafter | RoundDrafter:
+    """The drafter of that name."""
+    drafter: Drafter | RoundDrafter = importlib.import_module(DRAFTERS[split(draft_model)[0]]).build(context)
+    return drafter
+
+
+def _is_reserved(draft_model: object) -> bool:
+    return isinstance(draft_model, str) and any(
+        draft_model.startswith(name) if name.endswith(":") else draft_model == name for name in _RESERVED
+    )

@@ -1,0 +1,101 @@
+"""Drafters by name: one table for the Python call, the engine and the command line."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import named_drafters
+import pytest
+from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_same, make_prompt, plain, spec
+from typer.testing import CliRunner
+
+import specengine
+from specengine.call import prepare_call
+from specengine.cli import app
+from specengine.drafters import registry
+from specengine.engine import Engine
+
+VOCAB = 64
+PROMPT = make_prompt(6, 1, VOCAB)
+RESERVED = ("ngram", "suffix", "self:2")
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A name in the registry."""
+    monkeypatch.setitem(registry.DRAFTERS, "toy", "named_drafters")
+    named_drafters.contexts.clear()
+    return "toy"
+
+
+def test_a_named_drafter_drafts(
+    toy: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+) -> None:
+    engine = build_engine(checkpoint(seed=1), toy, prefill_chunk_size=32)
+    assert engine.draft_name == "random"
+    expected = plain(engine, PROMPT, max_new_tokens=60, ignore_eos=True)
+    assert_same(spec(engine, PROMPT, 4, max_new_tokens=60, ignore_eos=True), expected)
+    tally.check(accepted=False)
+    (context,) = named_drafters.contexts
+    assert (context.argument, context.draft) == ("", None)
+    assert (context.vocab_size, context.chunk_size, context.max_batch_size) == (VOCAB, 32, 8)
+    assert context.kv_cache is engine._kv_cache
+    assert context.num_bytes > 0
+
+
+def test_a_named_drafter_may_draft_with_a_model(
+    toy: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    """With layers of the target's, or a model that it loads: it gets keys and values in the target's blocks."""
+    path = checkpoint(seed=1)
+    for argument in ("target", str(path)):
+        engine = build_engine(path, f"{toy}:{argument}")
+        assert len(engine._kv_cache.tensors) == 2
+        result = spec(engine, PROMPT, 3, max_new_tokens=21, ignore_eos=True)
+        assert result.metrics.speculative_decoding.draft_acceptance_rate == 1.0
+        assert named_drafters.contexts[-1].argument == argument
+
+
+def test_call_and_engine_and_command_agree_on_what_a_name_is(
+    toy: str, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (toy, "toy:3", *RESERVED):
+        assert registry.names_a_drafter(name)
+        assert prepare_call("a", {"draft_model": name}).draft_model == name  # drafts for the bundled target
+    for other in ("self", "toys", "./toy", Path("toy"), None, ["toy"]):
+        assert not registry.names_a_drafter(other)
+    with pytest.raises(ValueError, match="needs a model"):
+        prepare_call("a", {"draft_model": "toys"})
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_names_that_are_promised_are_refused_in_the_same_words_everywhere(
+    name: str, checkpoint: CheckpointFactory
+) -> None:
+    path = checkpoint(seed=1, with_tokenizer=True)
+    message = f"draft_model={name!r} is not available in this version; give a model or a Drafter object"
+    for call in (
+        lambda: Engine(path, name),
+        lambda: specengine.generate("a", model=str(path), draft_model=name),
+    ):
+        with pytest.raises(ValueError) as caught:
+            call()
+        assert str(caught.value) == message
+    result = CliRunner().invoke(app, ["generate", "a", "--model", str(path), "--draft-model", name])
+    assert result.exit_code != 0
+    assert message in " ".join(result.output.split())
+
+
+def test_what_names_are_is_written_once() -> None:
+    """No other module knows the name of a drafter."""
+    package = Path(registry.__file__).parents[1]
+    for path in package.rglob("*.py"):
+        if path == Path(registry.__file__):
+            continue
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert not strings & {"ngram", "suffix", "self:"}, path
