@@ -50,7 +50,7 @@ def _stop_before_exit() -> None:
     ends the process with an error."""
     deadline = time.monotonic() + _EXIT_SECONDS
     for engine in list(_engines):
-        engine.hold_for_ever(deadline - time.monotonic())
+        engine._hold_for_ever(deadline - time.monotonic())
 
 
 atexit.register(_stop_before_exit)
@@ -359,7 +359,7 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def hold_for_ever(self, seconds: float) -> None:
+    def _hold_for_ever(self, seconds: float) -> None:
         """For the end of the process: no other thread begins a step again. Waits at most `seconds` for one to end."""
         if self._process_id == os.getpid():
             self._lock.acquire(timeout=max(0.0, seconds))
