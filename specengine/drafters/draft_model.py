@@ -94,7 +94,8 @@ class DraftModelDrafter:
         if draft_limit <= 0 or length > self.draft_positions or (num_rounds and not num_undrafted):
             return _NO_GAP
         assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
-        start = length + num_rounds - _NUM_FED  # each of them emits a token, or more
+        # Each of these rounds emits a token or more, and the last leaves all before its first draft computed.
+        start = length + num_rounds - 1
         if not num_rounds:
             start = self.runner.kv_cache.num_computed(sequence.slot, self.runner.model_index)
         end = min(length + sequence.num_tokens_ahead - _NUM_FED, self.draft_positions)
