@@ -263,7 +263,7 @@ class EngineConfig:
                         kinds are recorded at the start, and what cannot be recorded is an error; False: never. Rounds
                         with `logit_bias` or `min_new_tokens` run without
     rounds_ahead:       0 … 4 rounds that are queued before the results of earlier ones are read; "auto": one on CUDA,
-                        none on a CPU. A Drafter object, log-probabilities and biases make it 0
+                        none on a CPU. Log-probabilities, biases and, where it drafts, a Drafter object make it 0
     forced_acceptance:  for timing only: each draft token is accepted with this probability whatever the target says.
                         THE OUTPUT IS NOT THE MODEL'S (`lossless` is False in the result). None: off
     deterministic:      True; nothing else is available in this version
