@@ -24,52 +24,59 @@ from specengine.weight_formats import INT8
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-class _OnDevice:
-    """A backend that is given CPU tensors: it works on copies elsewhere, and copies everything back."""
+class OnDevice:
+    """A backend that is given CPU tensors: it works on copies, on a GPU where there is one, and copies everything back.
+
+    Without a GPU the copies are made all the same, so that what they break fails here too.
+    """
 
     def __init__(self, backend: Backend) -> None:
         self.name = backend.name
         self._backend = backend
 
-    def __getattr__(self, op: str) -> Callable[..., Any]:
+    def __getattr__(self, op: str) -> Any:
         function = getattr(self._backend, op)
+        if not callable(function):
+            return function
 
         def run(*arguments: Any, **named: Any) -> Any:
             copies: dict[int, tuple[Tensor, Tensor]] = {}
 
-            def there(value: Any) -> Any:
-                if isinstance(value, Tensor) and value.device != DEVICE:
-                    if id(value) not in copies:
-                        copy = torch.empty_strided(
-                            value.shape, value.stride(), dtype=value.dtype, device=DEVICE
-                        )
-                        copies[id(value)] = value, copy.copy_(value)
-                    return copies[id(value)][1]
-                if is_dataclass(value) and not isinstance(value, type):
-                    changes = {field.name: there(getattr(value, field.name)) for field in fields(value)}
-                    return replace(value, **changes)
-                return value
+            def there(tensor: Tensor) -> Tensor:
+                if tensor.device != torch.device("cpu"):
+                    return tensor
+                if id(tensor) not in copies:
+                    copy = torch.empty_strided(
+                        tensor.shape, tensor.stride(), dtype=tensor.dtype, device=DEVICE
+                    )
+                    copies[id(tensor)] = tensor, copy.copy_(tensor)
+                return copies[id(tensor)][1]
 
-            result = function(*map(there, arguments), **{name: there(value) for name, value in named.items()})
+            result = function(*with_tensors(arguments, there), **with_tensors(named, there))
             for original, copy in copies.values():
                 original.copy_(copy)
-            return _here(result)
+            return with_tensors(result, lambda tensor: tensor.clone(memory_format=torch.preserve_format).cpu())
 
         return run
 
 
-def _here(value: Any) -> Any:
+def with_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
+    """The same value with every tensor in it converted; what holds them keeps its type."""
     if isinstance(value, Tensor):
-        return value.cpu()
+        return convert(value)
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: _here(getattr(value, field.name)) for field in fields(value)})
-    return tuple(map(_here, value)) if isinstance(value, tuple) else value
+        changes = {field.name: getattr(value, field.name) for field in fields(value)}
+        return replace(value, **with_tensors(changes, convert))
+    if isinstance(value, dict):
+        return type(value)((key, with_tensors(each, convert)) for key, each in value.items())
+    if isinstance(value, tuple | list):
+        converted = [with_tensors(each, convert) for each in value]
+        return type(value)(*converted) if hasattr(value, "_fields") else type(value)(converted)
+    return value
 
 
 NATIVE = NativeBackend()
-TRITON = load_backend("triton", DEVICE)
-if DEVICE.type != "cpu":
-    TRITON = cast(Backend, _OnDevice(TRITON))
+TRITON = cast(Backend, OnDevice(load_backend("triton", DEVICE)))
 INSTRUCTION_SETS = _C.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WEIGHT_DTYPES = (*DTYPES, torch.int8)
