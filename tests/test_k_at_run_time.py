@@ -183,3 +183,31 @@ def test_on_cuda_events_are_read_later_and_used_again(monkeypatch: pytest.Monkey
         assert (one.batch_size, one.k, one.draft, one.verify, one.commit, one.device) == (2, 4, 2, 1, 1, 4)
         assert (other.draft, other.verify, other.commit, other.device) == (None, None, None, 4)
     assert len(made) == 6
+
+
+# -- blocks -------------------------------------------------------------------------------------------------------
+
+
+def test_a_draft_that_catches_up_writes_no_shared_block(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says where it begins to write: blocks that only the target had computed are copied first."""
+    engine = build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.1))
+    runner: Any = engine._drafter
+    build, manager = runner.runner.build, engine._kv_cache.manager
+    written: list[int] = []
+
+    def checked(batch: Any, feed: Any) -> Any:
+        rows = build(batch, feed)
+        blocks = set((rows.kv_slots[rows.kv_slots >= 0] // 4).tolist())
+        written.extend(manager.reference_count(block) for block in blocks)
+        return rows
+
+    monkeypatch.setattr(runner.runner, "build", checked)
+    shared = make_prompt(17, 1, VOCAB)
+    prompts = [shared, [*shared, 5], [*shared, 7, 8]]
+    generate_with_k(
+        engine, prompts, params_of([{}] * 3), lambda step, row: 3 * (step > 5 or row == 1), joins_every=2
+    )
+    assert len(written) > 10
+    assert set(written) == {1}
