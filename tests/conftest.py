@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import kernel_cases
+import markers
 import pytest
 import tiny_models
 import torch
@@ -29,6 +30,14 @@ from specengine.ops.backend import Backend
 torch.set_num_threads(1)
 if kernel_cases.DEVICE.type == "cpu":
     patch_once_a_launch()
+markers.watch_launches()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Which test is running: one that launches Triton kernels must say so."""
+    with markers.running(item):
+        return (yield)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -55,7 +55,9 @@ class OnDevice:
             result = function(*with_tensors(arguments, there), **with_tensors(named, there))
             for original, copy in copies.values():
                 original.copy_(copy)
-            return with_tensors(result, lambda tensor: tensor.clone(memory_format=torch.preserve_format).cpu())
+            return with_tensors(
+                result, lambda tensor: tensor.clone(memory_format=torch.preserve_format).cpu()
+            )
 
         return run
 

@@ -44,6 +44,7 @@ def test_ids_outside_a_table_are_refused_on_a_cpu(bad: int) -> None:
         NATIVE.embed(good, wrong, table, table)
 
 
+@pytest.mark.triton
 @pytest.mark.parametrize("bad", [-1, 50, 2**31 - 1])
 def test_ids_outside_a_table_read_a_row_of_it_on_a_gpu(bad: int) -> None:
     table = torch.randn(50, 8)
@@ -53,6 +54,7 @@ def test_ids_outside_a_table_read_a_row_of_it_on_a_gpu(bad: int) -> None:
     assert torch.equal(TRITON.embed(good, wrong, table, table)[0], table[0] + nearest)
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone() -> None:
     table, ids = torch.randn(50, 8), torch.arange(6, dtype=torch.int32)
     poisoned = torch.cat((ids[:4], ids[4:] + 2**30))

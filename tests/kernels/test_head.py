@@ -54,6 +54,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
     )
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone() -> None:
     layer = random_layer(40, 300, torch.float32, has_bias=False, ops=TRITON)
     hidden, limit = random_rows(20, 40), torch.tensor([5], dtype=torch.int32)

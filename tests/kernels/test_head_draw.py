@@ -128,6 +128,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
         _C.set_num_threads(with_default)
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone_and_keys_return_to_zero() -> None:
     layer = random_layer(WIDTH, 300, torch.float32, has_bias=False, ops=TRITON)
     hidden, drawn = random_rows(20, WIDTH), without_filters(keys(20))

@@ -66,6 +66,7 @@ def test_bad_rows_are_flagged(ops: Backend) -> None:
     assert stats[:, 3].tolist() == [0, 0, 1, 0]
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone_and_counters_return_to_zero() -> None:
     layer = random_layer(WIDTH, 300, torch.float32, has_bias=False, ops=TRITON)
     hidden, temperature = random_rows(NUM_ROWS, WIDTH), temperatures(NUM_ROWS)

@@ -146,6 +146,7 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
         ops.norm_linear(hidden, layer.norm, replace(rounded, scale=torch.ones(47)), "none")
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone() -> None:
     layer = random_layer(64, 150, torch.float32, ops=TRITON)
     hidden, limit = random_rows(40, 64), torch.tensor([5], dtype=torch.int32)

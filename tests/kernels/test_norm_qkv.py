@@ -153,6 +153,7 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
             ops.norm_qkv(hidden, layer.norm, layer.packed, *arguments)
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone() -> None:
     heads = HEADS[1]
     layer, rotary = layer_of(heads, torch.float32, TRITON), rotary_of(heads)

@@ -67,6 +67,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(ops: Backend, dtype: 
     assert_row_invariant(op, random_rows(40 if ops is NATIVE else 17, 300), is_thorough=ops is NATIVE)
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone_and_counters_return_to_zero() -> None:
     one, two = layers((0, 64, 300, 60), torch.float32, TRITON)
     attended, expanded, residual = random_rows(20, 64), random_rows(20, 300), random_rows(20, 60)

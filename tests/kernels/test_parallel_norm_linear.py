@@ -90,6 +90,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(ops: Backend, dtype: 
     assert_row_invariant(op, random_rows(40 if ops is NATIVE else 17, WIDTH), is_thorough=ops is NATIVE)
 
 
+@pytest.mark.triton
 def test_padded_rows_are_left_alone() -> None:
     hidden, norms = random_rows(20, WIDTH), layers(torch.float32, TRITON)
     few = run(TRITON.parallel_norm_linear, hidden[:5], norms, "packed", empty_cache())
