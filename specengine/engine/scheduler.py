@@ -107,6 +107,7 @@ class Scheduler:
             if slot not in owned:
                 with suppress(UnknownSequenceError):
                     self._manager.free(slot)
+        self._kv_cache.interrupted_slot = None
         for sequence in lost:
             self._drafter.release(sequence.sequence_id)
 
