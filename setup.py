@@ -34,6 +34,7 @@ def _extension() -> dict[str, object]:
         "-Wextra",
         "-ffp-contract=off",
         "-fno-math-errno",
+        "-fvisibility=hidden",
         "-pthread",
     ]
     link: list[str] = ["-pthread"]

@@ -30,8 +30,6 @@ from generation.rows import Row
 from measure import ROOT, Report, append_rows, machine_name
 from pairs import SHAPES
 
-from specengine import _C
-
 CACHE = ROOT / "build" / "pairs"
 MAX_NEW_TOKENS, MAX_NUM_SPECULATIVE_TOKENS = 700, 64
 Item = TypeVar("Item")
@@ -41,7 +39,6 @@ def main() -> int:
     # So that a terminated benchmark also closes its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     options, arguments = parse()
-    _C.set_num_threads(options.num_threads)
     try:
         rows = run(options, arguments)
     except contest.NotExactError as error:
@@ -56,7 +53,7 @@ def main() -> int:
 
 def run(options: Options, arguments: argparse.Namespace) -> list[Row]:
     """The rows of all pairs and dtypes; each block's are appended to `--results` when it is done."""
-    prompts, report = read_prompts(options.num_prompts), Report()
+    prompts, report = read_prompts(options.num_prompts), Report(options.num_threads)
     arguments.cache.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for pair in options.pairs:
@@ -77,7 +74,7 @@ def say(line: str) -> None:
 
 def show(rows: list[Row], options: Options, *, is_markdown: bool) -> None:
     bandwidths = sorted(row.read_bandwidth for row in rows if row.read_bandwidth is not None)
-    machine = machine_name()
+    machine = machine_name(options.num_threads)
     if bandwidths:
         machine += f"; reads {bandwidths[0]:.0f} to {bandwidths[-1]:.0f} GB/s"
     description = (

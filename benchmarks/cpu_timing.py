@@ -1,6 +1,6 @@
 """Time on the CPU: calls in turns, memory in no cache, threads awake.
 
-The bandwidth is that of `specengine._C.read_all` on as many threads, measured beside each op: on shared machines it
+The bandwidth is that of `specengine._C.Ops.read_all` on as many threads, measured beside each op: on shared machines it
 moves within minutes.
 """
 
@@ -16,6 +16,7 @@ import torch
 from timing import Call, Measured
 
 from specengine import _C
+from specengine.ops.threads import default_num_threads
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -40,8 +41,10 @@ class Cpu:
 
     bandwidth_name = "read"
 
-    def __init__(self) -> None:
-        torch.set_num_threads(_C.num_threads())
+    def __init__(self, num_threads: int | None = None) -> None:
+        num_threads = num_threads or default_num_threads()
+        torch.set_num_threads(num_threads)
+        self._ops = _C.Ops(num_threads)
         self.bandwidths: list[float] = []
         self._buffer: torch.Tensor | None = None
 
@@ -52,9 +55,9 @@ class Cpu:
         """GB/s of reading memory that is in no cache, the best of some passes, now."""
         if self._buffer is None:
             self._buffer = torch.ones(BANDWIDTH_BYTES // 8, dtype=torch.int64)
-            _C.read_all(self._buffer)
+            self._ops.read_all(self._buffer)
         buffer = self._buffer
-        seconds = min(timed(lambda _: _C.read_all(buffer), 0) for _ in range(BANDWIDTH_PASSES))
+        seconds = min(timed(lambda _: self._ops.read_all(buffer), 0) for _ in range(BANDWIDTH_PASSES))
         self.bandwidths.append(BANDWIDTH_BYTES / seconds / 1e9)
         return self.bandwidths[-1]
 
@@ -89,15 +92,16 @@ class Cpu:
         return Measured(list(benchmark.stats.stats.data), seconds)
 
 
-def machine_name() -> str:
-    """Processor, instruction set and threads."""
+def machine_name(num_threads: int | None = None) -> str:
+    """Processor, instruction set and threads, by default those of an engine that is given no number."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
-    info = _C.build_info()
-    return f"{(names or [platform.machine()])[0]}, {info['instruction_set']}, {info['num_threads']} threads"
+    num_threads = num_threads or default_num_threads()
+    instruction_set = _C.build_info()["instruction_set"]
+    return f"{(names or [platform.machine()])[0]}, {instruction_set}, {num_threads} threads"
 
 
 def timed(call: Call, turn: int) -> float:

@@ -106,9 +106,9 @@ class Row:
 class Report:
     """The session's rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int | None = None) -> None:
         self.rows: list[Row] = []
-        self._cpu = Cpu()
+        self._cpu = Cpu(num_threads)
 
     def read_bandwidth(self) -> float:
         """GB/s of the CPU's memory, now."""

@@ -42,9 +42,169 @@ class PagedKVCache:
     def sequence_blocks(self, slot: int) -> list[int]: ...
     def check_invariants(self) -> None: ...
 
+class Ops:
+    """The ops that several threads share, and how many may."""
+
+    num_threads: int
+    def __init__(self, num_threads: int) -> None: ...
+    def stage_draft(
+        self,
+        step: int,
+        tokens: Tensor,
+        slots: Tensor,
+        seq_len: Tensor,
+        is_drafting: Tensor,
+        drawn: Tensor,
+        drawn_error: Tensor | None,
+        draft_tokens: Tensor,
+        num_draft: Tensor,
+        log_probs: Tensor | None = None,
+        logits: Tensor | None = None,
+        stats: Tensor | None = None,
+        draft_log_probs: Tensor | None = None,
+        draft_logits: Tensor | None = None,
+        draft_stats: Tensor | None = None,
+    ) -> None: ...
+    def pack_linear(self, weight: Tensor, dtype: torch.dtype) -> Tensor: ...
+    def pack_linear_int8(self, weight: Tensor) -> tuple[Tensor, Tensor]: ...
+    def embed(
+        self, token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
+    ) -> Tensor: ...
+    def norm_linear(
+        self,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        activation: str,
+    ) -> Tensor: ...
+    def linear_residual(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        residual: Tensor,
+    ) -> Tensor: ...
+    def head(
+        self,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        vocab_size: int,
+    ) -> Tensor: ...
+    def head_draw(
+        self,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        vocab_size: int,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        min_p: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+    def norm_qkv(
+        self,
+        hidden: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        weight: Tensor,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        in_features: int,
+        out_features: int,
+        positions: Tensor,
+        kv_slots: Tensor,
+        kv_cache: Tensor,
+        rotary: Tensor | None,
+    ) -> Tensor: ...
+    def paged_attention(
+        self,
+        query: Tensor,
+        kv_cache: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        q_start: Tensor,
+        context_len: Tensor,
+    ) -> Tensor: ...
+    def filter_rows(
+        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ) -> Tensor: ...
+    def sample_rows(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        positions: Tensor,
+        stream: int,
+        round_base: Tensor,
+    ) -> tuple[Tensor, Tensor]: ...
+    def match_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        temperature: Tensor,
+        seeds: Tensor,
+        seq_len: Tensor,
+        is_selected: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+    ) -> None: ...
+    def rejection_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        row_start: Tensor,
+        num_draft: Tensor,
+        draft_tokens: Tensor,
+        draft_log_probs: Tensor,
+        draft_logits: Tensor | None,
+        draft_stats: Tensor | None,
+        temperature: Tensor,
+        seeds: Tensor,
+        seq_len: Tensor,
+        is_selected: Tensor,
+        tokens: Tensor,
+        num_accepted: Tensor,
+        error: Tensor,
+    ) -> None: ...
+    def token_logprobs(
+        self, logits: Tensor, token_ids: Tensor, num_top: int
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def read_all(self, tensor: Tensor) -> int: ...
+
 class Decoder:
     def __init__(
         self,
+        ops: Ops,
         token_table: Tensor,
         position_table: Tensor | None,
         rotary: Tensor | None,
@@ -169,23 +329,6 @@ def plan_round(
     k: int,
     draft_positions: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
-def stage_draft(
-    step: int,
-    tokens: Tensor,
-    slots: Tensor,
-    seq_len: Tensor,
-    is_drafting: Tensor,
-    drawn: Tensor,
-    drawn_error: Tensor | None,
-    draft_tokens: Tensor,
-    num_draft: Tensor,
-    log_probs: Tensor | None = None,
-    logits: Tensor | None = None,
-    stats: Tensor | None = None,
-    draft_log_probs: Tensor | None = None,
-    draft_logits: Tensor | None = None,
-    draft_stats: Tensor | None = None,
-) -> None: ...
 def match_draws(
     drawn: Tensor,
     drawn_error: Tensor,
@@ -212,130 +355,9 @@ def commit_round(
     num_draft: Tensor,
     error: Tensor,
 ) -> Tensor: ...
-def pack_linear(weight: Tensor, dtype: torch.dtype) -> Tensor: ...
-def pack_linear_int8(weight: Tensor) -> tuple[Tensor, Tensor]: ...
-def embed(
-    token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
-) -> Tensor: ...
-def norm_linear(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    activation: str,
-) -> Tensor: ...
-def linear_residual(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    residual: Tensor,
-) -> Tensor: ...
-def head(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    vocab_size: int,
-) -> Tensor: ...
-def head_draw(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    vocab_size: int,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-) -> tuple[Tensor, Tensor]: ...
-def norm_qkv(
-    hidden: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    scale: Tensor | None,
-    bias: Tensor | None,
-    in_features: int,
-    out_features: int,
-    positions: Tensor,
-    kv_slots: Tensor,
-    kv_cache: Tensor,
-    rotary: Tensor | None,
-) -> Tensor: ...
-def paged_attention(
-    query: Tensor, kv_cache: Tensor, block_table: Tensor, slots: Tensor, q_start: Tensor, context_len: Tensor
-) -> Tensor: ...
-def filter_rows(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-) -> Tensor: ...
-def sample_rows(
-    logits: Tensor,
-    stats: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    stream: int,
-    round_base: Tensor,
-) -> tuple[Tensor, Tensor]: ...
-def match_verify(
-    logits: Tensor,
-    stats: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    seq_len: Tensor,
-    is_selected: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
-) -> None: ...
-def rejection_verify(
-    logits: Tensor,
-    stats: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
-    draft_log_probs: Tensor,
-    draft_logits: Tensor | None,
-    draft_stats: Tensor | None,
-    temperature: Tensor,
-    seeds: Tensor,
-    seq_len: Tensor,
-    is_selected: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
-) -> None: ...
-def token_logprobs(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]: ...
 def philox4x32(c0: int, c1: int, c2: int, c3: int, k0: int, k1: int) -> list[int]: ...
 def vocabulary_bits(seed: int, position: int, stream: int, round_base: int, vocab: int) -> list[int]: ...
 def accept_bits(seed: int, position: int, round_base: int, candidate: int) -> int: ...
-def read_all(tensor: Tensor) -> int: ...
-def num_threads() -> int: ...
-def set_num_threads(count: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 def set_instruction_set(name: str) -> None: ...
 def build_info() -> dict[str, str | int | bool]: ...

@@ -257,7 +257,9 @@ class EngineConfig:
     max_batch_size:     sequences that run at the same time
     max_seq_len:        prompt and new tokens of one sequence; by default the target's context
     prefill_chunk_size: prompt tokens computed in one step
-    num_threads:        CPU threads; by default one a core
+    num_threads:        CPU threads. The native backend's are the engine's own; by default SPECENGINE_NUM_THREADS, else
+                        OMP_NUM_THREADS, else as many as affinity and the container's CPU quota allow. For the other
+                        backends it is PyTorch's setting (`torch.set_num_threads`), of the whole process
     enable_prefix_cache: share the KV blocks of equal prompt prefixes
     cuda_graphs:        "auto": on CUDA a round is recorded as a CUDA graph when its kind first runs; True: the usual
                         kinds are recorded at the start, and what cannot be recorded is an error; False: never. Rounds

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
@@ -102,6 +103,17 @@ def assert_earned(actual: Tensor, honest: Tensor, exact: Tensor, units: int = 1)
     assert worst <= 2 * worst_allowed + floor, f"worst error {worst} against {worst_allowed}"
 
 
+@contextmanager
+def native_threads(count: int) -> Iterator[None]:
+    """`NATIVE` with so many threads."""
+    before = NATIVE.num_threads
+    NATIVE.set_num_threads(count)
+    try:
+        yield
+    finally:
+        NATIVE.set_num_threads(before)
+
+
 def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor, *, is_thorough: bool = True) -> None:
     """op's result for a row has the same bits in every subset and order of rows, and for 1 … 3 threads.
 
@@ -122,13 +134,9 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor, *, is_tho
         assert torch.equal(op(rows[chosen].contiguous()), together[chosen]), f"rows {chosen.tolist()}"
     if not is_thorough:
         return
-    with_default = _C.num_threads()
-    try:
-        for count in (1, 2, 3):
-            _C.set_num_threads(count)
+    for count in (1, 2, 3):
+        with native_threads(count):
             assert torch.equal(op(rows), together), f"{count} threads"
-    finally:
-        _C.set_num_threads(with_default)
 
 
 def as_multiplied(x: Tensor, weight_dtype: torch.dtype, ops: Backend = NATIVE) -> Tensor:

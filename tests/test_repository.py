@@ -241,4 +241,4 @@ def test_twins_have_one_signature(op: str) -> None:
     options = {name for name, each in ours.items() if each.kind is each.KEYWORD_ONLY}
     assert [name for name in ours if name not in options - set(theirs)] == list(theirs)
     assert list(inspect.signature(getattr(Backend, op)).parameters) == ["self", *theirs]
-    assert hasattr(NativeBackend, op)
+    assert hasattr(NativeBackend(), op)

@@ -8,9 +8,11 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
-#include <cstdlib>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace specengine {
@@ -19,7 +21,6 @@ namespace {
 // Long enough to bridge the gap between two ops of a layer, short enough not to starve a busy
 // machine.
 constexpr auto kSpinTime = std::chrono::microseconds(50);
-constexpr int kMaxThreads = 256;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -29,23 +30,24 @@ inline void relax() {
 #endif
 }
 
+}  // namespace
+
 // `claim_` packs (epoch, chunks left) in one word: a chunk is claimed by one compare-and-swap, and
 // a worker that comes late finds nothing left. The region's descriptor cannot change while a
 // claimed chunk is unfinished, so it is read only after a successful claim.
 class ThreadPool {
  public:
+  // Throws std::system_error where the system has no more threads.
   explicit ThreadPool(int num_threads) {
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    try {
+      for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    } catch (...) {
+      stop();
+      throw;
+    }
   }
 
-  ~ThreadPool() {
-    is_stopping_.store(true);
-    {
-      std::lock_guard lock(sleep_mutex_);
-    }
-    wake_.notify_all();
-    for (auto& worker : workers_) worker.join();
-  }
+  ~ThreadPool() { stop(); }
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
@@ -74,6 +76,15 @@ class ThreadPool {
   }
 
  private:
+  void stop() {
+    is_stopping_.store(true);
+    {
+      std::lock_guard lock(sleep_mutex_);
+    }
+    wake_.notify_all();
+    for (auto& worker : workers_) worker.join();
+  }
+
   bool has_work() const {
     return static_cast<uint32_t>(claim_.load(std::memory_order_acquire)) != 0;
   }
@@ -119,45 +130,23 @@ class ThreadPool {
   std::vector<std::thread> workers_;
 };
 
-int default_num_threads() {
-  if (const char* text = std::getenv("SPECENGINE_NUM_THREADS")) {
-    const int value = std::atoi(text);
-    if (value > 0) return std::min(value, kMaxThreads);
-  }
-#if defined(__linux__)
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-    return std::clamp(CPU_COUNT(&set), 1, kMaxThreads);
-  }
-#endif
-  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads);
-}
+namespace {
 
-// Everything a region needs. After fork() the child has no workers and perhaps a locked mutex: it
-// abandons the parent's state and starts anew.
-struct PoolState {
-  std::mutex region_mutex;
-  ThreadPool* pool = nullptr;
-  std::atomic<int> wanted{default_num_threads()};
-};
+// Which process this is, among those that fork() made of the first: a child has none of the threads
+// that its parent had, and what they held they hold for ever.
+std::atomic<uint32_t> g_process{1};
+// Threads inside regions, of all engines.
+std::atomic<int> g_num_busy{0};
+thread_local Threads* t_in_use = nullptr;
 
-std::atomic<PoolState*> g_state{nullptr};
+[[maybe_unused]] const int kIsWatchingForks = pthread_atfork(nullptr, nullptr, [] {
+  g_process.fetch_add(1);
+  g_num_busy.store(0);
+});
 
-void start_anew_in_child() {
-  PoolState* parent = g_state.load();
-  if (parent == nullptr) return;
-  auto* child = new PoolState;
-  child->wanted.store(parent->wanted.load());
-  g_state.store(child);
-}
-
-PoolState& state() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    g_state.store(new PoolState);
-    pthread_atfork(nullptr, nullptr, start_anew_in_child);
-  });
-  return *g_state.load();
+int num_processors() {
+  static const int count = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  return count;
 }
 
 void run_inline(int64_t count, RegionTask task, void* context) {
@@ -166,23 +155,66 @@ void run_inline(int64_t count, RegionTask task, void* context) {
 
 }  // namespace
 
-int num_threads() { return state().wanted.load(); }
-
-void set_num_threads(int num_threads) {
-  state().wanted.store(std::clamp(num_threads, 1, kMaxThreads));
+// What a parent's threads left behind is not touched.
+Threads::~Threads() {
+  if (pool_process_ == g_process.load()) delete pool_;
 }
 
-void run_region(int64_t count, RegionTask task, void* context) {
-  PoolState& current = state();
-  const int wanted = current.wanted.load(std::memory_order_relaxed);
-  if (wanted == 1 || count < 2 || count > INT32_MAX) return run_inline(count, task, context);
-  std::unique_lock lock(current.region_mutex, std::try_to_lock);
-  if (!lock.owns_lock()) return run_inline(count, task, context);
-  if (current.pool == nullptr || current.pool->num_threads() != wanted) {
-    delete current.pool;
-    current.pool = new ThreadPool(wanted);
+void Threads::set_count(int64_t count) {
+  if (count < 1 || count > kMaxThreads) {
+    throw std::invalid_argument("num_threads: " + std::to_string(count) + " is outside 1 … " +
+                                std::to_string(kMaxThreads));
   }
-  current.pool->run(count, task, context);
+  count_.store(static_cast<int>(count));
+}
+
+// Engines that work at the same time share the processors: whoever finds too few left waits for
+// nobody. One engine alone gets what it asks for.
+bool Threads::begin(int count) {
+  const uint32_t process = g_process.load(std::memory_order_relaxed);
+  uint32_t running = running_.load(std::memory_order_relaxed);
+  if (running == process || !running_.compare_exchange_strong(running, process)) return false;
+  int busy = g_num_busy.load(std::memory_order_relaxed);
+  do {
+    if (busy > 0 && busy + count > num_processors()) {
+      running_.store(0);
+      return false;
+    }
+  } while (!g_num_busy.compare_exchange_weak(busy, busy + count));
+  if (pool_process_ != process) pool_ = nullptr;
+  pool_process_ = process;
+  return true;
+}
+
+struct Threads::Region {
+  Threads& threads;
+  int count;
+  ~Region() {
+    g_num_busy.fetch_sub(count);
+    threads.running_.store(0);
+  }
+};
+
+void Threads::run(int64_t count, RegionTask task, void* context) {
+  const int wanted = this->count();
+  if (wanted == 1 || count < 2 || count > INT32_MAX || !begin(wanted))
+    return run_inline(count, task, context);
+  const Region region{*this, wanted};
+  if (pool_ == nullptr || pool_->num_threads() != wanted) {
+    delete std::exchange(pool_, nullptr);
+    pool_ = new ThreadPool(wanted);
+  }
+  pool_->run(count, task, context);
+}
+
+ThreadsInUse::ThreadsInUse(Threads& threads) : outer_(t_in_use) { t_in_use = &threads; }
+ThreadsInUse::~ThreadsInUse() { t_in_use = outer_; }
+
+int num_threads() { return t_in_use == nullptr ? 1 : t_in_use->count(); }
+
+void run_region(int64_t count, RegionTask task, void* context) {
+  if (t_in_use == nullptr) return run_inline(count, task, context);
+  t_in_use->run(count, task, context);
 }
 
 }  // namespace specengine

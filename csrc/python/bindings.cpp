@@ -4,12 +4,13 @@
 
 #include "core/memory.h"
 #include "core/ops.h"
-#include "core/thread_pool.h"
+#include "python/gil.h"
 #include "python/tensor_checks.h"
+#include "python/threads.h"
 
 void bind_paged_kv_cache(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
-void bind_round_state(pybind11::module_& m);
+void bind_round_state(pybind11::module_& m, specengine::OpsClass& ops);
 
 namespace specengine {
 namespace {
@@ -39,7 +40,7 @@ Tensor pack_linear_op(const Tensor& weight, at::ScalarType type) {
   const WeightView view = weight_view(weight);
   const DType dtype = dtype_of(type, "dtype");
   Tensor panels = empty_panels(view, dtype, type);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   pack_linear(view, dtype, panels.data_ptr(), nullptr);
   return panels;
 }
@@ -48,7 +49,7 @@ std::tuple<Tensor, Tensor> pack_linear_int8_op(const Tensor& weight) {
   const WeightView view = weight_view(weight);
   Tensor panels = empty_panels(view, DType::kInt8, at::kChar);
   Tensor scale = at::empty({view.out_features}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   pack_linear(view, DType::kInt8, panels.data_ptr(), scale.data_ptr<float>());
   return {panels, scale};
 }
@@ -67,7 +68,7 @@ Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& 
     check_range(places.data_ptr<int32_t>(), num_rows, "positions", 0, position_table->size(0));
   }
   Tensor out = at::empty({num_rows, width}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   embed(ids.data_ptr<int32_t>(), places.data_ptr<int32_t>(), num_rows, width,
         token_table.data_ptr(), position_table ? position_table->data_ptr() : nullptr, dtype,
         out.data_ptr<float>());
@@ -83,7 +84,7 @@ Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale, const Tens
   const Activation kind = activation_of(activation);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   Tensor out = at::empty({hidden.size(0), out_features}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   linear({hidden.data_ptr<float>(), hidden.size(0), &norm, &weight, kind, nullptr,
           out.data_ptr<float>(), out_features, out_features});
   return out;
@@ -96,7 +97,7 @@ Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::opti
   dense_input(x, "x", at::kFloat, {-1, in_features});
   dense_input(residual, "residual", at::kFloat, {x.size(0), out_features});
   Tensor out = at::empty({x.size(0), out_features}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   linear({x.data_ptr<float>(), x.size(0), nullptr, &weight, Activation::kNone,
           residual.data_ptr<float>(), out.data_ptr<float>(), out_features, out_features});
   return out;
@@ -112,7 +113,7 @@ Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& nor
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t padded = padded_vocab_size(vocab_size);
   Tensor logits = at::empty({hidden.size(0), padded}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   head(hidden.data_ptr<float>(), hidden.size(0), norm, weight, vocab_size, logits.data_ptr<float>(),
        padded);
   return logits;
@@ -135,7 +136,7 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
   const Tensor places = small_input(positions, "positions", at::kInt, {count});
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor error = at::empty({count}, at::kInt);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
             inputs.rows(places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(),
                         error.data_ptr<int32_t>()));
@@ -184,7 +185,7 @@ Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor&
     append.rotary_half = rotary->size(2);
   }
   Tensor query = at::empty({num_rows, query_width / head_dim, head_dim}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   norm_qkv(hidden.data_ptr<float>(), num_rows, norm, weight, append, query.data_ptr<float>());
   return query;
 }
@@ -229,7 +230,7 @@ Tensor paged_attention_op(const Tensor& query, const Tensor& kv_cache, const Ten
                            num_blocks,
                            block_size,
                            out.data_ptr<float>()};
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   paged_attention(args, num_sequences);
   return out;
 }
@@ -243,7 +244,7 @@ Tensor filter_rows_op(const Tensor& logits, const Tensor& temperature, const Ten
   const Tensor p = small_input(top_p, "top_p", at::kFloat, {count});
   const Tensor m = small_input(min_p, "min_p", at::kFloat, {count});
   Tensor stats = at::empty({count, kNumStats}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   filter_rows(rows, t.data_ptr<float>(), k.data_ptr<int32_t>(), p.data_ptr<float>(),
               m.data_ptr<float>(), stats.data_ptr<float>());
   return stats;
@@ -263,7 +264,7 @@ std::tuple<Tensor, Tensor> sample_rows_op(const Tensor& logits, const Tensor& st
   if (stream < 0 || stream > INT32_MAX) fail("stream: ", stream, " is no stream of specengine.rng");
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor log_probs = at::empty({count}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   sample_rows(rows, s.data_ptr<float>(), t.data_ptr<float>(), keys.data_ptr<int64_t>(),
               places.data_ptr<int32_t>(), static_cast<uint32_t>(stream), bases.data_ptr<int32_t>(),
               tokens.data_ptr<int32_t>(), log_probs.data_ptr<float>());
@@ -326,7 +327,7 @@ void match_verify_op(const Tensor& logits, const Tensor& stats, const Tensor& ro
                      const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
   const VerifyInputs inputs(logits, stats, row_start, num_draft, draft_tokens, temperature, seeds,
                             seq_len, is_selected, tokens, num_accepted, error);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   match_verify(inputs.call);
 }
 
@@ -356,7 +357,7 @@ void rejection_verify_op(const Tensor& logits, const Tensor& stats, const Tensor
     draft.stats =
         inputs.small<float>(*draft_stats, "draft_stats", at::kFloat, {count, k, kNumStats});
   }
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   rejection_verify(inputs.call, draft);
 }
 
@@ -370,7 +371,7 @@ std::tuple<Tensor, Tensor, Tensor> token_logprobs_op(const Tensor& logits, const
   Tensor log_probs = at::empty({rows.num_rows}, at::kFloat);
   Tensor top_ids = at::empty({rows.num_rows, num_top}, at::kInt);
   Tensor top_log_probs = at::empty({rows.num_rows, num_top}, at::kFloat);
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   token_logprobs(rows, ids.data_ptr<int32_t>(), num_top, log_probs.data_ptr<float>(),
                  top_ids.data_ptr<int32_t>(), top_log_probs.data_ptr<float>());
   return {log_probs, top_ids, top_log_probs};
@@ -389,7 +390,7 @@ uint64_t read_all_op(const Tensor& tensor) {
   if (!tensor.device().is_cpu() || tensor.nbytes() % 256 != 0) {
     fail("tensor: expected a CPU tensor of a multiple of 256 bytes, got ", shape_of(tensor));
   }
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   return read_all(tensor.data_ptr(), static_cast<int64_t>(tensor.nbytes()));
 }
 
@@ -412,7 +413,6 @@ py::dict build_info() {
   py::dict info;
   info["compiler"] = __VERSION__;
   info["instruction_set"] = kernels().name;
-  info["num_threads"] = num_threads();
   info["torch"] = TORCH_VERSION;
   info["panel_columns"] = kPanelColumns;
   info["attention_tile"] = kAttentionTile;
@@ -424,21 +424,23 @@ py::dict build_info() {
   return info;
 }
 
-void bind_ops(py::module_& m) {
-  m.def("pack_linear", &pack_linear_op);
-  m.def("pack_linear_int8", &pack_linear_int8_op);
-  m.def("embed", &embed_op);
-  m.def("norm_linear", &norm_linear_op);
-  m.def("linear_residual", &linear_residual_op);
-  m.def("head", &head_op);
-  m.def("head_draw", &head_draw_op);
-  m.def("norm_qkv", &norm_qkv_op);
-  m.def("paged_attention", &paged_attention_op);
-  m.def("filter_rows", &filter_rows_op);
-  m.def("sample_rows", &sample_rows_op);
-  m.def("match_verify", &match_verify_op);
-  m.def("rejection_verify", &rejection_verify_op);
-  m.def("token_logprobs", &token_logprobs_op);
+void bind_ops(OpsClass& ops) {
+  ops.def(py::init<int64_t>()).def_property("num_threads", &Threads::count, &Threads::set_count);
+  ops.def("pack_linear", on_threads(&pack_linear_op));
+  ops.def("pack_linear_int8", on_threads(&pack_linear_int8_op));
+  ops.def("embed", on_threads(&embed_op));
+  ops.def("norm_linear", on_threads(&norm_linear_op));
+  ops.def("linear_residual", on_threads(&linear_residual_op));
+  ops.def("head", on_threads(&head_op));
+  ops.def("head_draw", on_threads(&head_draw_op));
+  ops.def("norm_qkv", on_threads(&norm_qkv_op));
+  ops.def("paged_attention", on_threads(&paged_attention_op));
+  ops.def("filter_rows", on_threads(&filter_rows_op));
+  ops.def("sample_rows", on_threads(&sample_rows_op));
+  ops.def("match_verify", on_threads(&match_verify_op));
+  ops.def("rejection_verify", on_threads(&rejection_verify_op));
+  ops.def("token_logprobs", on_threads(&token_logprobs_op));
+  ops.def("read_all", on_threads(&read_all_op));
 }
 
 void bind_tools(py::module_& m) {
@@ -446,12 +448,6 @@ void bind_tools(py::module_& m) {
                          uint32_t k1) { return philox4x32({c0, c1, c2, c3}, k0, k1); });
   m.def("vocabulary_bits", &vocabulary_bits_op);
   m.def("accept_bits", &accept_bits);
-  m.def("read_all", &read_all_op);
-  m.def("num_threads", &num_threads);
-  m.def("set_num_threads", [](int64_t count) {
-    if (count < 1) fail("num_threads: ", count, " is below 1");
-    set_num_threads(static_cast<int>(std::min<int64_t>(count, INT32_MAX)));
-  });
   m.def("instruction_sets", &instruction_sets);
   m.def("set_instruction_set", &set_instruction_set_op);
   m.def("build_info", &build_info);
@@ -462,9 +458,10 @@ void bind_tools(py::module_& m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Native parts of specengine: CPU ops and the paged KV cache manager.";
-  specengine::bind_ops(m);
+  specengine::OpsClass ops(m, "Ops");
+  specengine::bind_ops(ops);
   specengine::bind_tools(m);
   bind_paged_kv_cache(m);
   bind_decoder(m);
-  bind_round_state(m);
+  bind_round_state(m, ops);
 }

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <tuple>
 
+#include "python/gil.h"
 #include "python/tensor_checks.h"
+#include "python/threads.h"
 
 namespace specengine {
 namespace {
@@ -83,9 +85,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
 
 class PyDecoder {
  public:
-  PyDecoder(const Tensor& token_table, const std::optional<Tensor>& position_table,
-            const std::optional<Tensor>& rotary, int64_t num_heads, int64_t num_kv_heads,
-            int64_t head_dim) {
+  PyDecoder(std::shared_ptr<Threads> threads, const Tensor& token_table,
+            const std::optional<Tensor>& position_table, const std::optional<Tensor>& rotary,
+            int64_t num_heads, int64_t num_kv_heads, int64_t head_dim)
+      : threads_(std::move(threads)) {
     Program& program = program_;
     program.table_dtype = dtype_of(token_table, "token_table");
     dense_input(token_table, "token_table", token_table.scalar_type(), {-1, -1});
@@ -172,7 +175,8 @@ class PyDecoder {
     check_vocab_size(vocab_size, program_.head.out_features);
     const int64_t padded = padded_vocab_size(vocab_size);
     Tensor logits = at::empty({inputs.view.num_logit_rows, padded}, at::kFloat);
-    py::gil_scoped_release release;
+    const ReleaseGil released;
+    const ThreadsInUse in_use(*threads_);
     runner_->forward(inputs.view, vocab_size, logits.data_ptr<float>(), padded);
     return logits;
   }
@@ -191,7 +195,8 @@ class PyDecoder {
     const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, inputs.view.num_sequences);
     Tensor tokens = at::empty({num_rows}, at::kInt);
     Tensor error = at::empty({num_rows}, at::kInt);
-    py::gil_scoped_release release;
+    const ReleaseGil released;
+    const ThreadsInUse in_use(*threads_);
     runner_->draw(inputs.view, vocab_size,
                   keys.rows(nullptr, tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()));
     return {tokens, error};
@@ -342,6 +347,7 @@ class PyDecoder {
     known = width;
   }
 
+  std::shared_ptr<Threads> threads_;
   Program program_{};
   std::optional<DecoderRunner> runner_;
   std::vector<Tensor> kept_;
@@ -371,8 +377,9 @@ void bind_decoder(pybind11::module_& m) {
       arg("num_logits"), arg("block_size"), pybind11::kw_only(),
       arg("num_tokens") = pybind11::none(), arg("num_logit_rows") = pybind11::none());
   pybind11::class_<PyDecoder>(m, "Decoder")
-      .def(pybind11::init<const at::Tensor&, const std::optional<at::Tensor>&,
-                          const std::optional<at::Tensor>&, int64_t, int64_t, int64_t>())
+      .def(pybind11::init<std::shared_ptr<specengine::Threads>, const at::Tensor&,
+                          const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
+                          int64_t, int64_t, int64_t>())
       .def("norm_qkv", &PyDecoder::norm_qkv)
       .def("paged_attention", &PyDecoder::paged_attention)
       .def("linear_residual", &PyDecoder::linear_residual)

@@ -10,8 +10,9 @@
 #include <vector>
 
 #include "core/philox.h"
-#include "core/thread_pool.h"
+#include "python/gil.h"
 #include "python/tensor_checks.h"
+#include "python/threads.h"
 
 namespace specengine {
 namespace {
@@ -183,7 +184,7 @@ void stage_draft(int64_t step, const Tensor& tokens, const Tensor& slots, const 
     if (is_bad) num_drafts[b] = std::min(num_drafts[b], static_cast<int32_t>(step));
   }
   if (kept.empty()) return;
-  py::gil_scoped_release release;
+  const ReleaseGil released;
   parallel_for(num_chosen, num_floats >= kMinParallelFloats, [&](int64_t row) {
     for (const KeptRows& rows : kept) rows.copy(row, chosen[row]);
   });
@@ -282,14 +283,15 @@ Tensor commit_round(const Tensor& tokens, const Tensor& seq_len, const Tensor& l
 }  // namespace
 }  // namespace specengine
 
-void bind_round_state(pybind11::module_& m) {
+void bind_round_state(pybind11::module_& m, specengine::OpsClass& ops) {
   using pybind11::arg;
   const auto none = pybind11::none();
   m.def("plan_round", &specengine::plan_round);
-  m.def("stage_draft", &specengine::stage_draft, arg("step"), arg("tokens"), arg("slots"),
-        arg("seq_len"), arg("is_drafting"), arg("drawn"), arg("drawn_error"), arg("draft_tokens"),
-        arg("num_draft"), arg("log_probs") = none, arg("logits") = none, arg("stats") = none,
-        arg("draft_log_probs") = none, arg("draft_logits") = none, arg("draft_stats") = none);
+  ops.def("stage_draft", specengine::on_threads(&specengine::stage_draft), arg("step"),
+          arg("tokens"), arg("slots"), arg("seq_len"), arg("is_drafting"), arg("drawn"),
+          arg("drawn_error"), arg("draft_tokens"), arg("num_draft"), arg("log_probs") = none,
+          arg("logits") = none, arg("stats") = none, arg("draft_log_probs") = none,
+          arg("draft_logits") = none, arg("draft_stats") = none);
   m.def("match_draws", &specengine::match_draws, arg("drawn"), arg("drawn_error"), arg("row_start"),
         arg("num_draft"), arg("draft_tokens"), arg("is_running"), arg("tokens"),
         arg("num_accepted"), arg("error"), arg("forced_acceptance") = none, arg("seeds") = none,

@@ -202,7 +202,7 @@ _Dtype = Annotated[str, typer.Option(help=_available(DTYPE_NAMES))]
 _WeightDtype = Annotated[str, typer.Option(help=f"The target's weights. {_available(WEIGHT_DTYPE_NAMES)}")]
 _DraftWeightDtype = Annotated[str, typer.Option(help="The draft's.")]
 _Backend = Annotated[str, typer.Option(help=_available(BACKEND_NAMES))]
-_NumThreads = Annotated[int | None, _int_option(help="CPU threads. [default: one a core]")]
+_NumThreads = Annotated[int | None, _int_option(help="CPU threads. [default: what the system allows]")]
 _MaxSeqLen = Annotated[int | None, _int_option(help="Longest sequence. [default: the context]")]
 _Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 _Tokenizer = Annotated[

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from specengine.ops.threads import default_num_threads
+
 PACKAGES = (
     "specengine",
     "torch",
@@ -66,9 +68,17 @@ def _cpu() -> dict[str, str]:
         "model": fields.get("model name") or platform.processor() or platform.machine(),
         "instruction sets": " ".join(name for name in INSTRUCTION_SETS if name in flags) or "unknown",
         "cores": f"{os.cpu_count()} ({affinity} usable)",
+        "threads": _num_threads(),
         "torch threads": str(torch.get_num_threads()),
         "torch capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+def _num_threads() -> str:
+    try:
+        return f"{default_num_threads()} by default"
+    except ValueError as error:
+        return str(error)
 
 
 def _cpu_fields() -> dict[str, str]:

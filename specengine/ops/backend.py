@@ -51,7 +51,8 @@ class Backend(Protocol):
     has_padding: bool
 
     def set_num_threads(self, num_threads: int) -> None:
-        """CPU threads that the ops may use from now on."""
+        """CPU threads that the ops may use from now on: this backend's own, or, where the ops are PyTorch's, those of
+        the whole process."""
 
     def pack_linear(
         self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None

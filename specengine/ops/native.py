@@ -29,6 +29,7 @@ from specengine.kernels.types.program import (
     Program,
 )
 from specengine.kernels.types.round import RoundPlan
+from specengine.ops.threads import default_num_threads
 from specengine.weight_formats import INT8, WeightFormat
 
 
@@ -40,23 +41,30 @@ class NativeBackend:
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     expand_batch = staticmethod(_C.expand_batch)
-    embed = staticmethod(_C.embed)
-    paged_attention = staticmethod(_C.paged_attention)
-    filter_rows = staticmethod(_C.filter_rows)
-    sample_rows = staticmethod(_C.sample_rows)
-    match_verify = staticmethod(_C.match_verify)
-    rejection_verify = staticmethod(_C.rejection_verify)
-    token_logprobs = staticmethod(_C.token_logprobs)
     row_keys = staticmethod(row_keys)
-    stage_draft = staticmethod(_C.stage_draft)
     match_draws = staticmethod(_C.match_draws)
     commit_round = staticmethod(_C.commit_round)
-    set_num_threads = staticmethod(_C.set_num_threads)
 
     def __init__(self) -> None:
         wanted = os.environ.get("SPECENGINE_INSTRUCTION_SET", "auto")
         if wanted not in (known := ["auto", *_C.instruction_sets()]):
             raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
+        self._ops = _C.Ops(default_num_threads())
+        self.embed = self._ops.embed
+        self.paged_attention = self._ops.paged_attention
+        self.filter_rows = self._ops.filter_rows
+        self.sample_rows = self._ops.sample_rows
+        self.match_verify = self._ops.match_verify
+        self.rejection_verify = self._ops.rejection_verify
+        self.token_logprobs = self._ops.token_logprobs
+        self.stage_draft = self._ops.stage_draft
+
+    @property
+    def num_threads(self) -> int:
+        return self._ops.num_threads
+
+    def set_num_threads(self, num_threads: int) -> None:
+        self._ops.num_threads = num_threads
 
     @staticmethod
     def plan_round(
@@ -77,13 +85,16 @@ class NativeBackend:
         out_features, in_features = weight.shape
         packed_bias = None if bias is None else bias.float().contiguous()
         if format == INT8:
-            panels, scale = _C.pack_linear_int8(weight)
+            panels, scale = self._ops.pack_linear_int8(weight)
         else:
-            panels, scale = _C.pack_linear(weight, weight.dtype if format is None else format.dtype), None
+            panels, scale = (
+                self._ops.pack_linear(weight, weight.dtype if format is None else format.dtype),
+                None,
+            )
         return PackedLinear(panels, packed_bias, in_features, out_features, scale)
 
     def norm_linear(self, hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
-        return _C.norm_linear(hidden, *_layer_arguments(norm, weight), activation)
+        return self._ops.norm_linear(hidden, *_layer_arguments(norm, weight), activation)
 
     def norm_qkv(
         self,
@@ -95,7 +106,7 @@ class NativeBackend:
         kv_cache: Tensor,
         rotary: Tensor | None,
     ) -> Tensor:
-        return _C.norm_qkv(
+        return self._ops.norm_qkv(
             hidden,
             *_layer_arguments(norm, weight),
             positions,
@@ -131,10 +142,10 @@ class NativeBackend:
         return self.linear_residual(expanded, mlp_weight, self.linear_residual(attended, weight, residual))
 
     def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
-        return _C.linear_residual(x, *_linear_arguments(weight), residual)
+        return self._ops.linear_residual(x, *_linear_arguments(weight), residual)
 
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
-        return _C.head(hidden, *_layer_arguments(norm, weight), vocab_size)
+        return self._ops.head(hidden, *_layer_arguments(norm, weight), vocab_size)
 
     def head_stats(
         self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
@@ -158,19 +169,22 @@ class NativeBackend:
         layer = _layer_arguments(norm, weight)
         if top_k is None or top_p is None or min_p is None:
             top_k, top_p, min_p = _no_filters(temperature)
-        return _C.head_draw(hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions)
+        return self._ops.head_draw(
+            hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions
+        )
 
     def compile(self, program: Program) -> NativeExecutor:
-        return NativeExecutor(program)
+        return NativeExecutor(program, self._ops)
 
 
 class NativeExecutor:
     """A program whose whole forward is one call into C++."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, ops: _C.Ops) -> None:
+        self._ops = ops
         tables = (program.token_table, program.position_table, program.rotary)
         heads = (program.num_heads, program.num_kv_heads, program.head_dim)
-        self._decoder = _C.Decoder(*tables, *heads)
+        self._decoder = _C.Decoder(ops, *tables, *heads)
         add = self._decoder
         for op in program.ops:
             if isinstance(op, NormQkv):
@@ -200,7 +214,7 @@ class NativeExecutor:
         logits = self.forward(batch, kv_cache, vocab_size)
         by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
         temperature, *filters, _, _ = row_keys(*by_sequence, batch.q_start, batch.positions, batch.logit_rows)
-        return logits, _C.filter_rows(logits, temperature, *filters)
+        return logits, self._ops.filter_rows(logits, temperature, *filters)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys

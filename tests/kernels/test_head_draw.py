@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, TRITON, Layer, random_layer, random_rows
+from kernel_cases import DTYPES, NATIVE, TRITON, Layer, native_threads, random_layer, random_rows
 from torch import Tensor
 
-from specengine import _C, rng
+from specengine import rng
 from specengine.kernels import reference
 from specengine.kernels.types.statistics import STAT_ERROR
 from specengine.ops.backend import Backend
@@ -119,13 +119,9 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
         chosen = [each[rows].contiguous() for each in (hidden, *drawn)]
         tokens, _ = NATIVE.head_draw(chosen[0], layer.norm, layer.packed, 3000, *chosen[1:])
         assert torch.equal(tokens, together[rows])
-    with_default = _C.num_threads()
-    try:
-        for count in (1, 2, 3):
-            _C.set_num_threads(count)
+    for count in (1, 2, 3):
+        with native_threads(count):
             assert torch.equal(NATIVE.head_draw(hidden, layer.norm, layer.packed, 3000, *drawn)[0], together)
-    finally:
-        _C.set_num_threads(with_default)
 
 
 @pytest.mark.triton

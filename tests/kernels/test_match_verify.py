@@ -12,13 +12,14 @@ from kernel_cases import (
     NEGATIVE_INFINITY,
     TRITON,
     VOCABULARIES,
+    native_threads,
     random_logits,
     random_seeds,
     unfiltered_stats,
 )
 from torch import Tensor
 
-from specengine import _C, rng
+from specengine import rng
 from specengine.kernels import reference
 from specengine.ops.backend import Backend
 
@@ -186,10 +187,9 @@ def test_a_sequence_keeps_its_result_in_every_batch(ops: Backend) -> None:
         chosen = torch.randperm(count, generator=generator)[:size]
         for part, whole in zip(case.take(chosen).run(ops.match_verify), together, strict=True):
             assert torch.equal(part, whole[chosen])
-    _C.set_num_threads(1)
-    for part, whole in zip(case.run(ops.match_verify), together, strict=True):
-        assert torch.equal(part, whole)
-    _C.set_num_threads(2)
+    with native_threads(1):
+        for part, whole in zip(case.run(ops.match_verify), together, strict=True):
+            assert torch.equal(part, whole)
 
 
 def test_no_draft_is_plain_decoding(ops: Backend) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, NATIVE, TRITON, assert_earned
+from kernel_cases import DEVICE, DTYPES, NATIVE, TRITON, assert_earned, native_threads
 from torch import Tensor
 
-from specengine import _C
 from specengine.kernels import paged_attention as kernel
 from specengine.kernels import reference
 from specengine.kernels.device.launch import record
@@ -193,10 +192,9 @@ def test_a_row_keeps_its_bits_in_every_chunk_and_batch(
     rows = [0, num_rows // 2 - 3, num_rows // 2 - 2, num_rows * 3 // 4, num_rows - 1]
     assert torch.equal(as_sequences(whole, rows).run(op), expected[rows])
     if every_ops is NATIVE:
-        _C.set_num_threads(1)
-        assert torch.equal(whole.run(op), expected)
-        _C.set_num_threads(2)
-        assert torch.equal(whole.run(op), expected)
+        for count in (1, 2):
+            with native_threads(count):
+                assert torch.equal(whole.run(op), expected)
 
 
 def test_moving_blocks_changes_no_bit(ops: Backend) -> None:
