@@ -10,6 +10,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from specengine.kernels import reference
+from specengine.kernels.types.rows import COLUMNS, SamplingRows
 
 
 @pytest.mark.parametrize("k", [0, 8])
@@ -24,18 +25,20 @@ def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, batch: int, 
     q_start = torch.arange(0, rows + 1, k + 1, dtype=torch.int32, device=gpu.device)
     logit_rows = torch.arange(rows, device=gpu.device)
 
-    def arguments(turn: int) -> tuple[Tensor, ...]:
+    def arguments(turn: int) -> tuple[SamplingRows, Tensor, Tensor, Tensor]:
         index = turn % MAX_CALLS
         temperature, top_p, min_p = numbers[index]
-        law = (temperature, top_k[index], top_p, min_p, seeds[index])
-        return *law, q_start, positions[index], logit_rows
+        judged_by = SamplingRows(temperature, top_k[index], top_p, min_p, seeds[index], top_k[index])
+        return judged_by, q_start, positions[index], logit_rows
 
-    def ours(turn: int) -> tuple[Tensor, ...]:
+    def ours(turn: int) -> tuple[SamplingRows, Tensor]:
         return gpu.ops.row_keys(*arguments(turn))
 
-    for actual, expected in zip(ours(0), reference.row_keys(*arguments(0)), strict=True):
-        assert torch.equal(actual, expected)
+    (judged_by, decided), (expected_rows, expected) = ours(0), reference.row_keys(*arguments(0))
+    for actual, each in zip((*judged_by, decided), (*expected_rows, expected), strict=True):
+        assert torch.equal(actual, each)
 
-    num_bytes = 28 * batch + rows * (12 + 28)
+    row_bytes = sum(column.dtype.itemsize for column in COLUMNS.values())
+    num_bytes = row_bytes * batch + rows * (12 + row_bytes)
     subject = Subject("row_keys", f"batch {batch}", "", k + 1, num_bytes, "searchsorted, gather, +")
     report.compare(benchmark, subject, ours, pytorch_rivals(reference.row_keys, arguments), timer=gpu)

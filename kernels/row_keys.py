@@ -13,7 +13,8 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
-from specengine.kernels.device.race import check_small
+from specengine.kernels.device.race import check_columns, check_small
+from specengine.kernels.types.rows import SamplingRows
 
 # Pairs of a row and a sequence that a program compares, and the most rows of one.
 MAX_PAIRS = 2048
@@ -22,19 +23,11 @@ MAX_BLOCK = 32
 
 @triton.jit(do_not_specialize=["q_start_ptr", "num_sequences", "num_tokens", "num_rows"])
 def spec_row_keys(
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    seed_ptr,
+    sequence_ptrs,
     q_start_ptr,
     position_ptr,
     logit_row_ptr,
-    row_temperature_ptr,
-    row_top_k_ptr,
-    row_top_p_ptr,
-    row_min_p_ptr,
-    row_seed_ptr,
+    row_ptrs,
     row_position_ptr,
     num_sequences,
     num_tokens,
@@ -57,62 +50,49 @@ def spec_row_keys(
     # Of a batch without tokens, rows that nobody uses may be of nobody.
     owner = tl.minimum(owner, num_sequences - 1)
     token = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-    tl.store(row_temperature_ptr + row, tl.load(temperature_ptr + owner, is_row), is_row)
-    tl.store(row_top_k_ptr + row, tl.load(top_k_ptr + owner, is_row), is_row)
-    tl.store(row_top_p_ptr + row, tl.load(top_p_ptr + owner, is_row), is_row)
-    tl.store(row_min_p_ptr + row, tl.load(min_p_ptr + owner, is_row), is_row)
-    tl.store(row_seed_ptr + row, tl.load(seed_ptr + owner, is_row), is_row)
+    for i in tl.static_range(len(row_ptrs)):
+        tl.store(row_ptrs[i] + row, tl.load(sequence_ptrs[i] + owner, is_row), is_row)
     tl.store(row_position_ptr + row, tl.load(position_ptr + token, is_row) + 1, is_row)
 
 
 def row_keys(
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seeds: Tensor,
+    rows: SamplingRows,
     q_start: Tensor,
     positions: Tensor,
     logit_rows: Tensor,
     *,
     num_rows: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[SamplingRows, Tensor]:
     """See `specengine.kernels.reference.row_keys`.
 
     logit_rows outside the tokens are taken as the nearest that exist.
     num_rows: `[1]` int32 on the device: rows from there on are padding, and their keys are left alone
     """
-    count, rows, tokens = temperature.numel(), logit_rows.numel(), positions.numel()
-    if rows and not count:
-        raise ValueError(f"temperature: no sequences for {rows} logit_rows")
-    if rows and not tokens:
-        raise ValueError(f"positions: no tokens for {rows} logit_rows")
+    count, num_logit_rows, tokens = q_start.numel() - 1, logit_rows.numel(), positions.numel()
+    if num_logit_rows and not count:
+        raise ValueError(f"rows: no sequences for {num_logit_rows} logit_rows")
+    if num_logit_rows and not tokens:
+        raise ValueError(f"positions: no tokens for {num_logit_rows} logit_rows")
     block_b = triton.next_power_of_2(max(count, 1))
-    block = min(MAX_BLOCK, max(1, MAX_PAIRS // block_b), triton.next_power_of_2(max(rows, 1)))
-    given = (
-        check_small("temperature", temperature, (count,), torch.float32),
-        check_small("top_k", top_k, (count,), torch.int32),
-        check_small("top_p", top_p, (count,), torch.float32),
-        check_small("min_p", min_p, (count,), torch.float32),
-        check_small("seeds", seeds, (count,), torch.int64),
-    )
-    row_temperature, row_top_k, row_top_p, row_min_p, row_seeds = (each.new_empty(rows) for each in given)
-    row_positions = positions.new_empty(rows)
-    keys = row_temperature, row_top_k, row_top_p, row_min_p, row_seeds, row_positions
+    block = min(MAX_BLOCK, max(1, MAX_PAIRS // block_b), triton.next_power_of_2(max(num_logit_rows, 1)))
+    given = check_columns(rows, count)
+    keys = SamplingRows(*(each.new_empty(num_logit_rows) for each in given))
+    decided = positions.new_empty(num_logit_rows)
     launch(
         spec_row_keys,
-        (ceil_div(rows, block),),
-        *given,
+        (ceil_div(num_logit_rows, block),),
+        given,
         check_small("q_start", q_start, (count + 1,), torch.int32),
         check_small("positions", positions, (tokens,), torch.int32),
-        check_small("logit_rows", logit_rows, (rows,), torch.int64),
-        *keys,
+        check_small("logit_rows", logit_rows, (num_logit_rows,), torch.int64),
+        tuple(keys),
+        decided,
         count,
         tokens,
-        rows,
+        num_logit_rows,
         num_rows,
         BLOCK_B=block_b,
         BLOCK=block,
         num_warps=4,
     )
-    return keys
+    return keys, decided

@@ -233,11 +233,12 @@ class SamplingParams:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property
-    def uses_rejection(self) -> bool:
-        """Whether drafts are judged by rejection sampling (greedy decoding is a match either way)."""
-        if self.is_greedy or self.acceptance == "coupled":
-            return False
-        return self.acceptance == "rejection" or self.seed is None
+    def rule(self) -> str:
+        """The rule that drafts are judged by, "match" or "rejection" (greedy decoding is a match in every mode)."""
+        is_matched = self.acceptance == "coupled" or (self.acceptance == AUTO and self.seed is not None)
+        if self.is_greedy or is_matched:
+            return "match"
+        return "rejection" if self.acceptance == AUTO else self.acceptance
 
 
 @dataclass(frozen=True, kw_only=True)

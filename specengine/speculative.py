@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner
@@ -110,7 +111,7 @@ def match(
     plan = batch.planned
     outcome = _empty_outcome(proposal, row_start)
     results = (outcome.tokens, outcome.num_accepted, outcome.error)
-    forced = (batch.forced_acceptance, batch.seeds, plan.seq_len)
+    forced = (batch.forced_acceptance, batch.rows.seeds, plan.seq_len)
     drafts = (row_start, proposal.num_tokens, proposal.tokens)
     backend.match_draws(drawn, drawn_error, *drafts, plan.is_running, *results, *forced)
     return outcome
@@ -132,13 +133,13 @@ def verify(
     plan, num_draft = batch.planned, proposal.num_tokens
     outcome = _empty_outcome(proposal, row_start)
     drafts = (row_start, num_draft, proposal.tokens)
-    keys = (batch.temperature, batch.seeds, plan.seq_len)
+    keys = (batch.rows.temperature, batch.rows.seeds, plan.seq_len)
     results = (outcome.tokens, outcome.num_accepted, outcome.error)
     is_running = plan.is_running != 0
-    if not batch.may_reject:
+    if not batch.reads_law:
         backend.match_verify(logits, stats, *drafts, *keys, is_running, *results)
         return outcome
-    by_rejection = batch.uses_rejection & (num_draft > 0) & is_running
+    by_rejection = (batch.rows.rule == Rule.REJECTION) & (num_draft > 0) & is_running
     backend.match_verify(logits, stats, *drafts, *keys, is_running & ~by_rejection, *results)
     is_point_mass = by_rejection
     if proposal.log_probs is not None:

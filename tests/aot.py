@@ -48,12 +48,13 @@ class Compiled:
         return len(re.findall(pattern, self.ptx))
 
 
-def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes as a launch on a device would specialise its arguments."""
+def specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any, Any]]:
+    """Signature, constants and attributes as a launch on a device would specialise its arguments; a tuple is one of
+    tensors."""
     kernel = launch.kernel
     general = {kernel.arg_names[i] if isinstance(i, int) else i for i in kernel.do_not_specialize or ()}
     constexprs = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
-    signature: dict[str, str] = {}
+    signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     attributes: dict[Any, Any] = {}
     for index, (name, value) in enumerate(launch.arguments.items()):
@@ -65,6 +66,9 @@ def specialise(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any
             signature[name] = _POINTERS[value.dtype]
             if name not in general:
                 attributes[(index,)] = _DIVISIBLE
+        elif isinstance(value, tuple):
+            signature[name] = tuple(_POINTERS[each.dtype] for each in value)
+            attributes.update({(index, place): _DIVISIBLE for place in range(len(value))})
         elif isinstance(value, float):
             signature[name] = "fp32"
         else:
@@ -97,5 +101,10 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     assert usage is not None, log.getvalue()
     stack, stores, loads, registers = map(int, usage.groups())
     shared = compiled.metadata.shared
-    parameters = [name for name, kind in signature.items() if kind != "constexpr"]
+    parameters = [
+        name
+        for name, kind in signature.items()
+        for _ in range(len(kind) if isinstance(kind, tuple) else 1)
+        if kind != "constexpr"
+    ]
     return Compiled(launch.name, compiled.asm["ptx"], parameters, registers, stack, stores + loads, shared)

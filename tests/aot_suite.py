@@ -21,6 +21,7 @@ from torch import Tensor
 from specengine.kernels.device.launch import Launch, assume_capability, record
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
+from specengine.kernels.types.rows import SamplingRows
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
 from specengine.ops.load import load_backend
 
@@ -130,7 +131,7 @@ def forward_launches(size: Size, dtype: torch.dtype, num_layers: int = 1) -> lis
     """What a verification of k drafts launches: logits with statistics, and draws without logits."""
     kv_dtype = torch.float16 if dtype == torch.int8 else dtype
     kv_cache = meta(num_layers, 2, 640, size.num_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
-    off = DrawKeys(meta(1), integers(1), meta(1), meta(1), meta(1, dtype=torch.int64), has_filters=False)
+    off = DrawKeys(SamplingRows.empty(1, "meta"), has_filters=False)
     with record() as launches:
         decoder, batch = build_decoder(size, dtype, num_layers), build_batch(size, 1, NUM_DRAFT + 1)
         decoder.forward(batch, kv_cache, size.vocab_size)
@@ -176,7 +177,7 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
     with record() as launches:
         plan = TRITON.plan_round(of_sequence, *state, NUM_DRAFT, 1024)
         rows = (integers(num_sequences + 1), integers(num_rows), meta(num_rows, dtype=torch.int64))
-        TRITON.row_keys(number, of_sequence, number, number, seeds, *rows, num_rows=integers(1))
+        TRITON.row_keys(SamplingRows.empty(num_sequences, "meta"), *rows, num_rows=integers(1))
         staged = (tokens, of_sequence, plan.seq_len, plan.is_drafting[1], of_sequence)
         TRITON.stage_draft(1, *staged, of_sequence, drafts, of_sequence)
         TRITON.stage_draft(1, *staged, None, drafts, of_sequence, *law, *kept)

@@ -210,8 +210,8 @@ def test_the_law_notices_a_draft_law_that_is_not_the_targets(
 
     def scaled(rows: Any, batch: Any) -> Any:
         logits = forward_stats(rows, batch)[0] * 1.01
-        temperature, *filters, _, _ = row_keys(runner.backend, draw_keys(batch), rows)
-        return logits, runner.backend.filter_rows(logits, temperature, *filters)
+        judged_by, _ = row_keys(runner.backend, draw_keys(batch), rows)
+        return logits, runner.backend.filter_rows(logits, *judged_by[:4])
 
     monkeypatch.setattr(runner, "forward_stats", scaled)
     with pytest.raises(AssertionError):

@@ -25,6 +25,8 @@ from specengine.drafters.base import RowResult
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 from specengine.runtime import model_runner
 from specengine.runtime.batch import Feed, row_starts
@@ -145,7 +147,9 @@ class MarkovDrafter:
             last = torch.multinomial(probs[-1], 1, generator=self._generator)[:, 0]
             tokens.append(last)
         drawn = torch.stack(tokens, dim=1).int()
-        return DraftProposal.from_probs(drawn, batch.max_draft, torch.stack(probs, dim=1), batch.temperature)
+        return DraftProposal.from_probs(
+            drawn, batch.max_draft, torch.stack(probs, dim=1), batch.rows.temperature
+        )
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         pass
@@ -297,7 +301,7 @@ def _build_batch(
     engine: Engine, slots: list[int], seeds: Tensor, filters: Filters, acceptance: str, *, k: int
 ) -> RunningBatch:
     lengths = engine._state.seq_len[slots].tolist()
-    is_rejection = acceptance == "rejection"
+    rule = Rule.REJECTION if acceptance == "rejection" else Rule.MATCH
     nothing_ahead = {"num_rounds_ahead": 0, "num_tokens_ahead": 0, "num_undrafted_ahead": 0}
     records: Any = tuple(
         SimpleNamespace(slot=slot, num_tokens=length, **nothing_ahead)
@@ -307,16 +311,18 @@ def _build_batch(
         sequence_ids=tuple(slots),
         slots=torch.tensor(slots, dtype=torch.int32),
         k=k,
-        temperature=torch.full((len(slots),), filters.temperature),
-        top_k=torch.full((len(slots),), filters.top_k, dtype=torch.int32),
-        top_p=torch.full((len(slots),), filters.top_p),
-        min_p=torch.full((len(slots),), filters.min_p),
-        seeds=seeds,
-        uses_rejection=torch.full((len(slots),), is_rejection),
+        rows=SamplingRows(
+            temperature=torch.full((len(slots),), filters.temperature),
+            top_k=torch.full((len(slots),), filters.top_k, dtype=torch.int32),
+            top_p=torch.full((len(slots),), filters.top_p),
+            min_p=torch.full((len(slots),), filters.min_p),
+            seeds=seeds,
+            rule=torch.full((len(slots),), rule, dtype=torch.int32),
+        ),
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),
         bias=None,
-        mode=RoundMode(has_rejection=is_rejection, is_all_rejection=is_rejection, has_filters=True),
+        mode=RoundMode(rules=(rule,), has_filters=True),
         host_slots=tuple(slots),
         lengths=tuple(lengths),
         draft_limits=tuple(min(k, len(PROMPT) + NUM_TOKENS - 1 - length) for length in lengths),
@@ -442,7 +448,7 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     ) -> Any:
         if proposal.logits is not None:
             rows = proposal.logits.flatten(0, 1)
-            temperature = rest[0].temperature.repeat_interleave(proposal.tokens.shape[1])
+            temperature = rest[0].rows.temperature.repeat_interleave(proposal.tokens.shape[1])
             zeros = torch.zeros_like(temperature)
             stats = backend.filter_rows(rows, temperature, zeros.int(), torch.ones_like(zeros), zeros)
             tokens = proposal.tokens.flatten().long().clamp(0, rows.shape[1] - 1)[:, None]
@@ -521,7 +527,7 @@ def draft_law_of_the_row_before(engine: Engine, patch: pytest.MonkeyPatch) -> No
 
 
 def one_stream_for_draft_and_acceptance(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(rng, "STREAM_DRAFT", rng.STREAM_ACCEPT)
+    patch.setattr(Rule.REJECTION, "draft_stream", rng.STREAM_ACCEPT)
 
 
 def one_stream_for_draft_and_residual(engine: Engine, patch: pytest.MonkeyPatch) -> None:

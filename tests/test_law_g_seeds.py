@@ -96,7 +96,7 @@ def test_noise_keyed_by_the_slot_is_noticed(
 
     def mutant(self: BatchState, sequence: Any) -> None:
         admit(self, sequence)
-        self.seeds[sequence.slot] += sequence.slot
+        self.rows.seeds[sequence.slot] += sequence.slot
 
     monkeypatch.setattr(BatchState, "admit", mutant)
     with pytest.raises(AssertionError):
@@ -111,7 +111,7 @@ def test_noise_counted_by_the_round_is_noticed_under_preemption(
 
     def mutant(self: BatchState, sequence: Any) -> None:
         admit(self, sequence)
-        self.seeds[sequence.slot] += sequence.place.num_preemptions
+        self.rows.seeds[sequence.slot] += sequence.place.num_preemptions
 
     monkeypatch.setattr(BatchState, "admit", mutant)
     with pytest.raises(AssertionError):
@@ -219,6 +219,8 @@ def test_coupled_text_is_plains_for_a_draft_model(
 
 
 def test_rejection_in_place_of_coupling_is_noticed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SamplingParams, "uses_rejection", property(lambda params: not params.is_greedy))
+    monkeypatch.setattr(
+        SamplingParams, "rule", property(lambda params: "match" if params.is_greedy else "rejection")
+    )
     with pytest.raises(AssertionError):
         check_coupled_equals_plain(engine, None, (3,))

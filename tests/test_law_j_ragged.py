@@ -250,8 +250,7 @@ def filter_with_the_neighbours_parameters(monkeypatch: pytest.MonkeyPatch) -> No
 
     def faulty(self: BatchState, *args: Any, **kwargs: Any) -> Any:
         batch = select(self, *args, **kwargs)
-        object.__setattr__(batch, "top_k", batch.top_k.roll(1))
-        return batch
+        return replace(batch, rows=batch.rows._replace(top_k=batch.rows.top_k.roll(1)))
 
     monkeypatch.setattr(BatchState, "select", faulty)
 
@@ -261,8 +260,8 @@ def share_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def faulty(self: BatchState, *args: Any, **kwargs: Any) -> Any:
         batch = select(self, *args, **kwargs)
-        object.__setattr__(batch, "seeds", batch.seeds[:1].expand(batch.slots.numel()).contiguous())
-        return batch
+        seeds = batch.rows.seeds[:1].expand(batch.slots.numel()).contiguous()
+        return replace(batch, rows=batch.rows._replace(seeds=seeds))
 
     monkeypatch.setattr(BatchState, "select", faulty)
 

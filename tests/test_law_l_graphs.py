@@ -328,13 +328,13 @@ def freeze_the_plan(patch: pytest.MonkeyPatch) -> None:
 
 def forget_new_slots(patch: pytest.MonkeyPatch) -> None:
     """Rows keep the slots, seeds and temperatures of whoever had them first."""
-    rows = BatchState._rows
+    select_rows = BatchState._select_rows
 
     def mutant(self: BatchState, slots: list[int], size: int) -> Any:
-        known, kept = self._selected.get(size, ([], {}))
-        return kept if kept and any(slot != self.num_slots for slot in known) else rows(self, slots, size)
+        known, *kept = self._selected.get(size, ([],))
+        return kept if any(slot != self.num_slots for slot in known) else select_rows(self, slots, size)
 
-    patch.setattr(BatchState, "_rows", mutant)
+    patch.setattr(BatchState, "_select_rows", mutant)
     patch.setattr(BatchState, "_forget_selections", lambda self: None)
 
 

@@ -23,6 +23,7 @@ from scripted_drafters import ScriptedDrafter
 
 from specengine import Engine, SamplingParams
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch
+from specengine.kernels.types.rows import SamplingRows
 from specengine.models.decoder import Decoder, build_program
 from specengine.ops.interpreter import Interpreter
 from specengine.runtime.batch import Feed, build_forward_batch
@@ -80,14 +81,15 @@ def test_one_call_gives_the_bits_of_single_ops(
         assert torch.equal(logits, single.forward(batch, theirs, VOCAB - 3))
         assert torch.equal(ours, theirs), "keys and values"
         count = batch.slots.numel()
-        keys = DrawKeys(
-            torch.tensor([0.0, 0.8, 1.3])[:count],
-            torch.tensor([5, 0, 9], dtype=torch.int32)[:count],
-            torch.tensor([0.5, 1.0, 0.9])[:count],
-            torch.tensor([0.1, 0.0, 0.02])[:count],
-            torch.tensor([-5, 2**62, 7])[:count],
-            has_filters=True,
+        by_sequence = SamplingRows(
+            temperature=torch.tensor([0.0, 0.8, 1.3]),
+            top_k=torch.tensor([5, 0, 9], dtype=torch.int32),
+            top_p=torch.tensor([0.5, 1.0, 0.9]),
+            min_p=torch.tensor([0.1, 0.0, 0.02]),
+            seeds=torch.tensor([-5, 2**62, 7]),
+            rule=torch.zeros(3, dtype=torch.int32),
         )
+        keys = DrawKeys(by_sequence.take(slice(count)), has_filters=True)
         drawn = decoder.draw(batch, ours, VOCAB - 3, keys)
         for mine, other in zip(drawn, single.draw(batch, theirs, VOCAB - 3, keys), strict=True):
             assert torch.equal(mine, other)
@@ -182,7 +184,7 @@ def test_a_draft_that_does_not_fit_is_refused(
         seq_len=4 * ones,
         limits=3 * ones,
     )
-    keys = DrawKeys(torch.zeros(1), 0 * ones, torch.ones(1), torch.zeros(1), torch.zeros(1).long(), False)
+    keys = DrawKeys(SamplingRows.empty(1), False)
     kv_cache = new_kv_cache(decoder, torch.float32)
     with pytest.raises(ValueError, match="limits: token 6 does not fit 6"):
         decoder.draft(rows, kv_cache, VOCAB, keys)

@@ -21,6 +21,7 @@ from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.device.launch import record
+from specengine.kernels.types.rules import Rule
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.speculative import run_round
@@ -33,9 +34,9 @@ MODES = {
     "plain": RoundMode(),
     "filtered": RoundMode(has_filters=True),
     "logprobs": RoundMode(wants_logprobs=True),
-    "rejection": RoundMode(has_rejection=True, is_all_rejection=True),
-    "rejection, filtered": RoundMode(has_rejection=True, is_all_rejection=True, has_filters=True),
-    "mixed": RoundMode(has_rejection=True, has_filters=True),
+    "rejection": RoundMode(rules=(Rule.REJECTION,)),
+    "rejection, filtered": RoundMode(rules=(Rule.REJECTION,), has_filters=True),
+    "mixed": RoundMode(rules=(Rule.MATCH, Rule.REJECTION), has_filters=True),
 }
 # Those of PyTorch's ops that launch nothing (zeros are workspaces, which on a GPU are there already).
 NO_KERNEL = {

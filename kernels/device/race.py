@@ -21,6 +21,7 @@ from specengine.kernels.device.noise import (
     sanitise,
     vocabulary_counter,
 )
+from specengine.kernels.types.rows import COLUMNS, SamplingRows
 
 # Tokens of a program: a vector of 16 bytes a lane for each of its 128 threads. Any multiple of 128 gives the same bits.
 TILE = 8192 if IS_INTERPRETED else 2048
@@ -54,6 +55,15 @@ def check_small(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.
     if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{name}: expected {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}")
     return tensor.contiguous()
+
+
+def check_columns(rows: SamplingRows, count: int, *names: str) -> tuple[Tensor, ...]:
+    """Columns of `count` rows, those named or all of them, in the order of the declaration."""
+    return tuple(
+        check_small(name, values, (count,), column.dtype)
+        for (name, column), values in zip(COLUMNS.items(), rows, strict=True)
+        if not names or name in names
+    )
 
 
 def check_output(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Literal
 from torch import Tensor
 
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
 
 Register = Literal["hidden", "query", "attended", "residual", "expanded"]
 
@@ -127,17 +128,13 @@ class ForwardBatch:
 
 @dataclass(frozen=True)
 class DrawKeys:
-    """What the draws of a batch depend on, `[B]` each, by sequence: temperature fp32 (0 = greedy), the filters
-    top_k int32, top_p and min_p fp32 (see `specengine.kernels.reference.filter_rows`), seeds int64.
+    """What the draws of a batch depend on.
 
+    rows:        `[B]`, by sequence
     has_filters: whether any of the sequences has a filter, as the host knows it
     """
 
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seeds: Tensor
+    rows: SamplingRows
     has_filters: bool
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specengine import rng
 from specengine.drafters.base import DraftProposal, RowResult
 from specengine.kernels.types.program import ForwardBatch
+from specengine.kernels.types.rules import Rule
 from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner, draw_keys
@@ -55,7 +55,7 @@ class DraftModelDrafter:
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
-        if batch.bias is None and not batch.may_reject:
+        if batch.bias is None and not batch.reads_law:
             drafted = self.runner.draft(batch)
             if drafted is not None:
                 tokens, error = drafted
@@ -160,13 +160,13 @@ class _Draft:
         rows = runner.build(batch, feed)
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return
-        if batch.bias is None and not batch.may_reject:
+        if batch.bias is None and not batch.reads_law:
             self._stage(step, *runner.draw(rows, batch))
             return
         position = plan.seq_len if batch.bias is None else plan.seq_len + step
         _, logits, stats = runner.judge(rows, batch, plan.is_drafting[step], position)
         tokens, log_probs = self._sample(step, rows, logits, stats)
-        if not batch.may_reject:
+        if not batch.reads_law:
             self._stage(step, tokens, None, (log_probs, None, stats))
             return
         if self._law is None:
@@ -194,23 +194,21 @@ class _Draft:
         self._runner.backend.stage_draft(step, *where, drawn, error, *drafts, *drawn_from, *kept)
 
     def _sample(self, step: int, rows: ForwardBatch, logits: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-        """Match mode draws with the target's own noise, rejection mode with the draft stream's."""
-        batch, backend = self._batch, self._runner.backend
-        temperature, *_, seeds, position = row_keys(backend, draw_keys(batch), rows)
+        """Each row draws with the noise that its rule asks for."""
+        backend, rules = self._runner.backend, self._batch.mode.rules
+        judged_by, position = row_keys(backend, draw_keys(self._batch), rows)
+        keys = (judged_by.temperature, judged_by.seeds, position)
 
-        def draw(stream: int, base: Tensor) -> tuple[Tensor, Tensor]:
-            return backend.sample_rows(logits, stats, temperature, seeds, position, stream, base)
+        def draw(rule: Rule) -> tuple[Tensor, Tensor]:
+            base = position - step if rule.reads_law else torch.zeros_like(position)
+            return backend.sample_rows(logits, stats, *keys, rule.draft_stream, base)
 
-        if batch.mode.is_all_rejection:
-            return draw(rng.STREAM_DRAFT, position - step)
-        matched = draw(rng.STREAM_TARGET, torch.zeros_like(position))
-        if not batch.mode.has_rejection:
-            return matched
-        own = draw(rng.STREAM_DRAFT, position - step)
-        owner = torch.searchsorted(rows.q_start, rows.logit_rows.int(), right=True) - 1
-        is_rejection = batch.uses_rejection[owner.clamp_max(batch.slots.numel() - 1)]
-        tokens, log_probs = (torch.where(is_rejection, *pair) for pair in zip(own, matched, strict=True))
-        return tokens, log_probs
+        drawn = draw(rules[0])
+        for rule in rules[1:]:
+            is_ruled = judged_by.rule == rule
+            tokens, log_probs = (torch.where(is_ruled, *pair) for pair in zip(draw(rule), drawn, strict=True))
+            drawn = tokens, log_probs
+        return drawn
 
 
 @dataclass(frozen=True)

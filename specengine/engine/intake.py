@@ -107,7 +107,7 @@ class Intake:
                     raise ValueError(
                         f"{name} must be below the vocabulary size {self._vocab_size}, got {token_id}"
                     )
-        needs_logits = params.uses_rejection or params.logprobs is not None or params.logit_bias
+        needs_logits = params.rule != "match" or params.logprobs is not None or params.logit_bias
         if not self._is_lossless and (needs_logits or params.min_new_tokens):
             raise ValueError(
                 "forced_acceptance times greedy and coupled decoding: it goes with no acceptance='rejection', "

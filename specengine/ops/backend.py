@@ -13,6 +13,7 @@ from torch import Tensor
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, Program
 from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.rows import SamplingRows
 from specengine.weight_formats import WeightFormat
 
 
@@ -217,16 +218,8 @@ class Backend(Protocol):
     ) -> RoundPlan: ...
 
     def row_keys(
-        self,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
-        q_start: Tensor,
-        positions: Tensor,
-        logit_rows: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+        self, rows: SamplingRows, q_start: Tensor, positions: Tensor, logit_rows: Tensor
+    ) -> tuple[SamplingRows, Tensor]: ...
 
     def stage_draft(
         self,

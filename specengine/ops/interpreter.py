@@ -19,6 +19,7 @@ from specengine.kernels.types.program import (
     Program,
     Register,
 )
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 
@@ -41,21 +42,21 @@ class Interpreter:
         program, ops = self._program, self._backend
         hidden = self._logit_inputs(batch, kv_cache)
         padding = _padding(batch.num_logit_rows)
-        temperature, *filters, _, _ = row_keys(ops, keys, batch)
+        rows, _ = row_keys(ops, keys, batch)
         head = (hidden, program.final_norm, program.head, vocab_size)
         if not keys.has_filters:
-            return ops.head_stats(*head, temperature, **padding)
+            return ops.head_stats(*head, rows.temperature, **padding)
         logits = ops.head(*head, **padding)
-        return logits, ops.filter_rows(logits, temperature, *filters, **padding)
+        return logits, ops.filter_rows(logits, *rows[:4], **padding)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         program, ops = self._program, self._backend
         hidden = self._logit_inputs(batch, kv_cache)
-        temperature, top_k, top_p, min_p, seeds, positions = row_keys(ops, keys, batch)
-        filters = (top_k, top_p, min_p) if keys.has_filters else (None, None, None)
-        drawn = (temperature, *filters, seeds, positions)
+        rows, positions = row_keys(ops, keys, batch)
+        filters = rows[1:4] if keys.has_filters else (None, None, None)
+        drawn = (rows.temperature, *filters, rows.seeds, positions)
         head = (hidden, program.final_norm, program.head, vocab_size)
         return ops.head_draw(*head, *drawn, **_padding(batch.num_logit_rows))
 
@@ -98,11 +99,10 @@ class Interpreter:
         return values["hidden"]
 
 
-def row_keys(backend: Backend, keys: DrawKeys, batch: ForwardBatch) -> tuple[Tensor, ...]:
-    """The `row_keys` op on a batch: temperature, top_k, top_p, min_p, seeds and position of each logit row."""
-    by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
-    rows = (batch.q_start, batch.positions, batch.logit_rows)
-    return backend.row_keys(*by_sequence, *rows, **_padding(batch.num_logit_rows))
+def row_keys(backend: Backend, keys: DrawKeys, batch: ForwardBatch) -> tuple[SamplingRows, Tensor]:
+    """The `row_keys` op on a batch: what each logit row is judged by, and the position that it decides."""
+    where = (batch.q_start, batch.positions, batch.logit_rows)
+    return backend.row_keys(keys.rows, *where, **_padding(batch.num_logit_rows))
 
 
 def _padding(num_rows: Tensor | None) -> dict[str, Any]:

@@ -212,22 +212,19 @@ class NativeExecutor:
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         logits = self.forward(batch, kv_cache, vocab_size)
-        by_sequence = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
-        temperature, *filters, _, _ = row_keys(*by_sequence, batch.q_start, batch.positions, batch.logit_rows)
-        return logits, self._ops.filter_rows(logits, temperature, *filters)
+        rows, _ = row_keys(keys.rows, batch.q_start, batch.positions, batch.logit_rows)
+        return logits, self._ops.filter_rows(logits, *rows[:4])
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
-        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
-        return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *drawn)
+        return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *keys.rows[:5])
 
     def draft(
         self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
-        drawn = (keys.temperature, keys.top_k, keys.top_p, keys.min_p, keys.seeds)
-        return self._decoder.draft(*where, kv_cache, vocab_size, *drawn)
+        return self._decoder.draft(*where, kv_cache, vocab_size, *keys.rows[:5])
 
 
 def _no_filters(temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

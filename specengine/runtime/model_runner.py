@@ -67,8 +67,8 @@ class ModelRunner:
             return JudgedLogits(logits, logits, stats)
         logits = self.forward(rows)
         biased = apply_bias(logits, batch, row_starts(num_rows), num_rows, first_position)
-        temperature, *filters, _, _ = row_keys(self.backend, draw_keys(batch), rows)
-        return JudgedLogits(logits, biased, self.backend.filter_rows(biased, temperature, *filters))
+        judged_by, _ = row_keys(self.backend, draw_keys(batch), rows)
+        return JudgedLogits(logits, biased, self.backend.filter_rows(biased, *judged_by[:4]))
 
     def draw(self, rows: ForwardBatch, batch: RunningBatch) -> tuple[Tensor, Tensor]:
         """`forward`, then the draw of each logit row by its sequence's parameters and seed; no logits are stored.
@@ -94,5 +94,4 @@ class ModelRunner:
 
 def draw_keys(batch: RunningBatch) -> DrawKeys:
     """What the batch's draws depend on."""
-    filters = (batch.top_k, batch.top_p, batch.min_p)
-    return DrawKeys(batch.temperature, *filters, batch.seeds, batch.mode.has_filters)
+    return DrawKeys(batch.rows, batch.mode.has_filters)

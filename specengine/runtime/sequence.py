@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from specengine import rng
 from specengine.config import AUTO, AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
+from specengine.kernels.types.rules import Rule
 from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.text import TextStream
 
@@ -99,6 +100,16 @@ class Sequence:
     @property
     def seed(self) -> int:
         return rng.derive_seed(self.request.seed, self.sample_index)
+
+    @property
+    def signed_seed(self) -> int:
+        """The bits of the seed, as rows of the state hold them."""
+        return rng.signed_seed(self.seed)
+
+    @property
+    def rule(self) -> Rule:
+        """How the drafts are judged."""
+        return Rule[self.params.rule.upper()]
 
     @property
     def params(self) -> SamplingParams:

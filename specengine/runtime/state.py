@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, replace
-from typing import Any
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from specengine import rng
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
 from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.rows import COLUMNS, SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 from specengine.runtime.sequence import Sequence
 
 _FOREVER = 2**31 - 1
-# What a row of a batch is made of that only `admit` changes.
-_CONSTANTS = ("temperature", "top_k", "top_p", "min_p", "seeds", "uses_rejection")
+# Where a sequence has the numbers of its row, in the columns' order.
+_SOURCES = tuple(attrgetter(column.source) for column in COLUMNS.values())
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,13 @@ class LogitBias:
 class RoundMode:
     """What kind of round a batch needs; rounds of one mode and size run the same operations.
 
-    has_rejection, is_all_rejection: whether any / every row uses rejection mode
+    rules:          the rules that its rows ask for, ascending
     has_filters:    whether any row has top-k, top-p or min-p
     wants_logprobs: whether any row's log-probabilities are wanted
     has_bias:       whether any row's logits are biased
     """
 
-    has_rejection: bool = False
-    is_all_rejection: bool = False
+    rules: tuple[Rule, ...] = (Rule.MATCH,)
     has_filters: bool = False
     wants_logprobs: bool = False
     has_bias: bool = False
@@ -57,9 +57,7 @@ class RunningBatch:
     sequence_ids:   stable names, for drafters that keep state
     slots:          int32, rows of `tokens` and `block_table`
     k:              the most tokens that any sequence may draft this round
-    temperature, top_p, min_p: fp32; top_k: int32
-    seeds:          int64, the bits of the 64-bit seeds
-    uses_rejection: bool, rejection mode (never set on greedy rows)
+    rows:           what each sequence is judged by
     tokens:         `[S, max_seq_len + 65]` int32, committed tokens; beyond seq_len staged drafts
     block_table:    `[S, max_blocks]` int32
     bias:           sparse additions to the logits, or None
@@ -74,12 +72,7 @@ class RunningBatch:
     sequence_ids: tuple[int, ...]
     slots: Tensor
     k: int
-    temperature: Tensor
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seeds: Tensor
-    uses_rejection: Tensor
+    rows: SamplingRows
     tokens: Tensor
     block_table: Tensor
     bias: LogitBias | None
@@ -112,20 +105,25 @@ class RunningBatch:
         return self.planned.num_draft
 
     @property
-    def may_reject(self) -> bool:
-        """Whether some draft may be judged by rejection sampling."""
-        return self.mode.has_rejection and self.k > 0
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules that judge the round. MATCH always: whoever drafts nothing is judged by it."""
+        return (Rule.MATCH, *(rule for rule in self.mode.rules if rule != Rule.MATCH and self.k > 0))
+
+    @property
+    def reads_law(self) -> bool:
+        """Whether some draft may be judged by the law that it was drawn from."""
+        return any(rule.reads_law for rule in self.rules)
 
     @property
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
-        return not (self.mode.has_bias or self.mode.wants_logprobs or self.may_reject)
+        return not (self.mode.has_bias or self.mode.wants_logprobs or self.reads_law)
 
     def without_padding(self) -> RunningBatch:
         """The batch of its sequences alone."""
         if self.size == self.slots.numel():
             return self
-        return replace(self, **{name: getattr(self, name)[: self.size] for name in ("slots", *_CONSTANTS)})
+        return replace(self, slots=self.slots[: self.size], rows=self.rows.take(slice(self.size)))
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included. Asks no device."""
@@ -151,27 +149,22 @@ class BatchState:
         # Rounds write up to k + 1 tokens past the committed ones, wherever those end.
         width = max_seq_len + MAX_NUM_SPECULATIVE_TOKENS + 1
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> Tensor:
-            return torch.zeros(*shape, dtype=dtype, device=device)
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.int32, device=device)
 
         num_rows = num_slots + 1
         self.tokens = zeros(num_rows, width)
         self.seq_len = zeros(num_rows)
         self.length_limit = zeros(num_rows)
         self.num_speculative = zeros(num_rows)
-        self.temperature = zeros(num_rows, dtype=torch.float32)
-        self.top_k = zeros(num_rows)
-        self.top_p = zeros(num_rows, dtype=torch.float32) + 1
-        self.min_p = zeros(num_rows, dtype=torch.float32)
-        self.seeds = zeros(num_rows, dtype=torch.int64)
-        self.uses_rejection = zeros(num_rows, dtype=torch.bool)
-        self._selected: dict[int, tuple[list[int], dict[str, Tensor]]] = {}
+        self.rows = SamplingRows.empty(num_rows, device)
+        self._selected: dict[int, tuple[list[int], Tensor, SamplingRows]] = {}
         # `num_speculative` as the host wrote it last.
         self._num_speculative = [0] * num_slots
 
     def admit(self, sequence: Sequence) -> None:
         """Fills the row of a sequence that has just been given a slot."""
-        slot, params = sequence.slot, sequence.params
+        slot = sequence.slot
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
         self._forget_selections()
         ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
@@ -179,12 +172,8 @@ class BatchState:
         self.seq_len[slot] = sequence.num_tokens
         self.length_limit[slot] = sequence.length_limit
         self._set_num_speculative(slot, sequence.num_speculative_tokens)
-        self.temperature[slot] = params.temperature
-        self.top_k[slot] = params.top_k
-        self.top_p[slot] = params.top_p
-        self.min_p[slot] = params.min_p
-        self.seeds[slot] = rng.signed_seed(sequence.seed)
-        self.uses_rejection[slot] = params.uses_rejection
+        for values, number_of in zip(self.rows, _SOURCES, strict=True):
+            values[slot] = number_of(sequence)
 
     def select(
         self,
@@ -205,9 +194,12 @@ class BatchState:
         for slot, sequence in zip(slots, sequences, strict=True):
             if self._num_speculative[slot] != sequence.num_speculative_tokens:
                 self._set_num_speculative(slot, sequence.num_speculative_tokens)
+        slots_and_padding, rows = self._select_rows(slots, size or len(slots))
         return RunningBatch(
             sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
+            slots=slots_and_padding,
             k=k,
+            rows=rows,
             tokens=self.tokens,
             block_table=block_table,
             bias=_build_bias(sequences, self.device),
@@ -217,7 +209,6 @@ class BatchState:
             draft_limits=tuple(min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences),
             forced_acceptance=self._forced_acceptance,
             sequences=tuple(sequences),
-            **self._rows(slots, size or len(slots)),
         )
 
     def _set_num_speculative(self, slot: int, k: int) -> None:
@@ -225,22 +216,22 @@ class BatchState:
         self.num_speculative[slot] = k
         self._num_speculative[slot] = k
 
-    def _rows(self, slots: list[int], size: int) -> dict[str, Any]:
-        """The slots and those rows of what only `admit` changes; what is right already is not written again."""
+    def _select_rows(self, slots: list[int], size: int) -> tuple[Tensor, SamplingRows]:
+        """The slots, padded, and their rows, which only `admit` changes: what is right is not written again."""
         padded = slots + [self.num_slots] * (size - len(slots))
-        known, rows = self._selected.get(size, ([], {}))
-        if known == padded:
-            return rows
-        of_slots = torch.tensor(padded, dtype=torch.int32, device=self.device)
-        index = of_slots.long()
-        fresh = {"slots": of_slots, **{name: getattr(self, name)[index] for name in _CONSTANTS}}
-        for name, values in rows.items():
-            values.copy_(fresh[name])
-        self._selected[size] = padded, rows or fresh
-        return self._selected[size][1]
+        selection = self._selected.get(size)
+        if selection is None or selection[0] != padded:
+            of_slots = torch.tensor(padded, dtype=torch.int32, device=self.device)
+            rows = self.rows.take(of_slots.long())
+            if selection is not None:
+                for kept, fresh in zip((selection[1], *selection[2]), (of_slots, *rows), strict=True):
+                    kept.copy_(fresh)
+                of_slots, rows = selection[1:]
+            self._selected[size] = selection = padded, of_slots, rows
+        return selection[1:]
 
     def _forget_selections(self) -> None:
-        self._selected = {size: ([], rows) for size, (_, rows) in self._selected.items()}
+        self._selected = {size: ([], *selection[1:]) for size, selection in self._selected.items()}
 
     def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
         """The batch with what its round feeds, as the state stands now."""
@@ -265,10 +256,8 @@ class BatchState:
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:
     """The mode that a round of these sequences has."""
     params = [sequence.params for sequence in sequences]
-    rejection = [each.uses_rejection for each in params]
     return RoundMode(
-        has_rejection=any(rejection),
-        is_all_rejection=all(rejection) and bool(rejection),
+        rules=tuple(sorted({sequence.rule for sequence in sequences})) or RoundMode.rules,
         has_filters=any(each.has_filters for each in params),
         wants_logprobs=any(each.logprobs is not None for each in params),
         has_bias=any(_bias_entries(0, sequence) for sequence in sequences),

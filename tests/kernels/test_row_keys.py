@@ -10,27 +10,38 @@ from kernel_cases import TRITON, random_seeds
 from torch import Tensor
 
 from specengine.kernels import reference
+from specengine.kernels.types.rows import COLUMNS, SamplingRows
 from specengine.ops.backend import Backend
 
-NAMES = ("temperature", "top_k", "top_p", "min_p", "seeds", "q_start", "positions", "logit_rows")
+NAMES = ("rows", "q_start", "positions", "logit_rows")
+Case = tuple[SamplingRows, Tensor, Tensor, Tensor]
 
 
-def build_case(q_len: list[int], rows: list[int] | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+def build_case(q_len: list[int], rows: list[int] | None = None, seed: int = 0) -> Case:
     """Sequences of the given lengths, and the rows of these tokens; all of them by default."""
     generator = torch.Generator().manual_seed(seed)
     count, total = len(q_len), sum(q_len)
-    numbers = [torch.rand(count, generator=generator) for _ in range(3)]
-    top_k = torch.randint(0, 50, (count,), generator=generator, dtype=torch.int32)
+    by_sequence = SamplingRows(
+        *(
+            torch.rand(count, generator=generator)
+            if values.is_floating_point()
+            else torch.randint(-50, 50, (count,), generator=generator, dtype=values.dtype)
+            for values in SamplingRows.empty(count)
+        )
+    )._replace(seeds=random_seeds(count, seed))
     q_start = torch.tensor([0, *q_len]).cumsum(0).int()
     positions = torch.randint(0, 1000, (total,), generator=generator, dtype=torch.int32)
     logit_rows = torch.arange(total) if rows is None else torch.tensor(rows, dtype=torch.int64)
-    return numbers[0], top_k, *numbers[1:], random_seeds(count, seed), q_start, positions, logit_rows
+    return by_sequence, q_start, positions, logit_rows
 
 
-def check_row_keys(op, case: tuple[Tensor, ...]) -> None:
-    for name, actual, expected in zip(NAMES, op(*case), reference.row_keys(*case), strict=False):
-        assert actual.dtype == expected.dtype, name
-        assert torch.equal(actual, expected), name
+def check_row_keys(op, case: Case) -> None:
+    (actual, decided), (expected, expected_decided) = op(*case), reference.row_keys(*case)
+    assert torch.equal(decided, expected_decided)
+    assert decided.dtype == torch.int32
+    for name, mine, other in zip(COLUMNS, actual, expected, strict=True):
+        assert mine.dtype == COLUMNS[name].dtype, name
+        assert torch.equal(mine, other), name
 
 
 LENGTHS = {
@@ -52,24 +63,25 @@ def test_equals_the_reference(ops: Backend, name: str) -> None:
 def test_the_last_rows_of_each(ops: Backend, name: str) -> None:
     """As a first draft wants them: one row a sequence."""
     case = build_case(LENGTHS[name])
-    q_start = case[5]
+    q_start = case[1]
     rows = (q_start[1:] - 1)[q_start.diff() > 0].tolist()
     check_row_keys(ops.row_keys, build_case(LENGTHS[name], rows))
 
 
 def test_no_rows(ops: Backend) -> None:
     for case in (build_case([2, 1], []), build_case([0, 0], []), build_case([], [])):
-        assert [each.shape[0] for each in ops.row_keys(*case)] == [0] * 6
+        rows, positions = ops.row_keys(*case)
+        assert {each.shape[0] for each in (*rows, positions)} == {0}
 
 
 def test_what_it_says(ops: Backend) -> None:
     """Row r decides the position after its token."""
-    temperature, top_k, top_p, min_p, seeds, q_start, positions, logit_rows = build_case([2, 0, 3], [1, 3, 4])
-    rows = ops.row_keys(temperature, top_k, top_p, min_p, seeds, q_start, positions, logit_rows)
+    given, q_start, positions, logit_rows = build_case([2, 0, 3], [1, 3, 4])
+    rows, decided = ops.row_keys(given, q_start, positions, logit_rows)
     owner = [0, 2, 2]
-    for actual, values in zip(rows, (temperature, top_k, top_p, min_p, seeds), strict=False):
+    for actual, values in zip(rows, given, strict=True):
         assert torch.equal(actual, values[owner])
-    assert rows[5].tolist() == [int(positions[row]) + 1 for row in (1, 3, 4)]
+    assert decided.tolist() == [int(positions[row]) + 1 for row in (1, 3, 4)]
 
 
 @pytest.fixture
@@ -90,8 +102,10 @@ def test_padding_is_left_alone(num_rows: int) -> None:
     rows = torch.full((64,), 2**40)
     rows[1::2] = -(2**40)
     rows[:used] = torch.arange(used)
-    padded = TRITON.row_keys(*case[:-1], rows, num_rows=torch.tensor([num_rows], dtype=torch.int32))
-    for actual, expected in zip(padded, reference.row_keys(*case), strict=True):
+    padded, decided = TRITON.row_keys(*case[:-1], rows, num_rows=torch.tensor([num_rows], dtype=torch.int32))
+    expected_rows, expected_decided = reference.row_keys(*case)
+    pairs = zip((*padded, decided), (*expected_rows, expected_decided), strict=True)
+    for actual, expected in pairs:
         assert torch.equal(actual[:used], expected[:used])
         padding = actual[num_rows:]
         is_untouched = (
@@ -105,39 +119,40 @@ def test_rows_of_a_batch_without_tokens_read_nothing_that_is_not_there() -> None
     """Nobody runs: all rows are `expand_batch`'s zeros, of tokens that nobody wrote."""
     case = build_case([0, 0, 0])
     positions = torch.tensor([41, 0, 0], dtype=torch.int32)
-    rows = TRITON.row_keys(*case[:-2], positions, torch.zeros(3, dtype=torch.int64))
-    for actual, values in zip(rows, case[:5], strict=False):
+    rows, decided = TRITON.row_keys(*case[:-2], positions, torch.zeros(3, dtype=torch.int64))
+    for actual, values in zip(rows, case[0], strict=True):
         assert torch.equal(actual, values[-1].expand(3))
-    assert rows[5].tolist() == [42] * 3
+    assert decided.tolist() == [42] * 3
 
 
 @pytest.mark.triton
 def test_wrong_arguments_are_named() -> None:
     """By Triton: natively this is PyTorch."""
-    case = dict(zip(NAMES, build_case([2, 3]), strict=True))
+    rows, q_start, positions, logit_rows = build_case([2, 3])
+    case = dict(zip(NAMES, (rows, q_start, positions, logit_rows), strict=True))
     wrong = {
-        "temperature": case["temperature"].double(),
-        "top_k": case["top_k"].long(),
-        "top_p": case["top_p"][:1],
-        "min_p": case["min_p"][:1],
-        "seeds": case["seeds"].int(),
-        "q_start": case["q_start"][:-1],
-        "positions": case["positions"].long(),
-        "logit_rows": case["logit_rows"].int(),
+        "q_start": {"q_start": q_start.long()},
+        "positions": {"positions": positions.long()},
+        "logit_rows": {"logit_rows": logit_rows.int()},
     }
-    for name, value in wrong.items():
+    for name, values in zip(COLUMNS, rows, strict=True):
+        wrong[name] = {"rows": rows._replace(**{name: values[:1]})}
         with pytest.raises(ValueError, match=f"{name}: expected"):
-            TRITON.row_keys(*{**case, name: value}.values())
+            TRITON.row_keys(rows._replace(**{name: values.short()}), q_start, positions, logit_rows)
+    for name, change in wrong.items():
+        with pytest.raises(ValueError, match=f"{name}: expected"):
+            TRITON.row_keys(*{**case, **change}.values())
     with pytest.raises(ValueError, match="positions: no tokens for 5 logit_rows"):
-        TRITON.row_keys(*{**case, "positions": case["positions"][:0]}.values())
-    with pytest.raises(ValueError, match="temperature: no sequences for 1 logit_rows"):
+        TRITON.row_keys(rows, q_start, positions[:0], logit_rows)
+    with pytest.raises(ValueError, match="rows: no sequences for 1 logit_rows"):
         TRITON.row_keys(*build_case([], [0]))
 
 
 FAULTS = {
     "the sequence's before": ("q_start", lambda q_start: (q_start + 1) * (q_start > 0)),
     "the next token's": ("logit_rows", lambda rows: rows.roll(1)),
-    "seeds of 32 bits": ("seeds", lambda seeds: seeds & 0xFFFFFFFF),
+    "seeds of 32 bits": ("rows", lambda rows: rows._replace(seeds=rows.seeds & 0xFFFFFFFF)),
+    "another's rule": ("rows", lambda rows: rows._replace(rule=rows.rule.roll(1))),
 }
 
 
