@@ -31,7 +31,7 @@ BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow lint format bench bench-generate sanitize install clean
+.PHONY: help demo test test-slow lint format bench bench-generate sanitize rehearse-gpu install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -74,6 +74,9 @@ sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED)/tree LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0; \
 	(cd build && ../$(BIN)/python -c "import torch; from specengine import _C; assert 'sanitized' in _C.__file__, _C.__file__") && \
 	$(PYTEST) -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/kernels
+
+rehearse-gpu:  ## A visit to a GPU machine without network, rehearsed here (5 GB, once)
+	@PYTHON=$(if $(filter file,$(origin PYTHON)),,$(PYTHON)) PIP_FLAGS="$(PIP_FLAGS)" bash tools/rehearse_gpu.sh
 
 install: $(NATIVE_BUILT)  ## Only set up .venv: dependencies, the package in place, its extension
 

@@ -1,7 +1,7 @@
 """Everything that is to be measured on a GPU, by one command: the machine, the tests, the microbenchmarks, and the
 end-to-end table.
 
-    python benchmarks/gpu.py                                   # everything; each part takes at most nine minutes
+    python benchmarks/gpu.py                                   # everything; each part takes at most eight minutes
     python benchmarks/gpu.py --list
     python benchmarks/gpu.py --only machine tests graphs-medium
     python benchmarks/gpu.py --device cpu --tiny               # without a GPU: a rehearsal, nothing is measured

@@ -259,7 +259,7 @@ def test_listing_loads_nothing_heavy() -> None:
         (["--only", "generat"], "--only: 'generat' is none of the parts or groups"),
         (["--only", "machine,nothing"], "'nothing' is none of"),
         (["--device", "cpu"], "--device cpu needs --tiny"),
-        (["--limit", "541"], "--limit must be above 0 and at most 540, got 541"),
+        (["--limit", "481"], "--limit must be above 0 and at most 480, got 481"),
         (["--tiny", "--only", "micro"], "none of these parts can be rehearsed"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
     ],
@@ -558,7 +558,23 @@ def test_a_summary_has_what_was_counted_and_what_came_last(tmp_path: Path) -> No
     assert suites.summary(log) == "3 passed, 2 skipped in 4.05s; ERROR SUMMARY: 0 errors"
 
 
-def test_no_tests_are_a_failure(tmp_path: Path) -> None:
+def test_the_parts_have_every_test_of_a_kernel_once() -> None:
+    """Whatever else is in tests/ is in `tests-engine`, or in a part that this one leaves out."""
+    given = {part.name: part.arguments["arguments"] for part in parts.PARTS if part.group == "tests"}
+    engine = given.pop("tests-engine")
+    named = [path for paths in given.values() for path in paths]
+    assert len(named) == len(set(named))
+    folder = ROOT / "tests"
+    assert {ROOT / path for path in named if path.startswith("tests/kernels/")} == {
+        *folder.glob("kernels/test_*.py")
+    }
+    left_out = {ROOT / text.removeprefix("--ignore=") for text in engine[1:]}
+    assert left_out == {folder / "kernels"} | {ROOT / path for path in named if "kernels/" not in path}
+    assert all(path.exists() for path in left_out)
+
+
+def test_no_tests_are_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(suites, "NUM_WORKERS", 0)
     given = context(tmp_path, arguments=["-k", "no_such_test", "tests/test_rng.py"])
     with pytest.raises(FailedError, match="no test was found"):
         suites.run_tests(given)

@@ -27,6 +27,7 @@ PYTEST = (
     "import sys; sys.path[:] = filter(None, sys.path); import pytest; sys.exit(pytest.console_main())",
     *("-q", "-p", "no:cacheprovider"),
 )
+NUM_WORKERS = 8
 SANITIZER_ERROR = 86
 NO_TESTS = 5
 COUNTED = re.compile(r"\d+ (passed|failed|errors?|skipped|deselected)\b.* in [\d.]+s")
@@ -108,8 +109,11 @@ def summary(log: Path) -> str:
 
 
 def run_tests(context: Context) -> None:
-    """`pytest -m gpu`: with a GPU, every test of Triton kernels is one of it. Long versions have their own command."""
-    marks = ("-m", "gpu and not slow")
+    """`pytest -m gpu`: with a GPU, every test of Triton kernels is one of it. Long versions have their own command.
+
+    Several processes share the GPU: most of the time goes into compiling.
+    """
+    marks = ("-n", str(NUM_WORKERS), "--dist", "loadgroup", "-m", "gpu and not slow")
     ended = execute(context, [*PYTEST, *marks, *context.arguments["arguments"]])
     if ended.returncode == NO_TESTS:
         raise FailedError("no test was found")
