@@ -219,6 +219,25 @@ def test_python_on_the_pages_runs(code: str, capsys: pytest.CaptureFixture[str])
 # Four twins
 
 
+INCLUDE = re.compile(r'^\s*#\s*include\s+[<"]([^>"]+)[>"]', re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("room", "allowed"), [("core", {"core"}), ("isa", {"core", "isa"}), ("python", {"core", "python"})]
+)
+def test_rooms_of_the_extension_include_their_own_and_what_is_below(room: str, allowed: set[str]) -> None:
+    """Only `csrc/python` knows PyTorch and Python; the core knows `csrc/isa` as tables of functions."""
+    paths = sorted((ROOT / "csrc" / room).iterdir())
+    assert paths
+    for path in paths:
+        for name in INCLUDE.findall(path.read_text(encoding="utf-8")):
+            first, is_ours = name.split("/")[0], (ROOT / "csrc" / name).exists()
+            assert not is_ours or first in allowed, f"{path}: {name}"
+            if room != "python":
+                is_known = first in ("torch", "ATen", "c10", "pybind11") or name.startswith("Python")
+                assert not is_known, f"{path}: {name}"
+
+
 def test_every_op_has_its_four_twins() -> None:
     """A Triton kernel, a reference, a test and a benchmark of one name, and nothing beside them."""
     infrastructure = {"__init__", "packed", "program"}

@@ -6,6 +6,16 @@
 
 namespace specengine {
 
+void DecoderRunner::check(const BatchView& batch) const {
+  check_range(batch.token_ids, batch.num_tokens, "token_ids", 0, program_.num_tokens);
+  check_range(batch.positions, batch.num_tokens, "positions", 0, program_.num_positions);
+  check_range(batch.kv_slots, batch.num_tokens, "kv_slots", -1,
+              batch.num_blocks * batch.block_size);
+  check_range(batch.logit_rows, batch.num_logit_rows, "logit_rows", 0, batch.num_tokens);
+  check_ragged(batch.num_sequences, batch.q_start, batch.context_len, batch.slots,
+               batch.block_table, batch.num_tokens, batch.num_blocks, batch.block_size);
+}
+
 // Every register that a step writes, as wide as its widest writer; a buffer never moves within a
 // call.
 void DecoderRunner::reserve(const BatchView& batch) {
@@ -47,14 +57,20 @@ void DecoderRunner::run(const NormQkvStep& step, const BatchView& batch) {
 void DecoderRunner::run(const AttentionStep& step, const BatchView& batch) {
   const int64_t layer_bytes = 2 * batch.num_blocks * program_.num_kv_heads * batch.block_size *
                               program_.head_dim * element_size(batch.kv_dtype);
-  const AttentionArgs args{
-      at(Register::kQuery), static_cast<const char*>(batch.kv_cache) + step.layer * layer_bytes,
-      batch.kv_dtype,       batch.block_table,
-      batch.table_stride,   batch.slots,
-      batch.q_start,        batch.context_len,
-      program_.num_heads,   program_.num_kv_heads,
-      program_.head_dim,    batch.num_blocks,
-      batch.block_size,     at(Register::kAttended)};
+  const AttentionArgs args{at(Register::kQuery),
+                           static_cast<const char*>(batch.kv_cache) + step.layer * layer_bytes,
+                           batch.kv_dtype,
+                           batch.block_table.data,
+                           batch.block_table.stride,
+                           batch.slots,
+                           batch.q_start,
+                           batch.context_len,
+                           program_.num_heads,
+                           program_.num_kv_heads,
+                           program_.head_dim,
+                           batch.num_blocks,
+                           batch.block_size,
+                           at(Register::kAttended)};
   paged_attention(args, batch.num_sequences);
 }
 
@@ -92,6 +108,7 @@ const float* DecoderRunner::logit_inputs(const BatchView& batch) {
 
 void DecoderRunner::forward(const BatchView& batch, int64_t vocab_size, float* logits,
                             int64_t padded_vocab_size) {
+  check(batch);
   const std::lock_guard lock(mutex_);
   run_layers(batch);
   if (batch.num_logit_rows == 0) return;
@@ -101,6 +118,12 @@ void DecoderRunner::forward(const BatchView& batch, int64_t vocab_size, float* l
 
 void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence) {
   const std::lock_guard lock(mutex_);
+  draw_rows(batch, vocab_size, by_sequence);
+}
+
+void DecoderRunner::draw_rows(const BatchView& batch, int64_t vocab_size,
+                              const DrawRows& by_sequence) {
+  check(batch);
   run_layers(batch);
   const int64_t num_rows = batch.num_logit_rows;
   if (num_rows == 0) return;
@@ -124,6 +147,51 @@ void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const DrawR
   head_draw(
       logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
       {temperature, top_k, top_p, min_p, seeds, positions, by_sequence.tokens, by_sequence.error});
+}
+
+// A sequence whose draws are made stays in the batch and feeds nothing.
+void DecoderRunner::draft(const DraftCall& call, int64_t vocab_size, const DrawRows& by_sequence) {
+  const std::lock_guard lock(mutex_);
+  const auto count = static_cast<int64_t>(call.slots.size());
+  for (int64_t b = 0; b < count; ++b) {
+    const int64_t width = call.tokens.width, length = call.seq_len[b];
+    if (call.limits[b] > 0 && length + call.limits[b] > width)
+      fail("limits: token ", std::max(length, width), " does not fit ", width);
+  }
+  int32_t* start = draft_integers_.reserve(5 * count);
+  int32_t *q_len = start + count, *num_logits = q_len + count;
+  DrawRows rows = by_sequence;
+  rows.tokens = num_logits + count;
+  rows.error = rows.tokens + count;
+  const Matrix<const int32_t> tokens{call.tokens.data, call.tokens.num_rows, call.tokens.width,
+                                     call.tokens.stride};
+  const auto of = [count](const int32_t* data) { return Ints(data, count); };
+  const BatchRequest request{tokens,    call.block_table, call.slots,     of(start),
+                             of(q_len), of(num_logits),   call.block_size};
+  for (int32_t step = 0; step < call.k; ++step) {
+    for (int64_t b = 0; b < count; ++b) {
+      const bool is_drawing = step < call.limits[b];
+      const int64_t end = int64_t{call.seq_len[b]} + step;
+      start[b] = step == 0 ? call.start[b] : static_cast<int32_t>(end - 1);
+      q_len[b] = is_drawing ? static_cast<int32_t>(end - start[b]) : 0;
+      num_logits[b] = is_drawing;
+    }
+    const BatchSize size = measure_batch(request);
+    const BatchArrays batch = draft_batch_.reserve(size, count);
+    expand_batch(request, batch);
+    draw_rows(
+        {size.num_tokens, count, batch.token_ids, batch.positions, batch.kv_slots, batch.q_start,
+         batch.context_len, call.slots.data(), call.block_table, batch.logit_rows,
+         size.num_logit_rows, call.kv_cache, call.kv_dtype, call.num_blocks, call.block_size},
+        vocab_size, rows);
+    for (int64_t b = 0, row = 0; b < count; ++b) {
+      if (num_logits[b] == 0) continue;
+      call.tokens[call.slots[b]][call.seq_len[b] + step] = rows.tokens[row];
+      call.drafted[b * call.k + step] = rows.tokens[row];
+      call.error[b * call.k + step] = rows.error[row];
+      ++row;
+    }
+  }
 }
 
 }  // namespace specengine

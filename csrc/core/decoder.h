@@ -1,4 +1,5 @@
-// A decoder's whole forward in one call: the op list of specengine/kernels/program.py, executed.
+// A decoder's whole forward in one call: the op list of specengine/kernels/types/program.py,
+// executed.
 #pragma once
 
 #include <mutex>
@@ -6,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "core/batch.h"
 #include "core/ops.h"
 #include "core/scratch.h"
 
@@ -47,41 +49,43 @@ struct Program {
   std::vector<Step> steps;
   NormWeight final_norm;
   LinearWeight head;
+  int64_t num_tokens = 0;             // rows of token_table
+  int64_t num_positions = INT32_MAX;  // rows of position_table and rotary
 };
 
-// See ForwardBatch in specengine/kernels/program.py; kv_cache is [layers, 2, N, Hkv, block_size,
-// head_dim].
-struct BatchView {
-  int64_t num_tokens, num_sequences;
-  const int32_t* token_ids;
-  const int32_t* positions;
-  const int64_t* kv_slots;
-  const int32_t* q_start;
-  const int32_t* context_len;
-  const int32_t* slots;
-  const int32_t* block_table;
-  int64_t table_stride;
-  const int64_t* logit_rows;
-  int64_t num_logit_rows;
+// Draws of a draft model in a row, each fed to the next: sequence b feeds its tokens from start[b]
+// on and draws limits[b], which are written to `tokens` from seq_len[b] on.
+struct DraftCall {
+  Matrix<int32_t> tokens;              // [S, P]
+  Matrix<const int32_t> block_table;   // [S, M]
+  Ints slots, start, seq_len, limits;  // [B]
   void* kv_cache;
   DType kv_dtype;
   int64_t num_blocks, block_size;
+  // The same tokens and their error flags, [B, k], k = the most of limits; 0 where nothing is
+  // drawn.
+  int32_t* drafted;
+  int32_t* error;
+  int64_t k;
 };
 
 class DecoderRunner {
  public:
   explicit DecoderRunner(Program program) : program_(std::move(program)) {}
 
-  const Program& program() const { return program_; }
-  // logits: [num_logit_rows, padded_vocab_size]
+  // All three fail where a number of the batch points outside. logits: [num_logit_rows,
+  // padded_vocab_size]
   void forward(const BatchView& batch, int64_t vocab_size, float* logits,
                int64_t padded_vocab_size);
   // Row r decides the position after token logit_rows[r]. What `by_sequence` says of temperatures,
   // filters and seeds it says of each sequence; its positions are not read.
   void draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence);
+  // by_sequence: [B]; its tokens and errors are not written.
+  void draft(const DraftCall& call, int64_t vocab_size, const DrawRows& by_sequence);
 
  private:
   float* at(Register which) { return buffers_[static_cast<int>(which)].reserve(0); }
+  void check(const BatchView& batch) const;
   void reserve(const BatchView& batch);
   void run_layers(const BatchView& batch);
   void run(const NormQkvStep& step, const BatchView& batch);
@@ -89,11 +93,14 @@ class DecoderRunner {
   void run(const LinearResidualStep& step, const BatchView& batch);
   void run(const NormLinearStep& step, const BatchView& batch);
   const float* logit_inputs(const BatchView& batch);
+  void draw_rows(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence);
 
   Program program_;
   std::mutex mutex_;  // buffers are shared between calls
   Scratch<float> buffers_[static_cast<int>(Register::kNumRegisters)];
   Scratch<float> gathered_;
+  BatchMemory draft_batch_;
+  Scratch<int32_t> draft_integers_;
   Scratch<int32_t> draw_integers_;
   Scratch<float> draw_numbers_;
   Scratch<int64_t> draw_seeds_;

@@ -9,11 +9,11 @@
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
-#include <stdexcept>
-#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "core/views.h"
 
 namespace specengine {
 namespace {
@@ -161,10 +161,8 @@ Threads::~Threads() {
 }
 
 void Threads::set_count(int64_t count) {
-  if (count < 1 || count > kMaxThreads) {
-    throw std::invalid_argument("num_threads: " + std::to_string(count) + " is outside 1 … " +
-                                std::to_string(kMaxThreads));
-  }
+  if (count < 1 || count > kMaxThreads)
+    fail("num_threads: ", count, " is outside 1 … ", kMaxThreads);
   count_.store(static_cast<int>(count));
 }
 

@@ -2,6 +2,7 @@
 // passes raw pointers on with the interpreter's lock released.
 #include <tuple>
 
+#include "core/batch.h"
 #include "core/memory.h"
 #include "core/ops.h"
 #include "python/gil.h"
@@ -204,23 +205,21 @@ Tensor paged_attention_op(const Tensor& query, const Tensor& kv_cache, const Ten
   if (query.size(1) < 1 || query.size(1) % num_kv_heads != 0) {
     fail("query: ", query.size(1), " heads are no multiple of ", num_kv_heads, " key/value heads");
   }
-  check_shape(block_table, "block_table", at::kInt, {-1, -1});
-  if (block_table.size(1) > 1 && block_table.stride(1) != 1)
-    fail("block_table: expected rows with stride 1");
+  const auto table = matrix<const int32_t>(block_table, "block_table", -1, -1);
   const Tensor table_rows = small_input(slots, "slots", at::kInt, {-1});
   const int64_t num_sequences = table_rows.size(0);
   const Tensor starts = small_input(q_start, "q_start", at::kInt, {num_sequences + 1});
   const Tensor lengths = small_input(context_len, "context_len", at::kInt, {num_sequences});
   const int32_t* start = starts.data_ptr<int32_t>();
   const int32_t* length = lengths.data_ptr<int32_t>();
-  check_ragged(num_sequences, start, length, table_rows.data_ptr<int32_t>(), block_table,
-               query.size(0), num_blocks, block_size);
+  check_ragged(num_sequences, start, length, table_rows.data_ptr<int32_t>(), table, query.size(0),
+               num_blocks, block_size);
   Tensor out = at::empty({query.size(0), query.size(1) * head_dim}, at::kFloat);
   const AttentionArgs args{query.data_ptr<float>(),
                            kv_cache.data_ptr(),
                            dtype,
-                           block_table.data_ptr<int32_t>(),
-                           block_table.stride(0),
+                           table.data,
+                           table.stride,
                            table_rows.data_ptr<int32_t>(),
                            start,
                            length,

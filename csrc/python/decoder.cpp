@@ -1,5 +1,5 @@
-// The Python face of DecoderRunner: weights are checked once, when an op is added; a batch is
-// checked on every call, for its numbers index memory.
+// The Python face of DecoderRunner: weights are checked once, when an op is added; the tensors of a
+// batch on every call, and what is in them by the core.
 #include "core/decoder.h"
 
 #include <algorithm>
@@ -21,65 +21,28 @@ Register register_of(const std::string& name) {
   fail("register: '", name, "' is unknown");
 }
 
-// What ForwardBatch holds, from where each sequence starts, how many tokens it feeds and how many
-// logits it wants: token_ids, positions, kv_slots, q_start, context_len, logit_rows.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch(
+// Bounds of the two sums are for backends that cannot look at the lengths: here they are known.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch_op(
     const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
-    const Tensor& q_len, const Tensor& num_logits, int64_t block_size) {
-  check_shape(tokens, "tokens", at::kInt, {-1, -1});
-  check_shape(block_table, "block_table", at::kInt, {tokens.size(0), -1});
-  if (tokens.stride(1) != 1 || block_table.stride(1) != 1)
-    fail("tokens, block_table: expected rows with stride 1");
-  const Tensor rows = small_input(slots, "slots", at::kInt, {-1});
-  const int64_t count = rows.size(0);
-  const Tensor firsts = small_input(start, "start", at::kInt, {count});
-  const Tensor lengths = small_input(q_len, "q_len", at::kInt, {count});
-  const Tensor wanted = small_input(num_logits, "num_logits", at::kInt, {count});
-  const int32_t* slot = rows.data_ptr<int32_t>();
-  const int32_t* first = firsts.data_ptr<int32_t>();
-  const int32_t* length = lengths.data_ptr<int32_t>();
-  const int32_t* logits = wanted.data_ptr<int32_t>();
-  check_range(slot, count, "slots", 0, tokens.size(0));
-  if (block_size < 1) fail("block_size: ", block_size, " is below 1");
-  const int64_t capacity = std::min(tokens.size(1), block_table.size(1) * block_size);
-  int64_t num_tokens = 0, num_rows = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    // Where nothing is fed, start means nothing.
-    const bool is_fed = length[b] != 0;
-    if (length[b] < 0 || (is_fed && (first[b] < 0 || int64_t{first[b]} + length[b] > capacity))) {
-      fail("q_len: ", length[b], " tokens from ", first[b], " on do not fit ", capacity);
-    }
-    if (logits[b] < 0 || logits[b] > length[b])
-      fail("num_logits: ", logits[b], " at index ", b, " is outside 0 … ", length[b]);
-    num_tokens += length[b];
-    num_rows += logits[b];
-  }
-  Tensor token_ids = at::empty({num_tokens}, at::kInt),
-         positions = at::empty({num_tokens}, at::kInt);
-  Tensor kv_slots = at::empty({num_tokens}, at::kLong),
-         logit_rows = at::empty({num_rows}, at::kLong);
-  Tensor q_start = at::empty({count + 1}, at::kInt), context_len = at::empty({count}, at::kInt);
-  auto* ids = token_ids.data_ptr<int32_t>();
-  auto* places = positions.data_ptr<int32_t>();
-  auto* targets = kv_slots.data_ptr<int64_t>();
-  auto* chosen = logit_rows.data_ptr<int64_t>();
-  auto* starts = q_start.data_ptr<int32_t>();
-  auto* contexts = context_len.data_ptr<int32_t>();
-  int32_t at = 0;
-  starts[0] = 0;
-  for (int64_t b = 0; b < count; ++b) {
-    const int32_t* ids_of = tokens.data_ptr<int32_t>() + slot[b] * tokens.stride(0);
-    const int32_t* blocks = block_table.data_ptr<int32_t>() + slot[b] * block_table.stride(0);
-    for (int32_t i = 0; i < length[b]; ++i, ++at) {
-      const int32_t position = first[b] + i;
-      ids[at] = ids_of[position];
-      places[at] = position;
-      targets[at] = blocks[position / block_size] * block_size + position % block_size;
-    }
-    for (int32_t i = logits[b]; i > 0; --i) *chosen++ = at - i;
-    starts[b + 1] = at;
-    contexts[b] = length[b] == 0 ? 0 : first[b] + length[b];
-  }
+    const Tensor& q_len, const Tensor& num_logits, int64_t block_size, std::optional<int64_t>,
+    std::optional<int64_t>) {
+  const auto history = matrix<const int32_t>(tokens, "tokens", -1, -1);
+  const auto table = matrix<const int32_t>(block_table, "block_table", history.num_rows, -1);
+  const IntInput rows(slots, "slots", -1);
+  const int64_t count = rows.size();
+  const IntInput firsts(start, "start", count), lengths(q_len, "q_len", count);
+  const IntInput wanted(num_logits, "num_logits", count);
+  const BatchRequest request{history, table, rows, firsts, lengths, wanted, block_size};
+  const BatchSize size = measure_batch(request);
+  const Tensor token_ids = at::empty({size.num_tokens}, at::kInt);
+  const Tensor positions = at::empty({size.num_tokens}, at::kInt);
+  const Tensor kv_slots = at::empty({size.num_tokens}, at::kLong);
+  const Tensor q_start = at::empty({count + 1}, at::kInt);
+  const Tensor context_len = at::empty({count}, at::kInt);
+  const Tensor logit_rows = at::empty({size.num_logit_rows}, at::kLong);
+  expand_batch(request, {token_ids.data_ptr<int32_t>(), positions.data_ptr<int32_t>(),
+                         kv_slots.data_ptr<int64_t>(), q_start.data_ptr<int32_t>(),
+                         context_len.data_ptr<int32_t>(), logit_rows.data_ptr<int64_t>()});
   return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
 }
 
@@ -94,12 +57,12 @@ class PyDecoder {
     dense_input(token_table, "token_table", token_table.scalar_type(), {-1, -1});
     program.hidden_size = token_table.size(1);
     program.token_table = keep(token_table).data_ptr();
-    num_tokens_ = token_table.size(0);
+    program.num_tokens = token_table.size(0);
     if (position_table) {
       dense_input(*position_table, "position_table", token_table.scalar_type(),
                   {-1, program.hidden_size});
       program.position_table = keep(*position_table).data_ptr();
-      num_positions_ = position_table->size(0);
+      program.num_positions = position_table->size(0);
     }
     if (head_dim < 1 || head_dim > kMaxHeadDim || num_kv_heads < 1 || num_heads < 1 ||
         num_heads % num_kv_heads != 0) {
@@ -111,7 +74,7 @@ class PyDecoder {
         fail("rotary: ", rotary->sizes(), " rotates more than ", head_dim, " features");
       program.rotary = keep(*rotary).data_ptr<float>();
       program.rotary_half = rotary->size(2);
-      num_positions_ = std::min(num_positions_, rotary->size(0));
+      program.num_positions = std::min(program.num_positions, rotary->size(0));
     }
     program.num_heads = num_heads;
     program.num_kv_heads = num_kv_heads;
@@ -202,49 +165,42 @@ class PyDecoder {
     return {tokens, error};
   }
 
-  // limits[b] draws in a row for each sequence, each fed to the next: sequence b feeds the tokens
-  // from start[b] on and draws those from seq_len[b] on, which are also written to `tokens`.
-  // Returns them and their error flags, [B, max limits].
+  // Returns the tokens that were drawn, which are also written to `tokens`, and their error flags:
+  // [B, max limits].
   std::tuple<Tensor, Tensor> draft(const Tensor& tokens, const Tensor& block_table,
                                    const Tensor& slots, const Tensor& start, const Tensor& seq_len,
                                    const Tensor& limits, const Tensor& kv_cache, int64_t vocab_size,
                                    const Tensor& temperature, const Tensor& top_k,
                                    const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
-    const Tensor limit = small_input(limits, "limits", at::kInt, {slots.numel()});
-    const Tensor length = small_input(seq_len, "seq_len", at::kInt, {slots.numel()});
-    const int64_t count = limit.size(0), block_size = kv_cache.dim() == 6 ? kv_cache.size(4) : 0;
-    const auto* first_limit = limit.data_ptr<int32_t>();
-    const auto* last_limit = first_limit + count;
-    const int32_t k = count == 0 ? 0 : std::max(0, *std::max_element(first_limit, last_limit));
-    const int32_t num_common = count == 0 ? 0 : *std::min_element(first_limit, last_limit);
-    const Tensor everybody = at::arange(count, at::kLong),
-                 ones_of_all = at::ones({count}, at::kInt);
-    Tensor drafted = at::zeros({count, k}, at::kInt), errors = at::zeros({count, k}, at::kInt);
-    for (int32_t step = 0; step < k; ++step) {
-      const bool is_all = step < num_common;
-      const Tensor rows = is_all ? everybody : (limit > step).nonzero().flatten();
-      const auto take = [&](const Tensor& all) { return is_all ? all : all.index_select(0, rows); };
-      const Tensor at = take(slots), end = take(length) + step;
-      const Tensor first = step == 0 ? take(start) : end - 1;
-      const Tensor ones = take(ones_of_all);
-      const auto [ids, positions, kv_slots, q_start, context_len, logit_rows] =
-          expand_batch(tokens, block_table, at, first, end - first, ones, block_size);
-      const auto [drawn, error] = draw(
-          ids, positions, kv_slots, q_start, context_len, at, block_table, logit_rows, kv_cache,
-          vocab_size, take(temperature), take(top_k), take(top_p), take(min_p), take(seeds));
-      const auto slot = small_input(at, "slots", at::kInt, {-1});
-      for (int64_t i = 0; i < rows.size(0); ++i) {
-        const int64_t row = rows.data_ptr<int64_t>()[i];
-        const int32_t token = drawn.data_ptr<int32_t>()[i];
-        const int64_t place = end.data_ptr<int32_t>()[i];
-        if (place >= tokens.size(1))
-          fail("limits: token ", place, " does not fit ", tokens.size(1));
-        drafted.data_ptr<int32_t>()[row * k + step] = token;
-        errors.data_ptr<int32_t>()[row * k + step] = error.data_ptr<int32_t>()[i];
-        tokens.data_ptr<int32_t>()[slot.data_ptr<int32_t>()[i] * tokens.stride(0) + place] = token;
-      }
-    }
-    return {drafted, errors};
+    check_kv_cache(kv_cache);
+    check_vocab_size(vocab_size, program_.head.out_features);
+    const auto history = matrix<int32_t>(tokens, "tokens", -1, -1);
+    const auto table = matrix<const int32_t>(block_table, "block_table", history.num_rows, -1);
+    const IntInput rows(slots, "slots", -1);
+    const int64_t count = rows.size();
+    const IntInput firsts(start, "start", count), lengths(seq_len, "seq_len", count);
+    const IntInput limit(limits, "limits", count);
+    const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, count);
+    int32_t k = 0;
+    for (const int32_t each : Ints(limit)) k = std::max(k, each);
+    const Tensor drafted = at::zeros({count, k}, at::kInt), error = at::zeros({count, k}, at::kInt);
+    const DraftCall call{history,
+                         table,
+                         rows,
+                         firsts,
+                         lengths,
+                         limit,
+                         kv_cache.data_ptr(),
+                         dtype_of(kv_cache, "kv_cache"),
+                         kv_cache.size(2),
+                         kv_cache.size(4),
+                         drafted.data_ptr<int32_t>(),
+                         error.data_ptr<int32_t>(),
+                         k};
+    const ReleaseGil released;
+    const ThreadsInUse in_use(*threads_);
+    runner_->draft(call, vocab_size, keys.rows(nullptr, nullptr, nullptr));
+    return {drafted, error};
   }
 
  private:
@@ -264,17 +220,9 @@ class PyDecoder {
           context_len(small_input(lengths, "context_len", at::kInt, {table_rows.numel()})),
           slots(small_input(table_rows, "slots", at::kInt, {-1})),
           logit_rows(small_input(wanted, "logit_rows", at::kLong, {-1})) {
-      if (!decoder.runner_) fail("head: the program has no head yet");
-      const Program& program = decoder.program_;
-      dense_input(kv_cache, "kv_cache", kv_cache.scalar_type(),
-                  {-1, 2, -1, program.num_kv_heads, -1, program.head_dim});
+      decoder.check_kv_cache(kv_cache);
+      view.block_table = matrix<const int32_t>(block_table, "block_table", -1, -1);
       view.kv_dtype = dtype_of(kv_cache, "kv_cache");
-      if (kv_cache.size(0) < decoder.num_layers_ || kv_cache.size(4) < 1) {
-        fail("kv_cache: ", shape_of(kv_cache), " does not hold ", decoder.num_layers_, " layers");
-      }
-      check_shape(block_table, "block_table", at::kInt, {-1, -1});
-      if (block_table.size(1) > 1 && block_table.stride(1) != 1)
-        fail("block_table: expected rows with stride 1");
       view.num_tokens = token_ids.size(0);
       view.num_sequences = slots.size(0);
       view.token_ids = token_ids.data_ptr<int32_t>();
@@ -283,22 +231,21 @@ class PyDecoder {
       view.q_start = q_start.data_ptr<int32_t>();
       view.context_len = context_len.data_ptr<int32_t>();
       view.slots = slots.data_ptr<int32_t>();
-      view.block_table = block_table.data_ptr<int32_t>();
-      view.table_stride = block_table.stride(0);
       view.logit_rows = logit_rows.data_ptr<int64_t>();
       view.num_logit_rows = logit_rows.size(0);
       view.kv_cache = kv_cache.data_ptr();
       view.num_blocks = kv_cache.size(2);
       view.block_size = kv_cache.size(4);
-      check_range(view.token_ids, view.num_tokens, "token_ids", 0, decoder.num_tokens_);
-      check_range(view.positions, view.num_tokens, "positions", 0, decoder.num_positions_);
-      check_range(view.kv_slots, view.num_tokens, "kv_slots", -1,
-                  view.num_blocks * view.block_size);
-      check_range(view.logit_rows, view.num_logit_rows, "logit_rows", 0, view.num_tokens);
-      check_ragged(view.num_sequences, view.q_start, view.context_len, view.slots, block_table,
-                   view.num_tokens, view.num_blocks, view.block_size);
     }
   };
+
+  void check_kv_cache(const Tensor& kv_cache) const {
+    if (!runner_) fail("head: the program has no head yet");
+    dense_input(kv_cache, "kv_cache", kv_cache.scalar_type(),
+                {-1, 2, -1, program_.num_kv_heads, -1, program_.head_dim});
+    if (kv_cache.size(0) < num_layers_ || kv_cache.size(4) < 1)
+      fail("kv_cache: ", shape_of(kv_cache), " does not hold ", num_layers_, " layers");
+  }
 
   const Tensor& keep(const Tensor& tensor) {
     kept_.push_back(tensor);
@@ -352,8 +299,6 @@ class PyDecoder {
   std::optional<DecoderRunner> runner_;
   std::vector<Tensor> kept_;
   int64_t widths_[static_cast<int>(Register::kNumRegisters)] = {};
-  int64_t num_tokens_ = 0;
-  int64_t num_positions_ = INT32_MAX;
   int64_t num_layers_ = 0;
 };
 
@@ -364,18 +309,10 @@ void bind_decoder(pybind11::module_& m) {
   using at::Tensor;
   using pybind11::arg;
   using specengine::PyDecoder;
-  using Bound = const std::optional<int64_t>&;
-  // Bounds of the two sums are for backends that cannot look at the lengths: here they are known.
-  m.def(
-      "expand_batch",
-      [](const Tensor& tokens, const Tensor& block_table, const Tensor& slots, const Tensor& start,
-         const Tensor& q_len, const Tensor& num_logits, int64_t block_size, Bound, Bound) {
-        return specengine::expand_batch(tokens, block_table, slots, start, q_len, num_logits,
-                                        block_size);
-      },
-      arg("tokens"), arg("block_table"), arg("slots"), arg("start"), arg("q_len"),
-      arg("num_logits"), arg("block_size"), pybind11::kw_only(),
-      arg("num_tokens") = pybind11::none(), arg("num_logit_rows") = pybind11::none());
+  m.def("expand_batch", &specengine::expand_batch_op, arg("tokens"), arg("block_table"),
+        arg("slots"), arg("start"), arg("q_len"), arg("num_logits"), arg("block_size"),
+        pybind11::kw_only(), arg("num_tokens") = pybind11::none(),
+        arg("num_logit_rows") = pybind11::none());
   pybind11::class_<PyDecoder>(m, "Decoder")
       .def(pybind11::init<std::shared_ptr<specengine::Threads>, const at::Tensor&,
                           const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,

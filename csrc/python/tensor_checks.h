@@ -14,22 +14,17 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "core/ops.h"
+#include "core/views.h"
 
 namespace specengine {
 
 namespace py = pybind11;
 using at::Tensor;
-
-template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
-  std::ostringstream message;
-  (message << ... << parts);
-  throw py::value_error(message.str());
-}
 
 inline std::string shape_of(const Tensor& tensor) {
   std::ostringstream text;
@@ -78,6 +73,30 @@ inline Tensor dense_input(const Tensor& tensor, const char* name, at::ScalarType
   return tensor;
 }
 
+// A checked input of int32, kept alive.
+class IntInput {
+ public:
+  IntInput(const Tensor& given, const char* name, int64_t count)
+      : tensor_(small_input(given, name, at::kInt, {count})) {}
+  const int32_t* data() const { return tensor_.data_ptr<int32_t>(); }
+  int64_t size() const { return tensor_.size(0); }
+  operator Ints() const { return {data(), static_cast<size_t>(size())}; }
+
+ private:
+  Tensor tensor_;
+};
+
+template <class T>
+Matrix<T> matrix(const Tensor& tensor, const char* name, int64_t num_rows, int64_t width) {
+  constexpr bool is_float = std::is_same_v<std::remove_const_t<T>, float>;
+  static_assert(is_float || std::is_same_v<std::remove_const_t<T>, int32_t>);
+  check_shape(tensor, name, is_float ? at::kFloat : at::kInt, {num_rows, width});
+  if (tensor.size(1) > 1 && tensor.stride(1) != 1)
+    fail(name, ": expected rows with stride 1, got strides ", tensor.strides());
+  return {tensor.data_ptr<std::remove_const_t<T>>(), tensor.size(0), tensor.size(1),
+          tensor.stride(0)};
+}
+
 inline DType dtype_of(at::ScalarType type, const char* name) {
   switch (type) {
     case at::kFloat:
@@ -103,16 +122,6 @@ inline Activation activation_of(const std::string& name) {
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
   fail("activation: '", name, "' is unknown; expected none, relu, gelu or gelu_tanh");
-}
-
-template <class T>
-inline void check_range(const T* values, int64_t count, const char* name, int64_t low,
-                        int64_t end) {
-  for (int64_t i = 0; i < count; ++i) {
-    if (values[i] < low || values[i] >= end) {
-      fail(name, ": ", values[i], " at index ", i, " is outside ", low, " … ", end - 1);
-    }
-  }
 }
 
 inline LogitRows logit_rows(const Tensor& logits, const char* name) {
@@ -154,32 +163,6 @@ inline NormWeight norm_weight(const Tensor& weight, const Tensor& bias, double e
   dense_input(weight, "norm.weight", at::kFloat, {features});
   dense_input(bias, "norm.bias", at::kFloat, {features});
   return {weight.data_ptr<float>(), bias.data_ptr<float>(), static_cast<float>(eps)};
-}
-
-// Sequences of a ragged batch: rows q_start[b] … q_start[b + 1] - 1, whose context lies in the
-// blocks of row slots[b] of the table.
-inline void check_ragged(int64_t num_sequences, const int32_t* q_start, const int32_t* context_len,
-                         const int32_t* slots, const Tensor& block_table, int64_t num_rows,
-                         int64_t num_blocks, int64_t block_size) {
-  check_range(slots, num_sequences, "slots", 0, block_table.size(0));
-  if (q_start[0] != 0 || q_start[num_sequences] != num_rows) {
-    fail("q_start: runs from ", q_start[0], " to ", q_start[num_sequences], " over ", num_rows,
-         " rows");
-  }
-  for (int64_t b = 0; b < num_sequences; ++b) {
-    const int64_t rows = int64_t{q_start[b + 1]} - q_start[b];
-    const int64_t length = context_len[b];
-    if (rows < 0) fail("q_start: decreases at index ", b + 1);
-    if (length < rows)
-      fail("context_len: ", length, " at index ", b, " is below the sequence's ", rows, " rows");
-    const int64_t blocks = (length + block_size - 1) / block_size;
-    if (blocks > block_table.size(1)) {
-      fail("context_len: ", length, " at index ", b, " does not fit ", block_table.size(1),
-           " blocks of ", block_size);
-    }
-    const int32_t* row = block_table.data_ptr<int32_t>() + slots[b] * block_table.stride(0);
-    if (rows > 0) check_range(row, blocks, "block_table", 0, num_blocks);
-  }
 }
 
 inline void check_vocab_size(int64_t vocab_size, int64_t out_features) {
