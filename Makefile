@@ -62,7 +62,8 @@ lint: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## ruff, mypy, import-linter, clang-fo
 	cd build/typing && $(CURDIR)/$(BIN)/lint-imports --config $(CURDIR)/pyproject.toml --no-cache
 	$(BIN)/clang-format --dry-run -Werror $(CSRC_FILES)
 
-format: $(TOOLS_INSTALLED)  ## Format Python and C++ in place
+format: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Format Python and C++ in place
+	$(BIN)/python tools/option_types.py
 	$(BIN)/ruff check --fix-only --quiet
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CSRC_FILES)

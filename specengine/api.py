@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
-from typing import Any, cast, overload
+from typing import TYPE_CHECKING, Any, cast, overload
 
-from specengine.call import Call, accepts_aliases, prepare_call
+from specengine.call import Call, prepare_call
+from specengine.config import EngineConfig, ModelOptions, SamplingParams
 from specengine.engine import Engine
 from specengine.engine_cache import EngineCache, is_in_memory, model_key
+from specengine.names import takes_options
 from specengine.outputs import GenerationResult, StreamEvent
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from specengine.option_types import CallOptions
 
 # An engine holds weights and a KV cache: room to compare two pairs, each with and without its draft.
 MAX_CACHED_ENGINES = 4
@@ -19,143 +26,57 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_engines.forget)
 
 
+_takes_all_options = takes_options(ModelOptions, SamplingParams, EngineConfig)
+
+
 @overload
-def generate(prompt: str, **options: Any) -> GenerationResult: ...
-@overload
-def generate(prompt: list[str], **options: Any) -> list[GenerationResult]: ...
-@overload
-def generate(prompt: Any, **options: Any) -> Any: ...
-@accepts_aliases
 def generate(
-    prompt: Any,
-    *,
-    model: Any = None,
-    draft_model: Any = None,
-    max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: Mapping[int, float] | None = None,
-    logits_processor: Callable[..., Any] | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    stop_token_ids: int | Sequence[int] | None = None,
-    include_stop_str_in_output: bool = False,
-    ignore_eos: bool = False,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
-    n: int = 1,
-    num_speculative_tokens: int | str = "auto",
-    acceptance: str = "auto",
-    streamer: Any = None,
-    progress: bool | None = None,
-    device: Any = "auto",
-    dtype: Any = "auto",
-    weight_dtype: Any = "auto",
-    draft_weight_dtype: Any = "auto",
-    kv_dtype: Any = "auto",
-    backend: str = "auto",
-    block_size: int = 16,
-    num_blocks: int | None = None,
-    kv_cache_bytes: int | None = None,
-    max_batch_size: int = 32,
-    max_seq_len: int | None = None,
-    prefill_chunk_size: int = 512,
-    num_threads: int | None = None,
-    enable_prefix_cache: bool = True,
-    cuda_graphs: bool | str = "auto",
-    rounds_ahead: int | str = "auto",
-    forced_acceptance: float | None = None,
-    deterministic: bool = True,
-    allow_pickle: bool = False,
-    revision: str | None = None,
-    tokenizer: Any = None,
-    **aliases: Any,
+    prompt: str, *, streamer: Any = ..., progress: bool | None = ..., **options: Unpack[CallOptions]
+) -> GenerationResult: ...
+@overload
+def generate(
+    prompt: list[str], *, streamer: Any = ..., progress: bool | None = ..., **options: Unpack[CallOptions]
+) -> list[GenerationResult]: ...
+@overload
+def generate(
+    prompt: Any, *, streamer: Any = ..., progress: bool | None = ..., **options: Unpack[CallOptions]
+) -> Any: ...
+@_takes_all_options
+def generate(
+    prompt: Any, *, streamer: Any = None, progress: bool | None = None, **options: Any
 ) -> GenerationResult | list[GenerationResult]:
     """Continue a prompt, or each of a list; a draft model makes it faster and changes nothing.
 
         generate("def binary_search(items, x):").text
         generate(["Once", "Twice"], model="gpt2-medium", draft_model="distilgpt2", temperature=0.8, seed=7)
 
-    prompt:      a string, a list of token ids, or a list of either
-    model:       a directory, a name on the Hugging Face Hub or a `transformers` model; None: the bundled pair
-    draft_model: the same, or a `Drafter`; without one decoding is plain
-    streamer:    a function that is called with each `StreamEvent`, or an object with put() and end() like
-                 transformers' `TextStreamer` (one prompt, n=1); end() comes also when the call fails
-    progress:    show progress bars; None = on a terminal only
-
-    The other arguments are the fields of `SamplingParams` (how to continue) and `EngineConfig` (how to
-    compute), described there. max_tokens, assistant_model, num_assistant_tokens, stop_strings and do_sample
-    are understood too.
+    prompt:   a string, a list of token ids, or a list of either
+    streamer: a function that is called with each `StreamEvent`, or an object with put() and end() like
+              transformers' `TextStreamer` (one prompt, n=1); end() comes also when the call fails
+    progress: show progress bars; None = on a terminal only
+    options:  model and draft_model: directories, names on the Hugging Face Hub or `transformers` models, the draft also
+              a `Drafter`; without either the bundled pair, without a draft plain decoding. The others are the fields of
+              `SamplingParams` (how to continue) and `EngineConfig` (how to compute), described there. max_tokens,
+              assistant_model, num_assistant_tokens, stop_strings and do_sample are understood too
 
     One prompt gives one `GenerationResult`, a list gives a list in its order. Everything is checked before a
     model is loaded: `TypeError` for an unknown name or a wrong type, `ValueError` for a value out of range or
     a contradiction. The engines of the last few models are kept: see `clear_cache`.
+
+    A sample whose model gave no distribution (logits with a NaN, or nothing finite) ends with `finish_reason` "error"
+    and says why in `error`; the other samples and prompts of the call are not concerned.
     """
-    given = locals()
     with _ended(streamer):
-        call = prepare_call(prompt, given)
+        call = prepare_call(prompt, options, progress=progress)
         _check_streamer(streamer, call)
         with lease_engine(call) as engine:
             consumer = _event_consumer(streamer, call, engine)
             return engine.generate(call.prompt, call.params, progress=progress, streamer=consumer)
 
 
-@accepts_aliases
+@_takes_all_options
 def stream(
-    prompt: Any,
-    *,
-    model: Any = None,
-    draft_model: Any = None,
-    max_new_tokens: int = 128,
-    min_new_tokens: int = 0,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: Mapping[int, float] | None = None,
-    logits_processor: Callable[..., Any] | None = None,
-    seed: int | None = None,
-    stop: str | Sequence[str] | None = None,
-    stop_token_ids: int | Sequence[int] | None = None,
-    include_stop_str_in_output: bool = False,
-    ignore_eos: bool = False,
-    logprobs: int | None = None,
-    prompt_logprobs: int | None = None,
-    n: int = 1,
-    num_speculative_tokens: int | str = "auto",
-    acceptance: str = "auto",
-    progress: bool | None = None,
-    device: Any = "auto",
-    dtype: Any = "auto",
-    weight_dtype: Any = "auto",
-    draft_weight_dtype: Any = "auto",
-    kv_dtype: Any = "auto",
-    backend: str = "auto",
-    block_size: int = 16,
-    num_blocks: int | None = None,
-    kv_cache_bytes: int | None = None,
-    max_batch_size: int = 32,
-    max_seq_len: int | None = None,
-    prefill_chunk_size: int = 512,
-    num_threads: int | None = None,
-    enable_prefix_cache: bool = True,
-    cuda_graphs: bool | str = "auto",
-    rounds_ahead: int | str = "auto",
-    forced_acceptance: float | None = None,
-    deterministic: bool = True,
-    allow_pickle: bool = False,
-    revision: str | None = None,
-    tokenizer: Any = None,
-    **aliases: Any,
+    prompt: Any, *, progress: bool | None = None, **options: Unpack[CallOptions]
 ) -> Generator[StreamEvent, None, None]:
     """The generator twin of `generate`: yields a `StreamEvent` for whatever became final in a step.
 
@@ -165,7 +86,7 @@ def stream(
     Same arguments, checked in the call itself. The last event of each prompt carries its `GenerationResult`.
     Closing the iterator ends what is unfinished; the engine stays ready for the next call.
     """
-    return _stream(prepare_call(prompt, locals()))
+    return _stream(prepare_call(prompt, options, progress=progress))
 
 
 def _stream(call: Call) -> Generator[StreamEvent, None, None]:

@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from specengine.config import check_int
+from specengine.kinds import check_int, check_text
 
 Prompt = str | Sequence[int]
 MAX_NUM_IDS = 2**31
@@ -39,13 +39,7 @@ def check_prompt(name: str, prompt: object, *, num_ids: int = MAX_NUM_IDS) -> st
         return _check_ids(name, _as_list(name, prompt), num_ids)
     if not prompt:
         raise ValueError(f"{name} must not be empty, got ''")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is no text: character {error.start} is {prompt[error.start]!r}, half of a surrogate pair"
-        ) from None
-    return prompt
+    return check_text(name, prompt)
 
 
 def _check_ids(name: str, ids: list[Any], num_ids: int) -> list[int]:

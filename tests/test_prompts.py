@@ -48,7 +48,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a tensor of numbers": (torch.tensor([3.0]), r"prompt\[0\] must be a string"),
     "text among ids": ([3, "ab"], r"prompt\[1\] must be an integer"),
     "empty among others": (["ab", []], r"prompt\[1\] must not be empty"),
-    "half a character": ("ab\ud800", "character 2"),
+    "half a character": ("ab\ud800", "position 2"),
 }
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 
-from specengine.config import AUTO, EngineConfig, field_names
+from specengine.config import EngineConfig
 from specengine.drafters import registry
 from specengine.drafters.base import Drafter, DrafterContext, LoadModel, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
+from specengine.kinds import AUTO
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
 from specengine.models.checkpoints.given_tokenizer import open_tokenizer
 from specengine.models.decoder import DecoderSpec
@@ -30,14 +31,9 @@ Model = str | Path | torch.nn.Module
 
 
 def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> EngineConfig:
-    """An `EngineConfig` from either form; `TypeError` for unknown names or both forms at once."""
+    """An `EngineConfig` from either form; `TypeError` for both forms at once."""
     if config is not None and config_fields:
         raise TypeError(f"give config or its fields, not both: {', '.join(sorted(config_fields))}")
-    unknown = sorted(set(config_fields) - set(field_names(EngineConfig)))
-    if unknown:
-        raise TypeError(
-            f"unknown engine option {unknown[0]!r}; known: {', '.join(field_names(EngineConfig))}"
-        )
     return config or EngineConfig(**config_fields)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Collection
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,7 @@ from specengine.engine.stepper import Stepper
 from specengine.errors import SpecEngineError
 from specengine.models.checkpoints import Checkpoint
 from specengine.models.loader import LoadedModel
+from specengine.names import takes_options
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.outputs import GenerationResult, StreamEvent
@@ -40,6 +41,11 @@ from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from specengine.option_types import EngineOptions, SamplingOptions
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _EXIT_SECONDS = 5.0
@@ -70,6 +76,7 @@ class Engine:
     `ValueError`/`TypeError` for values that cannot be.
     """
 
+    @takes_options(EngineConfig)
     def __init__(
         self,
         model: Model,
@@ -77,9 +84,9 @@ class Engine:
         *,
         config: EngineConfig | None = None,
         progress: bool | None = None,
-        **config_fields: Any,
+        **config_fields: Unpack[EngineOptions],
     ) -> None:
-        self.config = assembly.build_config(config, config_fields)
+        self.config = assembly.build_config(config, dict(config_fields))
         assembly.check_draft_model(draft_model)
         self.device = assembly.resolve_device(self.config.device)
         backend = load_backend(self.config.backend, self.device)
@@ -225,6 +232,7 @@ class Engine:
         """KV blocks that no running sequence holds."""
         return int(self._kv_cache.manager.num_free_blocks)
 
+    @takes_options(SamplingParams)
     def generate(
         self,
         prompts: Prompt | Collection[Prompt],
@@ -232,7 +240,7 @@ class Engine:
         *,
         progress: bool | None = None,
         streamer: Callable[[StreamEvent], object] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> GenerationResult | list[GenerationResult]:
         """Continues one prompt (text or token ids) or a list of them.
 
@@ -241,7 +249,7 @@ class Engine:
         returns   one `GenerationResult`, or a list in the prompts' order
         """
         self._check_open()
-        requests = self._intake.build_requests(prompts, params, sampling)
+        requests = self._intake.build_requests(prompts, params, dict(sampling))
         results: list[GenerationResult | None] = [None] * len(requests)
         is_single = check_prompts(prompts)[1]
         num_done = 0
@@ -261,18 +269,19 @@ class Engine:
         assert len(done) == len(requests), f"{len(done)} results for {len(requests)} prompts"
         return done[0] if is_single else done
 
+    @takes_options(SamplingParams)
     def stream(
         self,
         prompts: Prompt | Collection[Prompt],
         params: SamplingParams | Collection[SamplingParams] | None = None,
-        **sampling: Any,
+        **sampling: Unpack[SamplingOptions],
     ) -> Generator[StreamEvent, None, None]:
         """The generator twin of `generate`. Closing it early aborts what is unfinished.
 
         Arguments are checked at once; the requests are queued when the first event is asked for.
         """
         self._check_open()
-        requests = self._intake.build_requests(prompts, params, sampling)
+        requests = self._intake.build_requests(prompts, params, dict(sampling))
         return self._events(requests)
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Sequence as Collection
 from typing import Any
 
 from specengine import rng
-from specengine.config import SamplingParams, field_names
+from specengine.config import SamplingParams
 from specengine.prompt import Prompt, check_prompt, check_prompts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Request, Sequence, resolve_num_speculative_tokens
@@ -179,11 +179,6 @@ def split_params(
     """One `SamplingParams` a prompt, from any of the three forms."""
     if params is not None and sampling:
         raise TypeError(f"give params or sampling arguments, not both: {', '.join(sorted(sampling))}")
-    unknown = sorted(set(sampling) - set(field_names(SamplingParams)))
-    if unknown:
-        raise TypeError(
-            f"unknown sampling parameter {unknown[0]!r}; known: {', '.join(field_names(SamplingParams))}"
-        )
     if params is None:
         return [SamplingParams(**sampling)] * count
     if isinstance(params, SamplingParams):

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from specengine import rng
-from specengine.config import AUTO, AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
+from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
 from specengine.kernels.types.rules import Rule
+from specengine.kinds import AUTO
 from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.text import TextStream
 
