@@ -314,8 +314,8 @@ class EngineConfig:
         None,
         Integer(1, 1024),
         "CPU threads; by default as many as environment, affinity and container allow",
-        "the native backend's are the engine's own: by default SPECENGINE_NUM_THREADS, else OMP_NUM_THREADS, else as many "
-        "as affinity and the container's CPU quota allow; for the other backends it is PyTorch's setting "
+        "the native backend's are the engine's own: by default SPECENGINE_NUM_THREADS, else OMP_NUM_THREADS, else as "
+        "many as affinity and the container's CPU quota allow; for the other backends it is PyTorch's setting "
         "(`torch.set_num_threads`), of the whole process",
     )
     enable_prefix_cache: bool = option(True, Flag(), "share the KV blocks of equal prompt prefixes")
