@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 
+from specengine.ops.load import load_backend
 from specengine.ops.native import NativeBackend
 from specengine.ops.threads import default_num_threads
 
@@ -109,9 +112,11 @@ def test_a_quota_does_not_overrule_the_environment(tmp_path: Path) -> None:
     assert default_num_threads({"OMP_NUM_THREADS": "6"}, root) == 6
 
 
-def test_an_engines_ops_start_with_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_is_asked_where_no_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SPECENGINE_NUM_THREADS", "7")
     assert NativeBackend().num_threads == 7
     monkeypatch.setenv("SPECENGINE_NUM_THREADS", "many")
     with pytest.raises(ValueError, match="SPECENGINE_NUM_THREADS='many'"):
         NativeBackend()
+    backend = load_backend("native", torch.device("cpu"), num_threads=2)
+    assert cast(NativeBackend, backend).num_threads == 2

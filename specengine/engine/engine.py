@@ -89,11 +89,9 @@ class Engine:
         self.config = assembly.build_config(config, dict(config_fields))
         assembly.check_draft_model(draft_model)
         self.device = assembly.resolve_device(self.config.device)
-        backend = load_backend(self.config.backend, self.device)
+        backend = load_backend(self.config.backend, self.device, num_threads=self.config.num_threads)
         self.backend_name = backend.name
         recorder = assembly.build_recorder(self.config, self.device, backend.name)
-        if self.config.num_threads is not None:
-            backend.set_num_threads(self.config.num_threads)
         # Whatever a config says is checked before anything is loaded.
         checkpoint = assembly.open_model(model, self.config)
         draft_checkpoint = assembly.open_draft(draft_model, self.config)

@@ -12,8 +12,10 @@ from specengine.errors import BackendUnavailableError
 from specengine.ops.backend import Backend
 
 
-def load_backend(name: str, device: torch.device) -> Backend:
+def load_backend(name: str, device: torch.device, *, num_threads: int | None = None) -> Backend:
     """The backend `auto`, `native`, `triton` or `reference` for a device; `auto` is Triton on CUDA, native on a CPU.
+
+    num_threads: as `Backend.set_num_threads` takes it; None: what the backend has without
 
     Raises `BackendUnavailableError` when it cannot run there, `ValueError` for an unknown name.
     """
@@ -22,22 +24,26 @@ def load_backend(name: str, device: torch.device) -> Backend:
     if name == "reference":
         from specengine.ops.reference import ReferenceBackend
 
-        return cast(Backend, ReferenceBackend())
-    if name == "native":
-        return _load_native(device)
-    if name == "triton":
-        return _load_triton(device)
-    raise ValueError(f"backend: {name!r} is unknown; expected auto, native, triton or reference")
+        backend = cast(Backend, ReferenceBackend())
+    elif name == "native":
+        return _load_native(device, num_threads)
+    elif name == "triton":
+        backend = _load_triton(device)
+    else:
+        raise ValueError(f"backend: {name!r} is unknown; expected auto, native, triton or reference")
+    if num_threads is not None:
+        backend.set_num_threads(num_threads)
+    return backend
 
 
-def _load_native(device: torch.device) -> Backend:
+def _load_native(device: torch.device, num_threads: int | None) -> Backend:
     if device.type != "cpu":
         raise BackendUnavailableError(
             f"backend='native' runs on a CPU, not on device={str(device)!r}; use backend='triton' or 'reference' there"
         )
     from specengine.ops.native import NativeBackend
 
-    return cast(Backend, NativeBackend())
+    return cast(Backend, NativeBackend(num_threads))
 
 
 def _load_triton(device: torch.device) -> Backend:

@@ -45,11 +45,11 @@ class NativeBackend:
     match_draws = staticmethod(_C.match_draws)
     commit_round = staticmethod(_C.commit_round)
 
-    def __init__(self) -> None:
+    def __init__(self, num_threads: int | None = None) -> None:
         wanted = os.environ.get("SPECENGINE_INSTRUCTION_SET", "auto")
         if wanted not in (known := ["auto", *_C.instruction_sets()]):
             raise ValueError(f"SPECENGINE_INSTRUCTION_SET={wanted!r}: this processor has {', '.join(known)}")
-        self._ops = _C.Ops(default_num_threads())
+        self._ops = _C.Ops(default_num_threads() if num_threads is None else num_threads)
         self.embed = self._ops.embed
         self.paged_attention = self._ops.paged_attention
         self.filter_rows = self._ops.filter_rows
