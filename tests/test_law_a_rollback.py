@@ -25,6 +25,7 @@ from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter,
 
 from specengine import _C, speculative
 from specengine.config import SamplingParams
+from specengine.drafters import draft_model
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
 from specengine.models.decoder import ForwardBatch
@@ -442,6 +443,6 @@ def test_the_law_notices(
 def test_the_law_notices_a_draft_that_never_catches_up(
     pair: tuple[Path, Path], build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(DraftModelDrafter, "_next_chunks", lambda self, batch, slots: [])
+    monkeypatch.setattr(DraftModelDrafter, "_gap", lambda self, sequence, draft_limit: draft_model._NO_GAP)
     with pytest.raises(AssertionError):
         check_drafts_are_fresh(build_engine, pair, monkeypatch)
