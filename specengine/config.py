@@ -18,6 +18,7 @@ from specengine.kinds import (
     AUTO,
     Choice,
     DeviceName,
+    Drafting,
     DtypeName,
     Flag,
     FlagOrAuto,
@@ -28,6 +29,7 @@ from specengine.kinds import (
     LogitBias,
     Model,
     Number,
+    Repeated,
     StopStrings,
     Text,
     TokenIds,
@@ -95,7 +97,7 @@ def _checked(options: Any) -> None:
     """Puts every field into its one form; `TypeError` or `ValueError` for what cannot be."""
     for item in fields(options):
         value, kind = getattr(options, item.name), declaration(item).kind
-        if value is not None or item.default is not None or kind.is_repeated:
+        if value is not None or item.default is not None or isinstance(kind, Repeated):
             object.__setattr__(options, item.name, kind.check(item.name, value))
 
 
@@ -126,7 +128,7 @@ class ModelOptions:
     )
     draft_model: Any = option(
         None,
-        Model(),
+        Drafting(),
         "what drafts for it: a directory or a name on the Hub; without one decoding is plain",
         "or a `transformers` model, or a `Drafter`",
         aliases=("assistant_model",),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -99,6 +100,10 @@ class Kind:
 
     def parse(self, text: str) -> Any:
         return text
+
+    def gather(self, values: list[Any]) -> Any:
+        """What several parsed values are together, where a command line may give several."""
+        return tuple(values)
 
 
 @dataclass(frozen=True)
@@ -292,6 +297,21 @@ class Model(Kind):
 
 
 @dataclass(frozen=True)
+class Drafting(Model):
+    """What drafts: one thing or a list of them."""
+
+    is_repeated: ClassVar[bool] = True
+
+    def check(self, name: str, value: Any) -> Any:
+        for each in value if isinstance(value, list | tuple) else (value,):
+            super().check(name, each)
+        return value
+
+    def gather(self, values: list[Any]) -> Any:
+        return values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
 class Function(Kind):
     """Something to call: nothing that a command line could give."""
 
@@ -377,13 +397,17 @@ class LogitBias(Repeated):
             raise TypeError(f"{name} must map token ids to numbers, got {value!r}")
         items = tuple(value.items()) if isinstance(value, Mapping) else value
         number = Number(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
-        return tuple(
+        pairs = tuple(
             (
                 check_int(f"{name} token id", token_id, 0, MAX_TOKEN_ID),
                 number.check(f"{name}[{token_id}]", bias),
             )
             for token_id, bias in items
         )
+        for token_id, count in Counter(token_id for token_id, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"{name} must name a token once, got {count} numbers for {token_id}")
+        return pairs
 
     def parse(self, text: str) -> Any:
         token_id, _, bias = text.partition("=")

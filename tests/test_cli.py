@@ -5,20 +5,27 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import specengine
-from specengine import SamplingParams, StreamEvent, bundled
+from specengine import EngineConfig, SamplingParams, StreamEvent, bundled, call
+from specengine.call import prepare_call
 from specengine.cli import app, main
 from specengine.cli.terminal import STYLES, TokenPainter, paint, wants_color
+from specengine.config import ModelOptions
 from specengine.models.checkpoints.tokenizer_files import read_tokenizer
 from specengine.tokenizer import Tokenizer
 
@@ -97,7 +104,7 @@ def strip_colors(text: str) -> str:
 def test_every_sampling_option_is_passed_on() -> None:
     given = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 11, "min_new_tokens": 2}
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    more = ["--logit-bias", "14=-50", "--logit-bias", "15=1.5", "--stop", "\n\n", "--stop", "xyz"]
+    more = ["--logit-bias", "14=-50", "--logit-bias", "15=1.5", "--stop", r"\n\n", "--stop", "xyz"]
     more += ["--stop-token-id", "3", "--include-stop", "--ignore-eos", "--acceptance", "coupled"]
     result = specengine.generate(
         PROMPT,
@@ -141,7 +148,7 @@ def test_samples_come_one_after_the_other() -> None:
         (["generate", PROMPT, "--device", "toaster"], ["device", "'toaster'"]),
         (["generate", PROMPT, "--dtype", "float8"], ["dtype", "'float8'"]),
         (["generate", PROMPT, "--color", "blue"], ["--color", "'blue'"]),
-        (["generate", PROMPT, "--logit-bias", "x"], ["logit_bias", "'x'"]),
+        (["generate", PROMPT, "--logit-bias", "x"], ["--logit-bias", "'x'"]),
         (["generate", PROMPT, "--model", "m", "-k", "3"], ["num_speculative_tokens=3", "'m'"]),
         (["generate", PROMPT, "--draft-model", "d"], ["draft_model='d'"]),
         (["generate", PROMPT, "--prompt", "again"], ["'again'"]),
@@ -336,7 +343,176 @@ def test_when_to_color(monkeypatch: pytest.MonkeyPatch) -> None:
     assert paint("x", "draft") != paint("x", "target")
 
 
+# Options
+
+
 def test_defaults_are_those_of_the_library() -> None:
     code, out, _ = invoke("generate", "--help")
     assert code == 0
-    assert f"[default: {SamplingParams.max_new_tokens}]" in out
+    assert f"[default: {SamplingParams.max_new_tokens}]" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("command", "changed"), [("generate", {}), ("profile", {"max_new_tokens": 64})])
+def test_a_command_has_every_option_of_the_library(
+    command: str, changed: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under its name; with nothing given, what the library does with nothing given."""
+    help_page = invoke(command, "--help")[1]
+    names = [field.name for group in (ModelOptions, SamplingParams, EngineConfig) for field in fields(group)]
+    flags = [f"--{name.replace('_', '-')}" for name in names if name != "logits_processor"]
+    assert [flag for flag in [*flags, "-k", "-n"] if not re.search(rf"{flag}\b", help_page)] == []
+    calls: list[call.Call] = []
+    monkeypatch.setattr(call, "prepare_call", lambda *given: calls.append(prepare_call(*given)) or stop())
+    assert invoke(command, PROMPT)[0] == 2
+    assert calls[0].params == SamplingParams(**changed)
+
+
+def stop() -> None:
+    raise ValueError("enough has been seen")
+
+
+GIVEN: dict[str, tuple[list[str], Any]] = {
+    "several drafts": (["--draft-model", "a", "--draft-model", "b"], {"draft_model": ["a", "b"]}),
+    "one draft": (["--draft-model", "a"], {"draft_model": "a"}),
+    "biases": (["--logit-bias", "3=-1.5", "--logit-bias", "4=2"], {"logit_bias": ((3, -1.5), (4, 2.0))}),
+    "stops": (["--stop", r"\n", "--stop", r"a\\b\x41\u00e9"], {"stop": ("\n", "a\\bAé")}),
+    "stop ids": (["--stop-token-id", "3", "--stop-token-ids", "4"], {"stop_token_ids": (3, 4)}),
+    "flags": (
+        ["--ignore-eos", "--include-stop", "--no-enable-prefix-cache", "--no-cuda-graphs"],
+        {
+            "ignore_eos": True,
+            "include_stop_str_in_output": True,
+            "enable_prefix_cache": False,
+            "cuda_graphs": False,
+        },
+    ),
+    "graphs": (["--graphs"], {"cuda_graphs": True}),
+    "numbers": (
+        ["-k", "3", "-n", "2", "--rounds-ahead", "auto", "--num-blocks", "9", "--min-p", "0.5"],
+        {"num_speculative_tokens": 3, "n": 2, "rounds_ahead": "auto", "num_blocks": 9, "min_p": 0.5},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", GIVEN)
+def test_options_reach_the_library_as_they_are(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments, expected = GIVEN[case]
+    calls: list[dict[str, Any]] = []
+    monkeypatch.setattr(call, "prepare_call", lambda _, options: calls.append(options) or stop())
+    assert invoke("generate", PROMPT, *arguments)[0] == 2
+    assert {name: calls[0][name] for name in expected} == expected
+
+
+# What was an error as a value
+
+
+@pytest.fixture(scope="module")
+def broken_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled draft with a NaN in a weight that every token's logits depend on."""
+    directory = tmp_path_factory.mktemp("broken") / "model"
+    shutil.copytree(bundled.draft_path(), directory)
+    tensors = load_file(directory / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith("ln_f.bias")]
+    tensors[name][0] = float("nan")
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("how", [["--stream"], ["--no-stream"], ["--json"], ["--stats"], ["-n", "2"]])
+def test_a_model_without_a_distribution_is_exit_code_1(broken_model: Path, how: list[str]) -> None:
+    code, out, err = invoke("generate", PROMPT, "--model", str(broken_model), "--max-new-tokens", "4", *how)
+    last = err.splitlines()[-1]
+    assert code == 1
+    assert last.startswith("specengine: the target's logits hold a NaN"), err
+    assert ("(sample 0, 1 of 2)" in last) == (how == ["-n", "2"])
+    if how == ["--json"]:
+        assert err.count("\n") == 1
+        assert json.loads(out)["outputs"][0]["finish_reason"] == "error"
+
+
+def test_one_of_several_samples_that_failed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = specengine.generate(PROMPT, max_new_tokens=2, n=3, temperature=1.0, seed=1)
+    outputs = [*result.outputs]
+    outputs[1] = replace(outputs[1], finish_reason="error", error="no distribution")
+    monkeypatch.setattr(specengine.Engine, "generate", lambda *_, **__: replace(result, outputs=outputs))
+    code, out, err = invoke("generate", PROMPT, "-n", "3")
+    assert (code, out.count("\n") > 2) == (1, True)
+    assert err.splitlines()[-1] == "specengine: no distribution (sample 1 of 3)"
+
+
+def test_there_is_nothing_to_profile_in_an_error(broken_model: Path) -> None:
+    code, out, err = invoke("profile", PROMPT, "--model", str(broken_model), "--no-trace", "--json")
+    assert (code, out, err.count("\n")) == (1, "", 1)
+    assert "the target's logits hold a NaN" in err
+
+
+# Text that comes in and goes out
+
+
+def test_json_is_ascii_whatever_it_holds() -> None:
+    """So it is JSON on an ASCII standard output too, where other characters would become \\x escapes."""
+    prompt = "# naïve ☕ 🙂\n"
+    for command in (["generate", prompt, "--max-new-tokens", "2"], ["models"], ["collect-env"]):
+        code, out, _ = invoke(*command, "--json")
+        assert (code, out.isascii()) == (0, True), command
+        shown = json.loads(out)
+        assert command[0] != "generate" or shown["prompt"] == prompt
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["generate", "a\udcff"],
+        ["generate", "--prompt", "a\udcff"],
+        ["generate", "x", "--stop", "a\udcff"],
+        ["generate", "x", "--revision", "a\udcff"],
+        ["generate", "x", "--dtype", "a\udcff"],
+        ["generate", "x", "--device", "a\udcff"],
+        ["generate", "x", "--top-k", "a\udcff"],
+        ["generate", "x", "--a\udcff"],
+        ["a\udcff"],
+        ["profile", "a\udcff"],
+    ],
+    ids=ascii,
+)
+def test_an_argument_that_is_no_utf8_is_wrong_usage(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python makes half a surrogate pair of each byte that is none."""
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    out, err = capsys.readouterr()
+    assert (caught.value.code, out, err.count("\n")) == (2, "", 1)
+    assert "udcff" in err
+
+
+def test_a_model_whose_name_is_no_utf8_is_not_there() -> None:
+    code, out, err = invoke("generate", "x", "--model", "/nowhere/a\udcff")
+    assert (code, out, err.count("\n")) == (1, "", 1), err
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (b"a\n", "a"),
+        (b"a\n\n", "a\n"),
+        (b"a\r\nb\r\n", "a\nb"),
+        (b"\xef\xbb\xbfa", "a"),
+        (b"a\rb\\n", "a\rb\\n"),
+        (" é\ufeff".encode(), " é\ufeff"),
+    ],
+)
+def test_stdin_is_read_as_a_text_file(written: bytes, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt on the command line is taken as it is."""
+    prompts: list[str] = []
+    monkeypatch.setattr(call, "prepare_call", lambda prompt, _: prompts.append(prompt) or stop())
+    assert invoke("generate", "-", stdin=written)[0] == 2
+    assert invoke("profile", "-", stdin=written)[0] == 2
+    assert invoke("generate", "--prompt", "\ufeffa\r\nb\\n\n")[0] == 2
+    assert prompts == [meant, meant, "\ufeffa\r\nb\\n\n"]
+
+
+def test_a_stop_that_is_no_escape_is_refused_with_a_hint() -> None:
+    code, _, err = invoke("generate", "x", "--stop", r"\d")
+    assert code == 2
+    assert r"a backslash itself is \\" in " ".join(err.split())

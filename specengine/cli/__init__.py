@@ -1,5 +1,5 @@
 """The command `specengine`."""
 
-from specengine.cli.commands import app, main
+from specengine.cli.entry import app, main
 
 __all__ = ["app", "main"]

@@ -190,6 +190,8 @@ def _decode(
                 last = event
             seconds = time.perf_counter() - began
     assert last.result is not None, "the last event carries the result"
+    if last.result.finish_reason == "error":
+        raise SpecEngineError(f"there is nothing to profile: {last.result.outputs[0].error}")
     if not last.result.metrics.speculative_decoding.num_rounds:
         raise SpecEngineError(
             "there is nothing to profile: the text ended with its first token; give another prompt or --ignore-eos"

@@ -1,0 +1,29 @@
+"""`specengine models`: what a model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from specengine.cli.options import AsJson, takes
+from specengine.cli.output import print_sections
+from specengine.config import ModelOptions
+
+
+@takes(ModelOptions)
+def models(options: dict[str, Any], as_json: AsJson = False) -> None:
+    """List the bundled pair and the architectures, or describe models without loading them."""
+    from specengine import bundled
+    from specengine.models.describe import describe_model, supported_architectures
+
+    chosen = ModelOptions(**options)
+    drafts = chosen.draft_model if isinstance(chosen.draft_model, list) else [chosen.draft_model]
+    named = [name for name in (chosen.model, *drafts) if name is not None]
+    if named:
+        print_sections({name: describe_model(name) for name in named}, as_json=as_json)
+        return
+    sections = {
+        "bundled target": describe_model(bundled.target_path()),
+        "bundled draft": describe_model(bundled.draft_path()),
+        "supported": {"architectures": ", ".join(supported_architectures())},
+    }
+    print_sections(sections, as_json=as_json)
