@@ -119,6 +119,7 @@ class CompletionOutput:
     cumulative_logprob: their sum, if asked for
     token_source:       whether each token was an accepted draft or the target's own
     seed:               the key this sample was drawn with
+    error:              with finish_reason "error", what was wrong: the target's logits held a NaN or nothing finite
     """
 
     index: int

@@ -226,6 +226,18 @@ class Engine:
         return None if recorder is None else replace(recorder.report)
 
     @property
+    def weights(self) -> dict[str, object]:
+        """The loaded tensors, in dataclasses: of the "target" and, if a model drafts, the "draft"."""
+        runners = {"target": self._target, "draft": getattr(self._drafter, "runner", None)}
+        return {name: runner.decoder.weights for name, runner in runners.items() if runner is not None}
+
+    def kv_bytes(self, num_tokens: int | None = None) -> int:
+        """Memory of the KV cache, all models together: what this many tokens of one sequence take, or all of it."""
+        cache = self._kv_cache
+        size = sum(tensor.nbytes for tensor in cache.tensors)
+        return size if num_tokens is None else size // cache.num_blocks * cache.blocks_for(num_tokens)
+
+    @property
     def num_free_blocks(self) -> int:
         """KV blocks that no running sequence holds."""
         return int(self._kv_cache.manager.num_free_blocks)

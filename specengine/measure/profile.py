@@ -214,17 +214,12 @@ def _trace(call: Call, engine: Engine, path: Path) -> None:
 
 
 def _memory(engine: Engine, result: GenerationResult, peaks: Peaks) -> Memory:
-    runners = {"target": engine._target, "draft": getattr(engine._drafter, "runner", None)}
-    cache = engine._kv_cache
-    reserved = sum(tensor.nbytes for tensor in cache.tensors)
     num_tokens = len(result.prompt_token_ids) + len(result.token_ids)
     peak, process_peak = peaks.read()
     return Memory(
-        weights={
-            name: num_bytes(runner.decoder.weights) for name, runner in runners.items() if runner is not None
-        },
-        kv_reserved=reserved,
-        kv_used=reserved // cache.num_blocks * cache.blocks_for(num_tokens),
+        weights={name: num_bytes(weights) for name, weights in engine.weights.items()},
+        kv_reserved=engine.kv_bytes(),
+        kv_used=engine.kv_bytes(num_tokens),
         peak=peak,
         process_peak=process_peak,
     )
