@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +95,6 @@ def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Names
-
-
-@pytest.mark.parametrize("function", [specengine.generate, specengine.stream])
-@pytest.mark.parametrize("config", [SamplingParams, EngineConfig])
-def test_every_field_is_spelled_out_with_its_default(function: Callable[..., Any], config: type) -> None:
-    parameters = inspect.signature(function).parameters
-    for field in fields(config):
-        assert field.default is not MISSING, f"{field.name} has no default"
-        assert parameters[field.name].default == field.default, field.name
-        assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
 
 
 @pytest.mark.parametrize(
