@@ -162,7 +162,7 @@ def test_a_mask_that_lets_padding_in_is_noticed(
 @pytest.mark.skipif(
     DEVICE.type != "cpu", reason="the interpreter stands in for a GPU only where there is none"
 )
-def test_a_triton_that_was_imported_without_the_interpreter_is_refused() -> None:
+def test_a_triton_that_was_imported_without_the_interpreter_is_refused(tmp_path: Path) -> None:
     script = (
         "import os; os.environ.pop('TRITON_INTERPRET', None); import triton, torch\n"
         "from specengine.ops.load import load_backend\n"
@@ -170,7 +170,8 @@ def test_a_triton_that_was_imported_without_the_interpreter_is_refused() -> None
         "try:\n    load_backend('triton', torch.device('cpu'))\n"
         "except BackendUnavailableError as error:\n    print(error)"
     )
-    output = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", script]
+    output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert "TRITON_INTERPRET=1" in output
 
 
