@@ -7,6 +7,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.transforms import Transforms
+
 _TokenIds = Sequence[int] | NDArray[np.int32]
 
 class PagedKVCache:
@@ -196,6 +199,16 @@ class Ops:
         num_accepted: Tensor,
         error: Tensor,
     ) -> None: ...
+    def transform_rows(
+        self,
+        logits: Tensor,
+        rows: SamplingRows,
+        slots: Tensor,
+        q_start: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        transforms: Transforms,
+    ) -> Tensor: ...
     def token_logprobs(
         self, logits: Tensor, token_ids: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...
@@ -286,11 +299,8 @@ class Decoder:
         logit_rows: Tensor,
         kv_cache: Tensor,
         vocab_size: int,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
+        rows: SamplingRows,
+        transforms: Transforms | None,
     ) -> tuple[Tensor, Tensor]: ...
     def draft(
         self,
@@ -302,11 +312,8 @@ class Decoder:
         limits: Tensor,
         kv_cache: Tensor,
         vocab_size: int,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
+        rows: SamplingRows,
+        transforms: Transforms | None,
     ) -> tuple[Tensor, Tensor]: ...
 
 def expand_batch(

@@ -255,6 +255,11 @@ class SamplingParams:
         return not self.is_greedy and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
 
     @property
+    def has_transforms(self) -> bool:
+        """Whether something is done to the logits of every token, whatever its position."""
+        return bool(self.logit_bias)
+
+    @property
     def rule(self) -> str:
         """The rule that drafts are judged by, "match" or "rejection" (greedy decoding is a match in every mode)."""
         is_matched = self.acceptance == "coupled" or (self.acceptance == AUTO and self.seed is not None)
@@ -326,14 +331,14 @@ class EngineConfig:
         FlagOrAuto(),
         "record rounds as CUDA graphs",
         "auto: on CUDA a round is recorded when its kind first runs; True: the usual kinds are recorded at the start, "
-        "and what cannot be recorded is an error; rounds with `logit_bias` or `min_new_tokens` run without",
+        "and what cannot be recorded is an error",
         flags=("--graphs",),
     )
     rounds_ahead: int | str = option(
         AUTO,
         IntegerOrAuto(0, MAX_ROUNDS_AHEAD),
         "rounds that are queued before the results of earlier ones are read",
-        "auto: one on CUDA, none on a CPU; log-probabilities, biases and, where it drafts, a Drafter object make it 0",
+        "auto: one on CUDA, none on a CPU; log-probabilities and, where it drafts, a Drafter object make it 0",
     )
     forced_acceptance: float | None = option(
         None,

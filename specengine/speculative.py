@@ -79,7 +79,6 @@ def judge(
     """The target's one forward and what follows from it: over the last committed token and the drafts, or, for chunks
     of prompts, over `feed`, where the logit row row_start[b] is the one that decides."""
     plan, k = batch.planned, proposal.tokens.shape[1]
-    first_position = plan.seq_len if feed is None else feed.start + feed.q_len - feed.num_logits + 1
     if feed is None:
         num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
         most = batch.slots.numel() * (k + 1)
@@ -94,9 +93,9 @@ def judge(
         return _empty_outcome(proposal, row_start)
     if batch.is_decided_by_draws:
         return match(target.backend, *target.draw(rows, batch), row_start, proposal, batch)
-    judged = target.judge(rows, batch, feed.num_logits, first_position)
+    judged = target.judge(rows, batch)
     outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
-    return replace(outcome, logits=judged.raw_logits)
+    return replace(outcome, logits=judged.raw)
 
 
 def match(
@@ -128,7 +127,7 @@ def verify(
     """Judges a proposal by the target's logits: row row_start[b] + i decides position seq_len[b] + i.
 
     Greedy and coupled sequences, and those without a draft, match the target's own draw; the others use
-    rejection sampling. logits: `[R, V]` with every bias; stats: `[R, 4]` of them (`filter_rows`).
+    rejection sampling. logits: `[R, V]` after every transform; stats: `[R, 4]` of them (`filter_rows`).
     """
     plan, num_draft = batch.planned, proposal.num_tokens
     outcome = _empty_outcome(proposal, row_start)

@@ -22,6 +22,7 @@ from specengine.kernels.device.launch import Launch, assume_capability, record
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
 from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.transforms import Transforms
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
 from specengine.ops.load import load_backend
 
@@ -177,6 +178,11 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
     with record() as launches:
         plan = TRITON.plan_round(of_sequence, *state, NUM_DRAFT, 1024)
         rows = (integers(num_sequences + 1), integers(num_rows), meta(num_rows, dtype=torch.int64))
+        table = integers(num_slots, 16)
+        transforms = Transforms(tokens, integers(num_slots), table, meta(num_slots, 16), table, table)
+        logits = meta(num_rows, row_length)
+        asked = SamplingRows.empty(num_sequences, "meta")
+        TRITON.transform_rows(logits, asked, of_sequence, *rows, transforms, num_rows=integers(1))
         TRITON.row_keys(SamplingRows.empty(num_sequences, "meta"), *rows, num_rows=integers(1))
         staged = (tokens, of_sequence, plan.seq_len, plan.is_drafting[1], of_sequence)
         TRITON.stage_draft(1, *staged, of_sequence, drafts, of_sequence)

@@ -29,6 +29,7 @@ ON_LOGITS = {
     "spec_filter_rows",
     "spec_sample_rows",
     "spec_token_logprobs",
+    "spec_transform_rows",
     "spec_match_verify",
     "spec_rejection_verify",
 }

@@ -19,6 +19,7 @@ from law_helpers import (
 from specengine.config import SamplingParams
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.engine import Engine
+from specengine.kernels.types.program import JudgedLogits
 from specengine.ops.interpreter import row_keys
 from specengine.outputs import GenerationResult
 from specengine.runtime.model_runner import draw_keys
@@ -206,13 +207,13 @@ def test_the_law_notices_a_draft_law_that_is_not_the_targets(
 ) -> None:
     """Rejection compares p with q: a last bit of difference is enough to reject now and then."""
     runner = twins._drafter.runner  # type: ignore[union-attr]
-    forward_stats = runner.forward_stats
+    judge = runner.judge
 
     def scaled(rows: Any, batch: Any) -> Any:
-        logits = forward_stats(rows, batch)[0] * 1.01
+        logits = judge(rows, batch).logits * 1.01
         judged_by, _ = row_keys(runner.backend, draw_keys(batch), rows)
-        return logits, runner.backend.filter_rows(logits, *judged_by[:4])
+        return JudgedLogits(logits, logits, runner.backend.filter_rows(logits, *judged_by[:4]))
 
-    monkeypatch.setattr(runner, "forward_stats", scaled)
+    monkeypatch.setattr(runner, "judge", scaled)
     with pytest.raises(AssertionError):
         check_everything_is_accepted(twins, [4], [REJECTION], num_tokens=200)

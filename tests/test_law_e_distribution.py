@@ -29,7 +29,7 @@ from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 from specengine.runtime import model_runner
-from specengine.runtime.batch import Feed, row_starts
+from specengine.runtime.batch import Feed
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.state import RoundMode, RunningBatch
 
@@ -267,10 +267,11 @@ def _sample_batch(
     count, none = len(slots), NoDrafter()
     q_len, one = torch.full_like(batch.seq_len, start), torch.ones_like(batch.seq_len)
     feed = Feed(torch.zeros_like(q_len), q_len, one, count * start, count)
-    judged = engine._target.judge(engine._target.build(batch, feed), batch, one, batch.seq_len)
+    judged = engine._target.judge(engine._target.build(batch, feed), batch)
     proposal = none.propose(batch, state)
+    row_start = one.cumsum(0).int() - 1
     outcome = speculative.verify(
-        engine._target.backend, judged.logits, judged.stats, row_starts(one), proposal, batch
+        engine._target.backend, judged.logits, judged.stats, row_start, proposal, batch
     )
     speculative.commit(outcome, batch, state)
     for slot in slots:
@@ -321,7 +322,6 @@ def _build_batch(
         ),
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),
-        bias=None,
         mode=RoundMode(rules=(rule,), has_filters=True),
         host_slots=tuple(slots),
         lengths=tuple(lengths),

@@ -280,7 +280,8 @@ def test_the_law_notices(
     rows = make_rows()
     alone = prepare(engine, scripted, rows)
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+    # Rows that padding has, and nobody computed, are an error of the op's.
+    with pytest.raises((AssertionError, ValueError)):
         check_company(engine, rows, alone)
 
 

@@ -94,7 +94,7 @@ def test_batches_of_one_to_nine_growing_and_shrinking(
 
 
 def test_logprobs_biases_and_minimum_lengths(pair: Pair, build_twins: BuildTwins, tally: Tally) -> None:
-    """Log-probabilities are read before the next round overwrites them; biased rounds are not recorded."""
+    """Log-probabilities are read before the next round overwrites them; transforms end while others go on."""
     direct, replayed = build_twins(*pair)
     check_every_size(direct, replayed, [1, 4, 3], logprobs=2)
     check_every_size(direct, replayed, [2, 3], logit_bias={5: 3.0}, min_new_tokens=2, stop_token_ids=[9, 11])

@@ -34,6 +34,8 @@ MODES = {
     "plain": RoundMode(),
     "filtered": RoundMode(has_filters=True),
     "logprobs": RoundMode(wants_logprobs=True),
+    "transformed": RoundMode(has_transforms=True),
+    "transformed, rejection": RoundMode(rules=(Rule.REJECTION,), has_filters=True, has_transforms=True),
     "rejection": RoundMode(rules=(Rule.REJECTION,)),
     "rejection, filtered": RoundMode(rules=(Rule.REJECTION,), has_filters=True),
     "mixed": RoundMode(rules=(Rule.MATCH, Rule.REJECTION), has_filters=True),

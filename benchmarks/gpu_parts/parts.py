@@ -108,7 +108,15 @@ KERNEL_TESTS = {
         "parallel_linear_residual",
     ),
     "attention": ("paged_attention", "embed", "expand_batch", "noise"),
-    "head": ("head", "head_draw", "head_stats", "filter_rows", "sample_rows", "token_logprobs"),
+    "head": (
+        "head",
+        "head_draw",
+        "head_stats",
+        "transform_rows",
+        "filter_rows",
+        "sample_rows",
+        "token_logprobs",
+    ),
     "round": (
         "plan_round",
         "row_keys",
@@ -123,7 +131,7 @@ KERNEL_TESTS = {
 RACES = ("tests/test_last_arrivers.py", "tests/test_dependent_launch.py")
 COMPILED = ("tests/test_ahead_of_time.py", "tests/test_round_launches.py")
 LAYERS = ("norm_qkv", "norm_linear", "linear_residual")
-HEADS = ("head", "head_draw", "head_stats", "sample_rows", "filter_rows", "token_logprobs")
+HEADS = ("head", "head_draw", "head_stats", "transform_rows", "sample_rows", "filter_rows", "token_logprobs")
 # In the order in which they run: what is quick, and what says whether the rest makes sense, comes first.
 PARTS = (
     Part(

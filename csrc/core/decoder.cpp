@@ -116,41 +116,30 @@ void DecoderRunner::forward(const BatchView& batch, int64_t vocab_size, float* l
        logits, padded_vocab_size);
 }
 
-void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence) {
+void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const SamplingRows& rows,
+                         const TransformTables* tables, int32_t* tokens, int32_t* error) {
   const std::lock_guard lock(mutex_);
-  draw_rows(batch, vocab_size, by_sequence);
+  draw_rows(batch, vocab_size, rows, tables, tokens, error);
 }
 
-void DecoderRunner::draw_rows(const BatchView& batch, int64_t vocab_size,
-                              const DrawRows& by_sequence) {
+void DecoderRunner::draw_rows(const BatchView& batch, int64_t vocab_size, const SamplingRows& rows,
+                              const TransformTables* tables, int32_t* tokens, int32_t* error) {
   check(batch);
   run_layers(batch);
   const int64_t num_rows = batch.num_logit_rows;
   if (num_rows == 0) return;
-  int32_t* positions = draw_integers_.reserve(2 * num_rows);
-  int32_t* top_k = positions + num_rows;
-  float* temperature = draw_numbers_.reserve(3 * num_rows);
-  float* top_p = temperature + num_rows;
-  float* min_p = top_p + num_rows;
-  int64_t* seeds = draw_seeds_.reserve(num_rows);
-  const int32_t* ends = batch.q_start + 1;
-  for (int64_t r = 0; r < num_rows; ++r) {
-    const int64_t token = batch.logit_rows[r];
-    const int64_t owner = std::upper_bound(ends, ends + batch.num_sequences, token) - ends;
-    positions[r] = batch.positions[token] + 1;
-    temperature[r] = by_sequence.temperature[owner];
-    top_k[r] = by_sequence.top_k[owner];
-    top_p[r] = by_sequence.top_p[owner];
-    min_p[r] = by_sequence.min_p[owner];
-    seeds[r] = by_sequence.seeds[owner];
-  }
-  head_draw(
-      logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
-      {temperature, top_k, top_p, min_p, seeds, positions, by_sequence.tokens, by_sequence.error});
+  const RaggedRows ragged{batch.num_sequences, batch.slots, batch.q_start, batch.positions,
+                          batch.logit_rows};
+  const DecidedRows decided = draw_decided_.build(ragged, num_rows, rows);
+  const RowTransform* transforms =
+      tables == nullptr ? nullptr : draw_transforms_.build(*tables, decided, vocab_size);
+  head_draw(logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
+            {decided.rows, decided.positions, tokens, error, transforms});
 }
 
 // A sequence whose draws are made stays in the batch and feeds nothing.
-void DecoderRunner::draft(const DraftCall& call, int64_t vocab_size, const DrawRows& by_sequence) {
+void DecoderRunner::draft(const DraftCall& call, int64_t vocab_size, const SamplingRows& rows,
+                          const TransformTables* tables) {
   const std::lock_guard lock(mutex_);
   const auto count = static_cast<int64_t>(call.slots.size());
   for (int64_t b = 0; b < count; ++b) {
@@ -160,9 +149,7 @@ void DecoderRunner::draft(const DraftCall& call, int64_t vocab_size, const DrawR
   }
   int32_t* start = draft_integers_.reserve(5 * count);
   int32_t *q_len = start + count, *num_logits = q_len + count;
-  DrawRows rows = by_sequence;
-  rows.tokens = num_logits + count;
-  rows.error = rows.tokens + count;
+  int32_t *drawn = num_logits + count, *error = drawn + count;
   const Matrix<const int32_t> tokens{call.tokens.data, call.tokens.num_rows, call.tokens.width,
                                      call.tokens.stride};
   const auto of = [count](const int32_t* data) { return Ints(data, count); };
@@ -183,12 +170,12 @@ void DecoderRunner::draft(const DraftCall& call, int64_t vocab_size, const DrawR
         {size.num_tokens, count, batch.token_ids, batch.positions, batch.kv_slots, batch.q_start,
          batch.context_len, call.slots.data(), call.block_table, batch.logit_rows,
          size.num_logit_rows, call.kv_cache, call.kv_dtype, call.num_blocks, call.block_size},
-        vocab_size, rows);
+        vocab_size, rows, tables, drawn, error);
     for (int64_t b = 0, row = 0; b < count; ++b) {
       if (num_logits[b] == 0) continue;
-      call.tokens[call.slots[b]][call.seq_len[b] + step] = rows.tokens[row];
-      call.drafted[b * call.k + step] = rows.tokens[row];
-      call.error[b * call.k + step] = rows.error[row];
+      call.tokens[call.slots[b]][call.seq_len[b] + step] = drawn[row];
+      call.drafted[b * call.k + step] = drawn[row];
+      call.error[b * call.k + step] = error[row];
       ++row;
     }
   }

@@ -77,11 +77,12 @@ class DecoderRunner {
   // padded_vocab_size]
   void forward(const BatchView& batch, int64_t vocab_size, float* logits,
                int64_t padded_vocab_size);
-  // Row r decides the position after token logit_rows[r]. What `by_sequence` says of temperatures,
-  // filters and seeds it says of each sequence; its positions are not read.
-  void draw(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence);
-  // by_sequence: [B]; its tokens and errors are not written.
-  void draft(const DraftCall& call, int64_t vocab_size, const DrawRows& by_sequence);
+  // Row r decides the position after token logit_rows[r]. rows: [num_sequences]; tables: what is
+  // done to the logits first, or null; tokens, error: [num_logit_rows].
+  void draw(const BatchView& batch, int64_t vocab_size, const SamplingRows& rows,
+            const TransformTables* tables, int32_t* tokens, int32_t* error);
+  void draft(const DraftCall& call, int64_t vocab_size, const SamplingRows& rows,
+             const TransformTables* tables);
 
  private:
   float* at(Register which) { return buffers_[static_cast<int>(which)].reserve(0); }
@@ -93,7 +94,8 @@ class DecoderRunner {
   void run(const LinearResidualStep& step, const BatchView& batch);
   void run(const NormLinearStep& step, const BatchView& batch);
   const float* logit_inputs(const BatchView& batch);
-  void draw_rows(const BatchView& batch, int64_t vocab_size, const DrawRows& by_sequence);
+  void draw_rows(const BatchView& batch, int64_t vocab_size, const SamplingRows& rows,
+                 const TransformTables* tables, int32_t* tokens, int32_t* error);
 
   Program program_;
   std::mutex mutex_;  // buffers are shared between calls
@@ -101,9 +103,8 @@ class DecoderRunner {
   Scratch<float> gathered_;
   BatchMemory draft_batch_;
   Scratch<int32_t> draft_integers_;
-  Scratch<int32_t> draw_integers_;
-  Scratch<float> draw_numbers_;
-  Scratch<int64_t> draw_seeds_;
+  DecidedRowsBuilder draw_decided_;
+  RowTransforms draw_transforms_;
 };
 
 }  // namespace specengine

@@ -26,7 +26,7 @@ struct RowProgress {
 };
 
 struct Draw {
-  const DrawRows& rows;
+  const DrawRows& draws;
   int64_t num_rows;
   int64_t vocab;
   int64_t num_tiles;
@@ -34,24 +34,31 @@ struct Draw {
   RaceResult* found;      // [num_rows, num_tiles]
   float** kept;           // [num_rows], the logits of rows that are filtered, else null
 
-  bool is_greedy(int64_t r) const { return !(rows.temperature[r] > 0.0f); }
+  bool is_greedy(int64_t r) const { return !(draws.rows.temperature[r] > 0.0f); }
   bool is_filtered(int64_t r) const {
-    return !is_greedy(r) && (rows.top_k[r] > 0 || rows.top_p[r] < 1.0f || rows.min_p[r] > 0.0f);
+    return !is_greedy(r) &&
+           (draws.rows.top_k[r] > 0 || draws.rows.top_p[r] < 1.0f || draws.rows.min_p[r] > 0.0f);
   }
   NoiseKey key(int64_t r) const {
-    return {static_cast<uint64_t>(rows.seeds[r]), static_cast<uint32_t>(rows.positions[r]),
+    return {static_cast<uint64_t>(draws.rows.seeds[r]), static_cast<uint32_t>(draws.positions[r]),
             kStreamTarget, 0};
   }
 
   void consume(int64_t first_column, int64_t num_columns, const float* tile) const {
     const Kernels& isa = kernels();
+    alignas(64) float changed[kTileColumns];
     for (int64_t r = 0; r < num_rows; ++r) {
       const float* logits = tile + r * kTileColumns;
-      if (kept[r] != nullptr) {
-        std::memcpy(kept[r] + first_column, logits, sizeof(float) * num_columns);
-        continue;
+      const bool is_changed =
+          draws.transforms != nullptr && draws.transforms[r].is_about(first_column, num_columns);
+      if (kept[r] != nullptr || is_changed) {
+        float* copy = kept[r] != nullptr ? kept[r] + first_column : changed;
+        std::memcpy(copy, logits, sizeof(float) * num_columns);
+        if (is_changed) draws.transforms[r].apply(first_column, num_columns, copy);
+        if (kept[r] != nullptr) continue;
+        logits = copy;
       }
-      const RowView view{logits, num_columns, is_greedy(r) ? 1.0f : rows.temperature[r],
+      const RowView view{logits, num_columns, is_greedy(r) ? 1.0f : draws.rows.temperature[r],
                          kNegativeInfinity, 0.0f};
       if (isa.row_maximum(view).has_nan) progress[r].has_nan.store(true, std::memory_order_relaxed);
       const NoiseKey noise = key(r);
@@ -66,10 +73,11 @@ struct Draw {
   // Tiles in order of id: a later winner must be strictly better.
   void finish(int64_t r) const {
     if (kept[r] != nullptr) {
-      const FilteredDraw drawn = draw_filtered(kept[r], vocab, rows.temperature[r], rows.top_k[r],
-                                               rows.top_p[r], rows.min_p[r], key(r));
-      rows.tokens[r] = drawn.token;
-      rows.error[r] = drawn.is_bad ? 1 : 0;
+      const FilteredDraw drawn =
+          draw_filtered(kept[r], vocab, draws.rows.temperature[r], draws.rows.top_k[r],
+                        draws.rows.top_p[r], draws.rows.min_p[r], key(r));
+      draws.tokens[r] = drawn.token;
+      draws.error[r] = drawn.is_bad ? 1 : 0;
       return;
     }
     RaceResult winner{0, kNegativeInfinity};
@@ -77,21 +85,21 @@ struct Draw {
       const RaceResult& candidate = found[r * num_tiles + tile];
       if (candidate.score > winner.score) winner = candidate;
     }
-    rows.tokens[r] = winner.token;
-    rows.error[r] = progress[r].has_nan.load() || winner.score == kNegativeInfinity ? 1 : 0;
+    draws.tokens[r] = winner.token;
+    draws.error[r] = progress[r].has_nan.load() || winner.score == kNegativeInfinity ? 1 : 0;
   }
 };
 
 }  // namespace
 
 void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
-               const LinearWeight& weight, int64_t vocab_size, const DrawRows& rows) {
+               const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws) {
   static thread_local Scratch<RaceResult> results;
   static thread_local Scratch<RowProgress> progress;
   static thread_local Scratch<float*> kept;
   static thread_local Scratch<float> kept_logits;
   const int64_t num_tiles = (vocab_size + kTileColumns - 1) / kTileColumns;
-  Draw draw{rows,
+  Draw draw{draws,
             num_rows,
             vocab_size,
             num_tiles,

@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "core/kernels.h"
+#include "core/rows.h"
+#include "core/transforms.h"
 
 namespace specengine {
 
@@ -76,14 +78,11 @@ void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const L
 // nothing finite. Only rows with a filter need their logits kept until all are known: in a buffer
 // of the thread's.
 struct DrawRows {
-  const float* temperature;
-  const int32_t* top_k;
-  const float* top_p;
-  const float* min_p;
-  const int64_t* seeds;
+  SamplingRows rows;
   const int32_t* positions;
   int32_t* tokens;
   int32_t* error;
+  const RowTransform* transforms = nullptr;  // done to each row's logits first; or null
 };
 void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
                const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws);
@@ -164,6 +163,12 @@ struct DraftLaw {
   int64_t max_draft;
 };
 void rejection_verify(const VerifyCall& call, const DraftLaw& draft);
+
+// --- transform_rows.cpp
+
+// rows: [num_sequences]; out: [num_rows, vocab]
+void transform_rows(const LogitRows& logits, const SamplingRows& rows,
+                    const TransformTables& tables, const RaggedRows& ragged, float* out);
 
 // --- logprobs.cpp
 

@@ -6,8 +6,10 @@
 #include "core/memory.h"
 #include "core/ops.h"
 #include "python/gil.h"
+#include "python/rows.h"
 #include "python/tensor_checks.h"
 #include "python/threads.h"
+#include "python/transforms.h"
 
 void bind_paged_kv_cache(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
@@ -133,14 +135,24 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
   check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t count = hidden.size(0);
-  const DrawInputs inputs(temperature, top_k, top_p, min_p, seeds, count);
+  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
+  const Tensor k = small_input(top_k, "top_k", at::kInt, {count});
+  const Tensor p = small_input(top_p, "top_p", at::kFloat, {count});
+  const Tensor m = small_input(min_p, "min_p", at::kFloat, {count});
+  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
   const Tensor places = small_input(positions, "positions", at::kInt, {count});
+  SamplingRows rows{};
+  rows.temperature = t.data_ptr<float>();
+  rows.top_k = k.data_ptr<int32_t>();
+  rows.top_p = p.data_ptr<float>();
+  rows.min_p = m.data_ptr<float>();
+  rows.seeds = keys.data_ptr<int64_t>();
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor error = at::empty({count}, at::kInt);
   const ReleaseGil released;
-  head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
-            inputs.rows(places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(),
-                        error.data_ptr<int32_t>()));
+  head_draw(
+      hidden.data_ptr<float>(), count, norm, weight, vocab_size,
+      {rows, places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
   return {tokens, error};
 }
 
@@ -247,6 +259,27 @@ Tensor filter_rows_op(const Tensor& logits, const Tensor& temperature, const Ten
   filter_rows(rows, t.data_ptr<float>(), k.data_ptr<int32_t>(), p.data_ptr<float>(),
               m.data_ptr<float>(), stats.data_ptr<float>());
   return stats;
+}
+
+Tensor transform_rows_op(const Tensor& logits, const RowTensors& judged_by, const Tensor& slots,
+                         const Tensor& q_start, const Tensor& positions, const Tensor& wanted,
+                         const TransformTensors& transforms) {
+  const LogitRows rows = logit_rows(logits, "logits");
+  const Tensor slot = small_input(slots, "slots", at::kInt, {-1});
+  const int64_t count = slot.size(0);
+  const Tensor starts = small_input(q_start, "q_start", at::kInt, {count + 1});
+  const Tensor places = small_input(positions, "positions", at::kInt, {-1});
+  const Tensor chosen = small_input(wanted, "logit_rows", at::kLong, {rows.num_rows});
+  const RaggedRows ragged{count, slot.data_ptr<int32_t>(), starts.data_ptr<int32_t>(),
+                          places.data_ptr<int32_t>(), chosen.data_ptr<int64_t>()};
+  check_range(ragged.logit_rows, rows.num_rows, "logit_rows", 0,
+              std::min<int64_t>(places.size(0), ragged.q_start[count]));
+  const TransformTables tables = *transform_tables(transforms);
+  const RowInputs by_sequence(judged_by, count);
+  Tensor out = at::empty({rows.num_rows, rows.vocab}, at::kFloat);
+  const ReleaseGil released;
+  transform_rows(rows, *by_sequence, tables, ragged, out.data_ptr<float>());
+  return out;
 }
 
 std::tuple<Tensor, Tensor> sample_rows_op(const Tensor& logits, const Tensor& stats,
@@ -435,6 +468,7 @@ void bind_ops(OpsClass& ops) {
   ops.def("norm_qkv", on_threads(&norm_qkv_op));
   ops.def("paged_attention", on_threads(&paged_attention_op));
   ops.def("filter_rows", on_threads(&filter_rows_op));
+  ops.def("transform_rows", on_threads(&transform_rows_op));
   ops.def("sample_rows", on_threads(&sample_rows_op));
   ops.def("match_verify", on_threads(&match_verify_op));
   ops.def("rejection_verify", on_threads(&rejection_verify_op));

@@ -6,8 +6,10 @@
 #include <tuple>
 
 #include "python/gil.h"
+#include "python/rows.h"
 #include "python/tensor_checks.h"
 #include "python/threads.h"
+#include "python/transforms.h"
 
 namespace specengine {
 namespace {
@@ -149,19 +151,20 @@ class PyDecoder {
                                   const Tensor& context_len, const Tensor& slots,
                                   const Tensor& block_table, const Tensor& logit_rows,
                                   const Tensor& kv_cache, int64_t vocab_size,
-                                  const Tensor& temperature, const Tensor& top_k,
-                                  const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
+                                  const RowTensors& rows,
+                                  const std::optional<TransformTensors>& transforms) {
     const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
                         block_table, logit_rows, kv_cache);
     check_vocab_size(vocab_size, program_.head.out_features);
     const int64_t num_rows = inputs.view.num_logit_rows;
-    const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, inputs.view.num_sequences);
+    const RowInputs judged_by(rows, inputs.view.num_sequences);
     Tensor tokens = at::empty({num_rows}, at::kInt);
     Tensor error = at::empty({num_rows}, at::kInt);
+    const auto tables = transform_tables(transforms);
     const ReleaseGil released;
     const ThreadsInUse in_use(*threads_);
-    runner_->draw(inputs.view, vocab_size,
-                  keys.rows(nullptr, tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()));
+    runner_->draw(inputs.view, vocab_size, *judged_by, tables ? &*tables : nullptr,
+                  tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>());
     return {tokens, error};
   }
 
@@ -170,8 +173,8 @@ class PyDecoder {
   std::tuple<Tensor, Tensor> draft(const Tensor& tokens, const Tensor& block_table,
                                    const Tensor& slots, const Tensor& start, const Tensor& seq_len,
                                    const Tensor& limits, const Tensor& kv_cache, int64_t vocab_size,
-                                   const Tensor& temperature, const Tensor& top_k,
-                                   const Tensor& top_p, const Tensor& min_p, const Tensor& seeds) {
+                                   const RowTensors& judged_by,
+                                   const std::optional<TransformTensors>& transforms) {
     check_kv_cache(kv_cache);
     check_vocab_size(vocab_size, program_.head.out_features);
     const auto history = matrix<int32_t>(tokens, "tokens", -1, -1);
@@ -180,7 +183,8 @@ class PyDecoder {
     const int64_t count = rows.size();
     const IntInput firsts(start, "start", count), lengths(seq_len, "seq_len", count);
     const IntInput limit(limits, "limits", count);
-    const DrawInputs keys(temperature, top_k, top_p, min_p, seeds, count);
+    const RowInputs by_sequence(judged_by, count);
+    const auto tables = transform_tables(transforms);
     int32_t k = 0;
     for (const int32_t each : Ints(limit)) k = std::max(k, each);
     const Tensor drafted = at::zeros({count, k}, at::kInt), error = at::zeros({count, k}, at::kInt);
@@ -199,7 +203,7 @@ class PyDecoder {
                          k};
     const ReleaseGil released;
     const ThreadsInUse in_use(*threads_);
-    runner_->draft(call, vocab_size, keys.rows(nullptr, nullptr, nullptr));
+    runner_->draft(call, vocab_size, *by_sequence, tables ? &*tables : nullptr);
     return {drafted, error};
   }
 

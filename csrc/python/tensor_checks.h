@@ -173,28 +173,4 @@ inline void check_vocab_size(int64_t vocab_size, int64_t out_features) {
 
 inline int64_t padded_vocab_size(int64_t vocab_size) { return (vocab_size + 127) / 128 * 128; }
 
-// What decides the draws of `count` rows or sequences, checked and kept alive.
-struct DrawInputs {
-  Tensor temperature, top_k, top_p, min_p, seeds;
-
-  DrawInputs(const Tensor& temperatures, const Tensor& largest, const Tensor& mass,
-             const Tensor& ratio, const Tensor& keys, int64_t count)
-      : temperature(small_input(temperatures, "temperature", at::kFloat, {count})),
-        top_k(small_input(largest, "top_k", at::kInt, {count})),
-        top_p(small_input(mass, "top_p", at::kFloat, {count})),
-        min_p(small_input(ratio, "min_p", at::kFloat, {count})),
-        seeds(small_input(keys, "seeds", at::kLong, {count})) {}
-
-  DrawRows rows(const int32_t* positions, int32_t* tokens, int32_t* error) const {
-    return {temperature.data_ptr<float>(),
-            top_k.data_ptr<int32_t>(),
-            top_p.data_ptr<float>(),
-            min_p.data_ptr<float>(),
-            seeds.data_ptr<int64_t>(),
-            positions,
-            tokens,
-            error};
-  }
-};
-
 }  // namespace specengine

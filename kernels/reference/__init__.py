@@ -21,6 +21,7 @@ from specengine.kernels.reference.row_keys import row_keys
 from specengine.kernels.reference.sample_rows import sample_rows
 from specengine.kernels.reference.stage_draft import stage_draft
 from specengine.kernels.reference.token_logprobs import token_logprobs
+from specengine.kernels.reference.transform_rows import transform_rows
 
 __all__ = [
     "OPS",
@@ -46,6 +47,7 @@ __all__ = [
     "sample_rows",
     "stage_draft",
     "token_logprobs",
+    "transform_rows",
 ]
 
 # Every op of the engine: each has a Triton kernel, a test and a benchmark of the same name.

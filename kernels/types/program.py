@@ -7,12 +7,13 @@ The ops read and write named registers: `hidden` and `residual` `[T, D]`, `query
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.transforms import Transforms
 
 Register = Literal["hidden", "query", "attended", "residual", "expanded"]
 
@@ -132,10 +133,25 @@ class DrawKeys:
 
     rows:        `[B]`, by sequence
     has_filters: whether any of the sequences has a filter, as the host knows it
+    transforms:  what is done to the logits first, by slot; None where no sequence asks for anything
     """
 
     rows: SamplingRows
     has_filters: bool
+    transforms: Transforms | None = None
+
+
+class JudgedLogits(NamedTuple):
+    """Logits and what draws and verifications read of them.
+
+    raw:    `[R, V]` fp32 as the `head` op gives them
+    logits: what the `transform_rows` op makes of them; the same tensor where no sequence asks for anything
+    stats:  `[R, 4]` of `logits`, as the `filter_rows` op gives them
+    """
+
+    raw: Tensor
+    logits: Tensor
+    stats: Tensor
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,11 @@ class DraftModelDrafter:
         ]
         while any(gap.length for gap in gaps):
             gaps = self._fill(gaps, batch, state)
-        return ("model", self.name) if batch.bias is None else None
+        return "model", self.name
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
-        if batch.bias is None and not batch.reads_law:
+        if not batch.reads_law:
             drafted = self.runner.draft(batch)
             if drafted is not None:
                 tokens, error = drafted
@@ -160,15 +160,11 @@ class _Draft:
         rows = runner.build(batch, feed)
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return
-        if batch.bias is None and not batch.reads_law:
+        if not batch.reads_law:
             self._stage(step, *runner.draw(rows, batch))
             return
-        position = plan.seq_len if batch.bias is None else plan.seq_len + step
-        _, logits, stats = runner.judge(rows, batch, plan.is_drafting[step], position)
+        _, logits, stats = runner.judge(rows, batch)
         tokens, log_probs = self._sample(step, rows, logits, stats)
-        if not batch.reads_law:
-            self._stage(step, tokens, None, (log_probs, None, stats))
-            return
         if self._law is None:
             self._law = _Law.empty(self._tokens.shape, logits)
         self._stage(step, tokens, None, (log_probs, logits, stats))

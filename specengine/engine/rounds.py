@@ -50,7 +50,7 @@ class Flight:
     def is_needed_now(self) -> bool:
         """Whether the next round would overwrite what the host has yet to read, or (as likely as not) needs to know."""
         runs_ahead = self.drafter is None or self.drafter.may_run_ahead
-        return self.batch.mode.wants_logprobs or self.batch.mode.has_bias or not runs_ahead
+        return self.batch.mode.wants_logprobs or not runs_ahead
 
     def read(self) -> list[list[int]]:
         """The rows of its record: waits for them. What the host makes of them is timed from here on."""
@@ -91,6 +91,7 @@ class Rounds:
         self._clock = Clock(state.device)
         self.times: deque[RoundTimes] = deque(maxlen=NUM_TIMES)
         self._sizes = sizes(state.num_slots)
+        self._recorded_transforms = state.transforms
         self._recordings: dict[_Key, Callable[[], RoundOutcome]] = {}
         self._flights: deque[Flight] = deque()
         self._ring = ResultRing(
@@ -118,7 +119,7 @@ class Rounds:
         """Queues a round of these sequences; reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
         drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
-        is_recordable = self.recorder is not None and not mode.has_bias
+        is_recordable = self.recorder is not None
         if is_recordable:
             k, size = draft_bucket(k), bucket(size, self._sizes)
         batch = self._select(sequences, mode, k=k, size=size)
@@ -127,6 +128,7 @@ class Rounds:
             who = drafter.prepare(batch, self._state)
         replay = None
         if is_recordable and who is not None:
+            self._drop_outgrown()
             key = (size, k, mode, who)
             if key not in self._recordings:
                 self._record(key, drafter)
@@ -211,3 +213,10 @@ class Rounds:
                 raise
             warnings.warn(f"{error}; rounds run without CUDA graphs", RuntimeWarning, stacklevel=2)
             self.recorder = None
+
+    def _drop_outgrown(self) -> None:
+        """Forgets what was recorded with tables that have moved since."""
+        if self._recorded_transforms is not self._state.transforms:
+            self._recorded_transforms = self._state.transforms
+            for key in [key for key in self._recordings if key[2].has_transforms]:
+                del self._recordings[key]

@@ -12,6 +12,7 @@ from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
     ForwardBatch,
+    JudgedLogits,
     LinearResidual,
     NormLinear,
     NormQkv,
@@ -99,8 +100,8 @@ class Decoder:
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and each logit row's statistics `[R, 4]` as the `filter_rows` op gives them."""
+    ) -> JudgedLogits:
+        """`forward`, and what is done to the logits before anybody draws from them or judges by them."""
         return self._executor.forward_stats(batch, kv_cache, vocab_size, keys)
 
     def draw(

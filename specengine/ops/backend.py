@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from specengine.kernels.types.packed import Norm, PackedLinear
-from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, Program
+from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits, Program
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.transforms import Transforms
 from specengine.weight_formats import WeightFormat
 
 
@@ -25,13 +26,16 @@ class Executor(Protocol):
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
-    ) -> tuple[Tensor, Tensor]:
-        """`forward`, and what the `filter_rows` op gives for these logits: `[R, V]` and `[R, 4]` fp32."""
+    ) -> JudgedLogits:
+        """`forward`, and what the `transform_rows` and `filter_rows` ops make of these logits."""
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
-        """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them."""
+        """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them.
+
+        Rows with transforms draw from what the `transform_rows` op makes of their logits.
+        """
 
     def draft(
         self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -155,6 +159,17 @@ class Backend(Protocol):
 
     def filter_rows(
         self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
+    ) -> Tensor: ...
+
+    def transform_rows(
+        self,
+        logits: Tensor,
+        rows: SamplingRows,
+        slots: Tensor,
+        q_start: Tensor,
+        positions: Tensor,
+        logit_rows: Tensor,
+        transforms: Transforms,
     ) -> Tensor: ...
 
     def sample_rows(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
     ForwardBatch,
+    JudgedLogits,
     LinearResidual,
     NormLinear,
     NormQkv,
@@ -20,7 +22,9 @@ from specengine.kernels.types.program import (
     Register,
 )
 from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.statistics import STAT_ERROR
 from specengine.ops.backend import Backend
+from specengine.rng import STREAM_TARGET
 
 
 class Interpreter:
@@ -38,16 +42,15 @@ class Interpreter:
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
-    ) -> tuple[Tensor, Tensor]:
+    ) -> JudgedLogits:
         program, ops = self._program, self._backend
         hidden = self._logit_inputs(batch, kv_cache)
-        padding = _padding(batch.num_logit_rows)
         rows, _ = row_keys(ops, keys, batch)
         head = (hidden, program.final_norm, program.head, vocab_size)
-        if not keys.has_filters:
-            return ops.head_stats(*head, rows.temperature, **padding)
-        logits = ops.head(*head, **padding)
-        return logits, ops.filter_rows(logits, *rows[:4], **padding)
+        if keys.has_filters or keys.transforms is not None:
+            return self._judge(ops.head(*head, **_padding(batch.num_logit_rows)), batch, keys, rows)
+        logits, stats = ops.head_stats(*head, rows.temperature, **_padding(batch.num_logit_rows))
+        return JudgedLogits(logits, logits, stats)
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -55,13 +58,29 @@ class Interpreter:
         program, ops = self._program, self._backend
         hidden = self._logit_inputs(batch, kv_cache)
         rows, positions = row_keys(ops, keys, batch)
+        head = (hidden, program.final_norm, program.head, vocab_size)
+        padding = _padding(batch.num_logit_rows)
+        if keys.transforms is not None:
+            judged = self._judge(ops.head(*head, **padding), batch, keys, rows)
+            noise = (rows.seeds, positions, STREAM_TARGET, torch.zeros_like(positions))
+            tokens, _ = ops.sample_rows(judged.logits, judged.stats, rows.temperature, *noise, **padding)
+            return tokens, judged.stats[:, STAT_ERROR].int()
         filters = rows[1:4] if keys.has_filters else (None, None, None)
         drawn = (rows.temperature, *filters, rows.seeds, positions)
-        head = (hidden, program.final_norm, program.head, vocab_size)
-        return ops.head_draw(*head, *drawn, **_padding(batch.num_logit_rows))
+        return ops.head_draw(*head, *drawn, **padding)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
         return None
+
+    def _judge(self, raw: Tensor, batch: ForwardBatch, keys: DrawKeys, rows: SamplingRows) -> JudgedLogits:
+        """What is done to logits between the head and whoever draws from them. Code of a request's own (a processor,
+        a grammar) would be called here, in rounds that run from Python."""
+        ops, padding = self._backend, _padding(batch.num_logit_rows)
+        logits = raw
+        if keys.transforms is not None:
+            where = (batch.slots, batch.q_start, batch.positions, batch.logit_rows)
+            logits = ops.transform_rows(raw, keys.rows, *where, keys.transforms, **padding)
+        return JudgedLogits(raw, logits, ops.filter_rows(logits, *rows[:4], **padding))
 
     def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         hidden = self._run_layers(batch, kv_cache)

@@ -20,6 +20,7 @@ from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
     ForwardBatch,
+    JudgedLogits,
     LinearResidual,
     NormLinear,
     NormQkv,
@@ -53,6 +54,7 @@ class NativeBackend:
         self.embed = self._ops.embed
         self.paged_attention = self._ops.paged_attention
         self.filter_rows = self._ops.filter_rows
+        self.transform_rows = self._ops.transform_rows
         self.sample_rows = self._ops.sample_rows
         self.match_verify = self._ops.match_verify
         self.rejection_verify = self._ops.rejection_verify
@@ -210,21 +212,25 @@ class NativeExecutor:
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
-    ) -> tuple[Tensor, Tensor]:
-        logits = self.forward(batch, kv_cache, vocab_size)
-        rows, _ = row_keys(keys.rows, batch.q_start, batch.positions, batch.logit_rows)
-        return logits, self._ops.filter_rows(logits, *rows[:4])
+    ) -> JudgedLogits:
+        raw = logits = self.forward(batch, kv_cache, vocab_size)
+        where = (batch.q_start, batch.positions, batch.logit_rows)
+        if keys.transforms is not None:
+            logits = self._ops.transform_rows(raw, keys.rows, batch.slots, *where, keys.transforms)
+        rows, _ = row_keys(keys.rows, *where)
+        return JudgedLogits(raw, logits, self._ops.filter_rows(logits, *rows[:4]))
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
-        return self._decoder.draw(*_batch_arguments(batch), kv_cache, vocab_size, *keys.rows[:5])
+        where = (*_batch_arguments(batch), kv_cache, vocab_size)
+        return self._decoder.draw(*where, keys.rows, keys.transforms)
 
     def draft(
         self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
     ) -> tuple[Tensor, Tensor]:
         where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
-        return self._decoder.draft(*where, kv_cache, vocab_size, *keys.rows[:5])
+        return self._decoder.draft(*where, kv_cache, vocab_size, keys.rows, keys.transforms)
 
 
 def _no_filters(temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:

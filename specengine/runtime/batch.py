@@ -60,8 +60,3 @@ def build_forward_batch(
         num_tokens=num_tokens,
         num_logit_rows=num_tokens if wants_all else None,
     )
-
-
-def row_starts(num_rows: Tensor) -> Tensor:
-    """`[B]` int32: where each sequence's rows begin in a ragged concatenation."""
-    return (num_rows.cumsum(0) - num_rows).int()

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from torch import Tensor
 
-from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch
+from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits
 from specengine.models.decoder import Decoder
 from specengine.ops.backend import Backend
-from specengine.ops.interpreter import row_keys
-from specengine.runtime.batch import Feed, build_forward_batch, row_starts
+from specengine.runtime.batch import Feed, build_forward_batch
 from specengine.runtime.kv_cache import KVCache
-from specengine.runtime.state import RunningBatch, apply_bias
-
-
-class JudgedLogits(NamedTuple):
-    """raw_logits: `[R, V]` fp32 as the model gives them; logits: with every bias; stats: `[R, 4]` of those."""
-
-    raw_logits: Tensor
-    logits: Tensor
-    stats: Tensor
+from specengine.runtime.state import RunningBatch
 
 
 class ModelRunner:
@@ -53,27 +42,14 @@ class ModelRunner:
         """The fp32 logits of the rows that are wanted, `[R, V]`."""
         return self.decoder.forward(rows, *self._where())
 
-    def forward_stats(self, rows: ForwardBatch, batch: RunningBatch) -> tuple[Tensor, Tensor]:
-        """`forward`, and each logit row's statistics under its sequence's temperature and filters, `[R, 4]`."""
+    def judge(self, rows: ForwardBatch, batch: RunningBatch) -> JudgedLogits:
+        """`forward`, then what the batch's sequences ask for at each position, and statistics for draws."""
         return self.decoder.forward_stats(rows, *self._where(), draw_keys(batch))
-
-    def judge(
-        self, rows: ForwardBatch, batch: RunningBatch, num_rows: Tensor, first_position: Tensor
-    ) -> JudgedLogits:
-        """`forward_stats` with the batch's biases: sequence b's num_rows[b] logit rows decide the positions from
-        first_position[b] on (`[B]` int32 each)."""
-        if batch.bias is None:
-            logits, stats = self.forward_stats(rows, batch)
-            return JudgedLogits(logits, logits, stats)
-        logits = self.forward(rows)
-        biased = apply_bias(logits, batch, row_starts(num_rows), num_rows, first_position)
-        judged_by, _ = row_keys(self.backend, draw_keys(batch), rows)
-        return JudgedLogits(logits, biased, self.backend.filter_rows(biased, *judged_by[:4]))
 
     def draw(self, rows: ForwardBatch, batch: RunningBatch) -> tuple[Tensor, Tensor]:
         """`forward`, then the draw of each logit row by its sequence's parameters and seed; no logits are stored.
 
-        Returns tokens and error flags, `[R]` int32 each. Biases are not applied.
+        Returns tokens and error flags, `[R]` int32 each.
         """
         return self.decoder.draw(rows, *self._where(), draw_keys(batch))
 
@@ -94,4 +70,4 @@ class ModelRunner:
 
 def draw_keys(batch: RunningBatch) -> DrawKeys:
     """What the batch's draws depend on."""
-    return DrawKeys(batch.rows, batch.mode.has_filters)
+    return DrawKeys(batch.rows, batch.mode.has_filters, batch.transforms)

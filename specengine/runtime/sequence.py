@@ -12,6 +12,7 @@ from specengine import rng
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
 from specengine.kernels.types.rules import Rule
 from specengine.kinds import AUTO
+from specengine.logits.entries import LogitEntry, build_entries
 from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.text import TextStream
 
@@ -172,6 +173,17 @@ class Sequence:
     def ending_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, and that `min_new_tokens` bans until position `banned_until`."""
         return tuple(sorted({*self.eos_token_ids, *self.params.stop_token_ids}))
+
+    @property
+    def logit_entries(self) -> list[LogitEntry]:
+        """What is added to the sequence's logits."""
+        banned = self.ending_ids if self.params.min_new_tokens else ()
+        return build_entries(self.params.logit_bias, banned, self.banned_until)
+
+    @property
+    def has_transforms(self) -> bool:
+        """Whether something is done to the logits from here on, as far as the host knows."""
+        return self.params.has_transforms or (self.num_tokens < self.banned_until and bool(self.ending_ids))
 
     @property
     def wants_prompt_logprobs(self) -> bool:

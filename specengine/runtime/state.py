@@ -13,6 +13,8 @@ from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rows import COLUMNS, SamplingRows
 from specengine.kernels.types.rules import Rule
+from specengine.kernels.types.transforms import Transforms
+from specengine.logits.tables import TransformTables
 from specengine.ops.backend import Backend
 from specengine.runtime.sequence import Sequence
 
@@ -22,30 +24,19 @@ _SOURCES = tuple(attrgetter(column.source) for column in COLUMNS.values())
 
 
 @dataclass(frozen=True)
-class LogitBias:
-    """Sparse additions to the logits: entry m adds value[m] to token[m] of sequence row[m] while the position
-    being decided is below until[m]. Banning a token is adding -inf."""
-
-    row: Tensor
-    token: Tensor
-    value: Tensor
-    until: Tensor
-
-
-@dataclass(frozen=True)
 class RoundMode:
     """What kind of round a batch needs; rounds of one mode and size run the same operations.
 
     rules:          the rules that its rows ask for, ascending
     has_filters:    whether any row has top-k, top-p or min-p
     wants_logprobs: whether any row's log-probabilities are wanted
-    has_bias:       whether any row's logits are biased
+    has_transforms: whether any row asks for something to be done to its logits
     """
 
     rules: tuple[Rule, ...] = (Rule.MATCH,)
     has_filters: bool = False
     wants_logprobs: bool = False
-    has_bias: bool = False
+    has_transforms: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +51,7 @@ class RunningBatch:
     rows:           what each sequence is judged by
     tokens:         `[S, max_seq_len + 65]` int32, committed tokens; beyond seq_len staged drafts
     block_table:    `[S, max_blocks]` int32
-    bias:           sparse additions to the logits, or None
+    transforms:     what is done to the logits, by slot; None where no sequence asks for anything
     mode:           what kind of round this is
     host_slots, lengths, draft_limits: slot, committed tokens and the most drafts of each sequence, as the host knows
                     them (`lengths` lags behind while earlier rounds have not been read)
@@ -75,7 +66,6 @@ class RunningBatch:
     rows: SamplingRows
     tokens: Tensor
     block_table: Tensor
-    bias: LogitBias | None
     mode: RoundMode
     host_slots: tuple[int, ...]
     lengths: tuple[int, ...]
@@ -83,6 +73,7 @@ class RunningBatch:
     forced_acceptance: float | None = None
     plan: RoundPlan | None = None
     sequences: tuple[Sequence, ...] = ()
+    transforms: Transforms | None = None
 
     @property
     def size(self) -> int:
@@ -117,7 +108,7 @@ class RunningBatch:
     @property
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
-        return not (self.mode.has_bias or self.mode.wants_logprobs or self.reads_law)
+        return not (self.mode.wants_logprobs or self.reads_law)
 
     def without_padding(self) -> RunningBatch:
         """The batch of its sequences alone."""
@@ -158,6 +149,7 @@ class BatchState:
         self.length_limit = zeros(num_rows)
         self.num_speculative = zeros(num_rows)
         self.rows = SamplingRows.empty(num_rows, device)
+        self._transforms = TransformTables(self.tokens)
         self._selected: dict[int, tuple[list[int], Tensor, SamplingRows]] = {}
         # `num_speculative` as the host wrote it last.
         self._num_speculative = [0] * num_slots
@@ -174,6 +166,7 @@ class BatchState:
         self._set_num_speculative(slot, sequence.num_speculative_tokens)
         for values, number_of in zip(self.rows, _SOURCES, strict=True):
             values[slot] = number_of(sequence)
+        self._transforms.admit(slot, sequence.logit_entries)
 
     def select(
         self,
@@ -202,7 +195,7 @@ class BatchState:
             rows=rows,
             tokens=self.tokens,
             block_table=block_table,
-            bias=_build_bias(sequences, self.device),
+            transforms=self.transforms if mode.has_transforms else None,
             mode=mode,
             host_slots=tuple(slots),
             lengths=tuple(sequence.num_tokens for sequence in sequences),
@@ -238,6 +231,12 @@ class BatchState:
         where = (batch.slots, self.seq_len, self.length_limit, self.num_speculative)
         return replace(batch, plan=self._backend.plan_round(*where, batch.k, draft_positions))
 
+    @property
+    def transforms(self) -> Transforms:
+        """What is done to the logits, by slot. A request with more entries than there is room for moves the tables:
+        rounds that were recorded with the old ones would read what nobody writes any more."""
+        return self._transforms.tables
+
     def stage(self, batch: RunningBatch, drafted: Tensor) -> None:
         """Writes drafted tokens `[B, k]` behind the committed ones, where the next forward reads them."""
         if drafted.shape[1]:
@@ -260,47 +259,5 @@ def round_mode(sequences: Collection[Sequence]) -> RoundMode:
         rules=tuple(sorted({sequence.rule for sequence in sequences})) or RoundMode.rules,
         has_filters=any(each.has_filters for each in params),
         wants_logprobs=any(each.logprobs is not None for each in params),
-        has_bias=any(_bias_entries(0, sequence) for sequence in sequences),
+        has_transforms=any(sequence.has_transforms for sequence in sequences),
     )
-
-
-def _bias_entries(row: int, sequence: Sequence) -> list[tuple[int, int, float, int]]:
-    """What `LogitBias` says of one sequence: row, token, value, until."""
-    entries = [(row, token, value, _FOREVER) for token, value in sequence.params.logit_bias]
-    if sequence.num_tokens < sequence.banned_until:
-        entries += [(row, token, float("-inf"), sequence.banned_until) for token in sequence.ending_ids]
-    return entries
-
-
-def _build_bias(sequences: Collection[Sequence], device: torch.device) -> LogitBias | None:
-    entries = [entry for row, sequence in enumerate(sequences) for entry in _bias_entries(row, sequence)]
-    if not entries:
-        return None
-    rows, tokens, values, until = zip(*entries, strict=True)
-    return LogitBias(
-        torch.tensor(rows, device=device),
-        torch.tensor(tokens, device=device),
-        torch.tensor(values, dtype=torch.float32, device=device),
-        torch.tensor(until, device=device),
-    )
-
-
-def apply_bias(
-    logits: Tensor, batch: RunningBatch, row_start: Tensor, num_rows: Tensor, first_position: Tensor
-) -> Tensor:
-    """The logits with the batch's sparse additions; the input is left as it is.
-
-    logits:         `[R, V]` fp32, rows row_start[b] … row_start[b] + num_rows[b] - 1 belong to sequence b
-    first_position: `[B]`, the absolute position that a sequence's first row decides
-    """
-    bias = batch.bias
-    if bias is None or not logits.shape[0]:
-        return logits
-    offset = torch.arange(int(num_rows.max()), device=logits.device)
-    is_used = (offset < num_rows[bias.row][:, None]) & (
-        first_position[bias.row][:, None] + offset < bias.until[:, None]
-    )
-    row = (row_start[bias.row].long()[:, None] + offset)[is_used]
-    token = bias.token[:, None].expand_as(is_used)[is_used]
-    value = bias.value[:, None].expand_as(is_used)[is_used]
-    return logits.clone().index_put((row, token), value, accumulate=True)

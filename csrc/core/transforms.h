@@ -1,0 +1,84 @@
+// What sequences ask to be done to their logits (specengine/kernels/types/transforms.py), on a row
+// or on a tile of one: where draws store no logits, they are changed tile by tile.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "core/rows.h"
+#include "core/scratch.h"
+#include "core/views.h"
+
+namespace specengine {
+
+// Tables by slot; a slot's entries are in order of their tokens.
+struct TransformTables {
+  Matrix<const int32_t> history;  // [S, L]
+  const int32_t* num_entries;     // [S]
+  const int32_t* token;        // [S, entry_stride], as the other three
+  const float* value;
+  const int32_t* first;
+  const int32_t* end;
+  int64_t entry_stride;
+};
+
+// What one row asks for at the position that it decides.
+struct RowTransform {
+  const int32_t* token;
+  const float* value;
+  const int32_t* first;
+  const int32_t* end;
+  int64_t num_entries;
+  int32_t position;
+
+  // Changes the logits of tokens first_token … first_token + count - 1, `logits[0]` being the
+  // first's.
+  void apply(int64_t first_token, int64_t count, float* logits) const {
+    for (int64_t entry = first_entry(first_token);
+         entry < num_entries && token[entry] < first_token + count; ++entry) {
+      if (first[entry] <= position && position < end[entry])
+        logits[token[entry] - first_token] += value[entry];
+    }
+  }
+
+  bool is_about(int64_t first_token, int64_t count) const {
+    const int64_t entry = first_entry(first_token);
+    return entry < num_entries && token[entry] < first_token + count;
+  }
+
+ private:
+  friend class RowTransforms;
+  RowTransform() = default;
+
+  int64_t first_entry(int64_t first_token) const {
+    return std::lower_bound(token, token + num_entries, first_token) - token;
+  }
+};
+
+// The transforms of the rows of a batch, over a vocabulary of `vocab` tokens; fails where a number
+// points outside the tables.
+class RowTransforms {
+ public:
+  const RowTransform* build(const TransformTables& tables, const DecidedRows& decided,
+                            [[maybe_unused]] int64_t vocab) {
+    RowTransform* rows = rows_.reserve(decided.num_rows);
+    for (int64_t r = 0; r < decided.num_rows; ++r) {
+      check_index(decided.slots[r], 0, tables.history.num_rows, "slots", r);
+      check_index(decided.positions[r], 0, tables.history.width + 1, "positions", r);
+      check_index(tables.num_entries[decided.slots[r]], 0, tables.entry_stride + 1, "num_entries", r);
+      const int64_t at = decided.slots[r] * tables.entry_stride;
+      rows[r].token = tables.token + at;
+      rows[r].value = tables.value + at;
+      rows[r].first = tables.first + at;
+      rows[r].end = tables.end + at;
+      rows[r].num_entries = tables.num_entries[decided.slots[r]];
+      rows[r].position = decided.positions[r];
+    }
+    return rows;
+  }
+
+ private:
+  Scratch<RowTransform> rows_;
+};
+
+}  // namespace specengine

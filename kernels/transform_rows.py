@@ -1,0 +1,130 @@
+"""What each sequence asks to be done to its logits, in one launch.
+
+Each program copies one tile of a row and applies, in their order, the entries for its tokens. Reads the logits once and
+writes them once; see `specengine.kernels.reference.transform_rows`.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from specengine.kernels.device.dependent import wait
+from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.linear import count_rows
+from specengine.kernels.device.race import check_logits, check_small
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.transforms import Transforms
+
+# Logits of a program, and entries that it looks at together to find its own.
+TILE = 1024
+BLOCK_E = 64
+
+
+@triton.jit(do_not_specialize=["num_sequences", "num_tokens"])
+def spec_transform_rows(
+    logits_ptr,
+    logits_stride,
+    out_ptr,
+    slot_ptr,
+    q_start_ptr,
+    position_ptr,
+    logit_row_ptr,
+    num_entries_ptr,
+    token_ptr,
+    value_ptr,
+    first_ptr,
+    end_ptr,
+    entry_stride,
+    num_sequences,
+    num_tokens,
+    num_rows_ptr,
+    VOCAB: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    wait(PDL)
+    row = tl.program_id(0)
+    if row >= count_rows(tl.num_programs(0), num_rows_ptr):
+        return
+    place = tl.load(logit_row_ptr + row)
+    sequences = tl.arange(0, BLOCK_B)
+    ends = tl.load(q_start_ptr + 1 + sequences, sequences < num_sequences, 2**31 - 1)
+    owner = tl.minimum(tl.sum((ends <= place).to(tl.int32)), num_sequences - 1)
+    place = tl.minimum(tl.maximum(place, 0), num_tokens - 1)
+    slot, position = tl.load(slot_ptr + owner), tl.load(position_ptr + place) + 1
+
+    first_token = tl.program_id(1) * TILE
+    tokens = first_token + tl.arange(0, TILE)
+    is_token = tokens < VOCAB
+    logits = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + tokens, is_token)
+
+    # The slot's entries are in order of their tokens: those of this tile are begin … end - 1.
+    num_entries, entries = tl.load(num_entries_ptr + slot), slot * entry_stride
+    begin, end = 0, 0
+    for block in range(0, num_entries, BLOCK_E):
+        entry = block + tl.arange(0, BLOCK_E)
+        token = tl.load(token_ptr + entries + entry, entry < num_entries, 2**31 - 1)
+        begin += tl.sum((token < first_token).to(tl.int32))
+        end += tl.sum((token < first_token + TILE).to(tl.int32))
+    for entry in range(entries + begin, entries + end):
+        holds = (tl.load(first_ptr + entry) <= position) & (position < tl.load(end_ptr + entry))
+        is_changed = (tokens == tl.load(token_ptr + entry)) & holds
+        logits = tl.where(is_changed, logits + tl.load(value_ptr + entry), logits)
+    tl.store(out_ptr + row.to(tl.int64) * VOCAB + tokens, logits, is_token)
+
+
+def transform_rows(
+    logits: Tensor,
+    rows: SamplingRows,
+    slots: Tensor,
+    q_start: Tensor,
+    positions: Tensor,
+    logit_rows: Tensor,
+    transforms: Transforms,
+    *,
+    num_rows: Tensor | None = None,
+) -> Tensor:
+    """See `specengine.kernels.reference.transform_rows`.
+
+    logit_rows outside the tokens are taken as the nearest that exist.
+    num_rows: `[1]` int32 on the device: rows from there on are padding, and nothing is written for them
+    """
+    check_logits("logits", logits)
+    num_logit_rows, vocab_size = logits.shape
+    count, num_tokens = slots.numel(), positions.numel()
+    num_slots, capacity = transforms.token.shape
+    table = (num_slots, capacity)
+    if num_logit_rows and not (count and num_tokens):
+        raise ValueError(f"logit_rows: {num_logit_rows} rows of {count} sequences with {num_tokens} tokens")
+    out = torch.empty(num_logit_rows, vocab_size, device=logits.device)
+    launch(
+        spec_transform_rows,
+        (num_logit_rows, ceil_div(vocab_size, TILE)),
+        logits,
+        logits.stride(0),
+        out,
+        check_small("slots", slots, (count,), torch.int32),
+        check_small("q_start", q_start, (count + 1,), torch.int32),
+        check_small("positions", positions, (num_tokens,), torch.int32),
+        check_small("logit_rows", logit_rows, (num_logit_rows,), torch.int64),
+        check_small("num_entries", transforms.num_entries, (num_slots,), torch.int32),
+        check_small("token", transforms.token, table, torch.int32),
+        check_small("value", transforms.value, table, torch.float32),
+        check_small("first", transforms.first, table, torch.int32),
+        check_small("end", transforms.end, table, torch.int32),
+        capacity,
+        count,
+        num_tokens,
+        num_rows,
+        VOCAB=vocab_size,
+        TILE=TILE,
+        BLOCK_B=triton.next_power_of_2(max(count, 1)),
+        BLOCK_E=BLOCK_E,
+        num_warps=4,
+    )
+    return out
