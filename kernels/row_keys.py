@@ -17,7 +17,7 @@ from specengine.kernels.device.race import check_columns, check_small
 from specengine.kernels.types.rows import SamplingRows
 
 # Pairs of a row and a sequence that a program compares, and the most rows of one.
-MAX_PAIRS = 2048
+MAX_PAIRS = 1024
 MAX_BLOCK = 32
 
 

@@ -1,7 +1,8 @@
 """What each sequence asks to be done to its logits, in one launch.
 
-Each program copies one tile of a row and applies, in their order, the entries for its tokens. Reads the logits once and
-writes them once; see `specengine.kernels.reference.transform_rows`.
+Each program copies one tile of a row, penalises what was seen before, and applies the entries for its tokens in their
+order. Reads the logits once and writes them once (twice with a penalty); see
+`specengine.kernels.reference.transform_rows`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
-from specengine.kernels.device.race import check_logits, check_small
+from specengine.kernels.device.race import check_logits, check_small, check_table
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 
-# Logits of a program, and entries that it looks at together to find its own.
+# Logits of a program, and entries and tokens of the past that it looks at together to find its own.
 TILE = 1024
 BLOCK_E = 64
+BLOCK_H = 512
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens"])
@@ -32,6 +34,9 @@ def spec_transform_rows(
     q_start_ptr,
     position_ptr,
     logit_row_ptr,
+    penalty_ptr,
+    history_ptr,
+    history_stride,
     num_entries_ptr,
     token_ptr,
     value_ptr,
@@ -45,6 +50,7 @@ def spec_transform_rows(
     TILE: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait(PDL)
@@ -61,7 +67,26 @@ def spec_transform_rows(
     first_token = tl.program_id(1) * TILE
     tokens = first_token + tl.arange(0, TILE)
     is_token = tokens < VOCAB
-    logits = tl.load(logits_ptr + row.to(tl.int64) * logits_stride + tokens, is_token)
+    logits_ptr += row.to(tl.int64) * logits_stride
+    out_ptr += row.to(tl.int64) * VOCAB
+    logits = tl.load(logits_ptr + tokens, is_token)
+
+    penalty = tl.load(penalty_ptr + owner)
+    if penalty != 1.0:
+        tl.store(out_ptr + tokens, logits, is_token)
+        tl.debug_barrier()  # the copies come before what is written over them
+        end_token = tl.minimum(first_token + TILE, VOCAB)
+        for block in range(0, position, BLOCK_H):
+            earlier = block + tl.arange(0, BLOCK_H)
+            at = history_ptr + slot.to(tl.int64) * history_stride + earlier
+            token = tl.load(at, earlier < position, -1)
+            is_own = (token >= first_token) & (token < end_token)
+            # Of a token that was seen twice, the same is written twice.
+            seen = tl.load(logits_ptr + token, is_own, 0.0)
+            seen = tl.where(seen < 0.0, seen * penalty, tl.div_rn(seen, penalty))
+            tl.store(out_ptr + token, seen, is_own)
+        tl.debug_barrier()
+        logits = tl.load(out_ptr + tokens, is_token)
 
     # The slot's entries are in order of their tokens: those of this tile are begin … end - 1.
     num_entries, entries = tl.load(num_entries_ptr + slot), slot * entry_stride
@@ -75,7 +100,7 @@ def spec_transform_rows(
         holds = (tl.load(first_ptr + entry) <= position) & (position < tl.load(end_ptr + entry))
         is_changed = (tokens == tl.load(token_ptr + entry)) & holds
         logits = tl.where(is_changed, logits + tl.load(value_ptr + entry), logits)
-    tl.store(out_ptr + row.to(tl.int64) * VOCAB + tokens, logits, is_token)
+    tl.store(out_ptr + tokens, logits, is_token)
 
 
 def transform_rows(
@@ -112,6 +137,9 @@ def transform_rows(
         check_small("q_start", q_start, (count + 1,), torch.int32),
         check_small("positions", positions, (num_tokens,), torch.int32),
         check_small("logit_rows", logit_rows, (num_logit_rows,), torch.int64),
+        check_small("repetition_penalty", rows.repetition_penalty, (count,), torch.float32),
+        check_table("history", transforms.history),
+        transforms.history.stride(0),
         check_small("num_entries", transforms.num_entries, (num_slots,), torch.int32),
         check_small("token", transforms.token, table, torch.int32),
         check_small("value", transforms.value, table, torch.float32),
@@ -125,6 +153,7 @@ def transform_rows(
         TILE=TILE,
         BLOCK_B=triton.next_power_of_2(max(count, 1)),
         BLOCK_E=BLOCK_E,
+        BLOCK_H=BLOCK_H,
         num_warps=4,
     )
     return out

@@ -173,7 +173,10 @@ class SamplingParams:
         "keep tokens at least this likely, relative to the likeliest; 0 turns it off",
     )
     repetition_penalty: float = option(
-        1.0, Unavailable(Number(-1e9, 1e9), 1.0), "divides the logits of tokens that occurred"
+        1.0,
+        Number(0.01, 100.0),
+        "above 1, tokens that the prompt or the output has grow rarer",
+        "before any bias, their logits are divided by it where they are positive and multiplied where negative",
     )
     presence_penalty: float = option(
         0.0, Unavailable(Number(-1e9, 1e9), 0.0), "is taken from the logits of tokens that occurred"
@@ -257,7 +260,7 @@ class SamplingParams:
     @property
     def has_transforms(self) -> bool:
         """Whether something is done to the logits of every token, whatever its position."""
-        return bool(self.logit_bias)
+        return bool(self.logit_bias) or self.repetition_penalty != 1.0
 
     @property
     def rule(self) -> str:

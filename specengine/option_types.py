@@ -33,7 +33,7 @@ class SamplingOptions(TypedDict, total=False):
     min_p: float
     """keep tokens at least this likely, relative to the likeliest; 0 turns it off. Default: 0.0."""
     repetition_penalty: float
-    """divides the logits of tokens that occurred. Default: 1.0."""
+    """above 1, tokens that the prompt or the output has grow rarer. Default: 1.0."""
     presence_penalty: float
     """is taken from the logits of tokens that occurred. Default: 0.0."""
     frequency_penalty: float

@@ -86,7 +86,7 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("acceptance", "block", "block"),
     ("acceptance", "typical", "typical"),
     ("acceptance", "threshold", "threshold"),
-    ("repetition_penalty", 1.1, "1.1"),
+    *[("repetition_penalty", value, f"{value:g}") for value in (0, -1.2, 0.009, 101)],
     ("presence_penalty", 0.5, "0.5"),
     ("frequency_penalty", 0.5, "0.5"),
     ("logits_processor", print, "print"),

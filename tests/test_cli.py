@@ -103,6 +103,7 @@ def strip_colors(text: str) -> str:
 
 def test_every_sampling_option_is_passed_on() -> None:
     given = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 11, "min_new_tokens": 2}
+    given["repetition_penalty"] = 1.2
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
     more = ["--logit-bias", "14=-50", "--logit-bias", "15=1.5", "--stop", r"\n\n", "--stop", "xyz"]
     more += ["--stop-token-id", "3", "--include-stop", "--ignore-eos", "--acceptance", "coupled"]

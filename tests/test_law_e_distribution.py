@@ -48,6 +48,7 @@ class Filters:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     def __str__(self) -> str:
         return f"T{self.temperature:g}-k{self.top_k}-p{self.top_p:g}-m{self.min_p:g}"
@@ -77,7 +78,10 @@ def exact_law(model: torch.nn.Module, filters: Filters) -> np.ndarray:
     tokens, law = torch.tensor([PROMPT]), torch.ones(1, dtype=torch.float64)
     for _ in range(NUM_TOKENS):
         with torch.no_grad():
-            probs = filtered_probs(model(tokens).logits[:, -1], filters)
+            logits = model(tokens).logits[:, -1]
+            seen = logits.gather(1, tokens)
+            seen = torch.where(seen < 0, seen * filters.repetition_penalty, seen / filters.repetition_penalty)
+            probs = filtered_probs(logits.scatter(1, tokens, seen), filters)
         law = (law[:, None] * probs).flatten()
         following = torch.arange(VOCAB).repeat(len(tokens))[:, None]
         tokens = torch.cat((tokens.repeat_interleave(VOCAB, dim=0), following), dim=1)
@@ -319,6 +323,7 @@ def _build_batch(
             min_p=torch.full((len(slots),), filters.min_p),
             seeds=seeds,
             rule=torch.full((len(slots),), rule, dtype=torch.int32),
+            repetition_penalty=torch.ones(len(slots)),
         ),
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),
@@ -363,7 +368,7 @@ def test_rounds_sample_the_targets_law(
 
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
 def test_the_engine_samples_the_targets_law(target: torch.nn.Module, acceptance: str) -> None:
-    filters = Filters(0.9, 6, 0.95, 0.03)
+    filters = Filters(0.9, 6, 0.95, 0.03, repetition_penalty=1.5)
     with build_engine(target, "model") as engine:
         samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 10)
     check_tally(samples)

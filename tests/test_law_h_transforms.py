@@ -25,6 +25,7 @@ from law_helpers import (
     spec,
 )
 from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter, RandomDrafter
+from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
 
 from specengine.config import SamplingParams
 from specengine.drafters import draft_model
@@ -33,17 +34,20 @@ from specengine.kernels.types.transforms import Transforms
 from specengine.logits.entries import LogitEntry, build_entries
 from specengine.logits.tables import MIN_CAPACITY, TransformTables
 from specengine.runtime import sequence as sequence_module
+from specengine.runtime.state import BatchState
 
 HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
 K = 4
 NUM_TOKENS = 28
-PROMPTS = [make_prompt(length, length, VOCAB) for length in (5, 12, 3)]
+PROMPTS = [make_prompt(length, length, VOCAB) for length in (5, 12, 3, 9)]
 # Biases that the model would not have chosen itself, and endings that it would soon have chosen.
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": {9: 2.5, 14: 4.0, 30: -10_000.0}, "ignore_eos": True},
     "minimum": {"min_new_tokens": 11, "stop_token_ids": list(range(0, VOCAB, 5))},
+    "penalty": {"repetition_penalty": 1.4, "ignore_eos": True},
     "all": {
+        "repetition_penalty": 1.2,
         "logit_bias": {0: 3.0, 10: 2.0, 41: 4.0},
         "min_new_tokens": 9,
         "stop_token_ids": list(range(0, VOCAB, 4)),
@@ -63,7 +67,10 @@ def judge_by_hand(oracle: GreedyOracle, prompt: list[int], asked: dict[str, Any]
     ids = list(prompt)
     endings = [*asked.get("stop_token_ids", []), *([] if asked.get("ignore_eos") else [0])]
     while len(ids) - len(prompt) < NUM_TOKENS:
-        logits = oracle.model(torch.tensor([ids])).logits[0, -1].double()
+        logits = oracle.model(torch.tensor([ids])).logits[:, -1].double()
+        if (penalty := asked.get("repetition_penalty", 1.0)) != 1.0:
+            logits = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
+        logits = logits[0]
         for token, bias in asked.get("logit_bias", {}).items():
             logits[token] += bias
         if len(ids) - len(prompt) < asked.get("min_new_tokens", 0):
@@ -139,14 +146,15 @@ def test_a_draft_model_changes_nothing(
 
 
 @pytest.mark.parametrize("acceptance", ["greedy", "coupled", "rejection"])
+@pytest.mark.parametrize("name", ["biases", "penalty"])
 def test_a_draft_that_is_the_target_is_always_accepted(
-    acceptance: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
+    name: str, acceptance: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
 ) -> None:
     """The draft's law has the same things done to it."""
     engine = build_engine(checkpoint(seed=3), checkpoint(seed=3))
     sampling = {} if acceptance == "greedy" else {"temperature": 1.0, "seed": 2, "acceptance": acceptance}
     for result in spec(
-        engine, PROMPTS, K, max_new_tokens=60, min_new_tokens=50, **TRANSFORMS["biases"], **sampling
+        engine, PROMPTS, K, max_new_tokens=60, min_new_tokens=50, **TRANSFORMS[name], **sampling
     ):
         counts = result.metrics.speculative_decoding
         assert counts.num_draft_tokens > 30
@@ -258,6 +266,17 @@ def slots_keep_their_entries(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TransformTables, "admit", mutant)
 
 
+def only_committed_tokens_are_penalised(patch: pytest.MonkeyPatch) -> None:
+    """This round's drafts are overlooked."""
+    tables = BatchState.transforms
+
+    def mutant(self: BatchState) -> Transforms:
+        found: Transforms = tables.__get__(self)
+        return found._replace(history=found.history.clone())
+
+    patch.setattr(BatchState, "transforms", property(mutant))
+
+
 @pytest.mark.parametrize("plant", [bans_end_early, slots_keep_their_entries])
 def test_the_law_notices(
     plant: Callable[[pytest.MonkeyPatch], None],
@@ -280,6 +299,17 @@ def test_the_law_notices(
 
     with pytest.raises(AssertionError):
         check()
+
+
+def test_the_law_notices_drafts_that_are_overlooked(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build_engine(checkpoint(seed=3), checkpoint(seed=3), rounds_ahead=0, cuda_graphs=False)
+    asked = {"repetition_penalty": 1.4, "ignore_eos": True, "max_new_tokens": 60}
+    expected = plain(engine, PROMPTS, **asked)
+    only_committed_tokens_are_penalised(monkeypatch)
+    results = spec(engine, PROMPTS, K, **asked)
+    assert [result.token_ids for result in results] != [result.token_ids for result in expected]
 
 
 def test_a_draft_without_transforms_is_noticed(

@@ -40,6 +40,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "coupled": {"temperature": 0.9, "seed": 11},
     "filtered": {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     "biased": {"temperature": 0.9, "seed": 11, "logit_bias": {3: 2.0, 30: -5.0}},
+    "penalised": {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.4},
     "minimum": {"min_new_tokens": 7, "stop_token_ids": list(range(1, VOCAB, 9))},
 }
 
@@ -64,8 +65,9 @@ def ragged_batch(q_lens: list[int], starts: list[int], num_logits: list[int]) ->
 
 def random_transforms(num_slots: int) -> Transforms:
     """Every slot but one has its entries, large enough to decide some draws."""
-    tables = TransformTables(torch.zeros(num_slots, 6 * BLOCK_SIZE, dtype=torch.int32))
     rng = random.Random(num_slots)
+    history = [rng.choices(range(VOCAB), k=6 * BLOCK_SIZE) for _ in range(num_slots)]
+    tables = TransformTables(torch.tensor(history, dtype=torch.int32))
     for slot in range(1, num_slots):
         biases = [(token, rng.uniform(-9, 9)) for token in rng.sample(range(VOCAB - 3), 12)]
         banned = rng.sample(range(VOCAB - 3), 5)
@@ -105,6 +107,7 @@ def test_one_call_gives_the_bits_of_single_ops(
             min_p=torch.tensor([0.1, 0.0, 0.02]),
             seeds=torch.tensor([-5, 2**62, 7]),
             rule=torch.zeros(3, dtype=torch.int32),
+            repetition_penalty=torch.tensor([1.2, 1.0, 0.8]),
         )
         for transforms in (None, random_transforms(batch.block_table.shape[0])):
             keys = DrawKeys(by_sequence.take(slice(count)), True, transforms)
@@ -146,7 +149,7 @@ def test_neighbours_that_need_logits_change_nothing(
     ]
     needy = SamplingParams(max_new_tokens=30, logprobs=2, temperature=0.7, top_p=0.9)
     expected = [engine.generate(prompt, params).token_ids for params in alone]
-    together = engine.generate([prompt] * 6, [*alone, needy])
+    together = engine.generate([prompt] * 7, [*alone, needy])
     assert [result.token_ids for result in together[:-1]] == expected
 
 

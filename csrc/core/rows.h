@@ -13,7 +13,8 @@
   COLUMN(float, top_p)                 \
   COLUMN(float, min_p)                 \
   COLUMN(int64_t, seeds)               \
-  COLUMN(int32_t, rule)
+  COLUMN(int32_t, rule)                \
+  COLUMN(float, repetition_penalty)
 
 namespace specengine {
 

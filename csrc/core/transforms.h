@@ -3,7 +3,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "core/rows.h"
 #include "core/scratch.h"
@@ -15,7 +17,7 @@ namespace specengine {
 struct TransformTables {
   Matrix<const int32_t> history;  // [S, L]
   const int32_t* num_entries;     // [S]
-  const int32_t* token;        // [S, entry_stride], as the other three
+  const int32_t* token;           // [S, entry_stride], as the other three
   const float* value;
   const int32_t* first;
   const int32_t* end;
@@ -30,10 +32,13 @@ struct RowTransform {
   const int32_t* end;
   int64_t num_entries;
   int32_t position;
+  float penalty;
+  const uint64_t* seen;  // a bit a token of the vocabulary; null where nothing is penalised
 
   // Changes the logits of tokens first_token … first_token + count - 1, `logits[0]` being the
-  // first's.
+  // first's; first_token is a multiple of 64.
   void apply(int64_t first_token, int64_t count, float* logits) const {
+    penalise(first_token, count, logits);
     for (int64_t entry = first_entry(first_token);
          entry < num_entries && token[entry] < first_token + count; ++entry) {
       if (first[entry] <= position && position < end[entry])
@@ -42,6 +47,11 @@ struct RowTransform {
   }
 
   bool is_about(int64_t first_token, int64_t count) const {
+    if (seen != nullptr) {
+      const uint64_t* words = seen + first_token / 64;
+      const auto is_marked = [](uint64_t bits) { return bits != 0; };
+      if (std::any_of(words, words + (count + 63) / 64, is_marked)) return true;
+    }
     const int64_t entry = first_entry(first_token);
     return entry < num_entries && token[entry] < first_token + count;
   }
@@ -49,6 +59,16 @@ struct RowTransform {
  private:
   friend class RowTransforms;
   RowTransform() = default;
+
+  void penalise(int64_t first_token, int64_t count, float* logits) const {
+    if (seen == nullptr) return;
+    for (int64_t base = 0; base < count; base += 64) {
+      for (uint64_t bits = seen[(first_token + base) / 64]; bits != 0; bits &= bits - 1) {
+        float& z = logits[base + std::countr_zero(bits)];
+        z = z < 0.0f ? z * penalty : z / penalty;
+      }
+    }
+  }
 
   int64_t first_entry(int64_t first_token) const {
     return std::lower_bound(token, token + num_entries, first_token) - token;
@@ -60,12 +80,15 @@ struct RowTransform {
 class RowTransforms {
  public:
   const RowTransform* build(const TransformTables& tables, const DecidedRows& decided,
-                            [[maybe_unused]] int64_t vocab) {
+                            int64_t vocab) {
     RowTransform* rows = rows_.reserve(decided.num_rows);
+    const int64_t num_words = (vocab + 63) / 64;
+    uint64_t* seen = seen_.reserve(decided.num_rows * num_words);
     for (int64_t r = 0; r < decided.num_rows; ++r) {
       check_index(decided.slots[r], 0, tables.history.num_rows, "slots", r);
       check_index(decided.positions[r], 0, tables.history.width + 1, "positions", r);
-      check_index(tables.num_entries[decided.slots[r]], 0, tables.entry_stride + 1, "num_entries", r);
+      check_index(tables.num_entries[decided.slots[r]], 0, tables.entry_stride + 1, "num_entries",
+                  r);
       const int64_t at = decided.slots[r] * tables.entry_stride;
       rows[r].token = tables.token + at;
       rows[r].value = tables.value + at;
@@ -73,12 +96,28 @@ class RowTransforms {
       rows[r].end = tables.end + at;
       rows[r].num_entries = tables.num_entries[decided.slots[r]];
       rows[r].position = decided.positions[r];
+      rows[r].penalty = decided.rows.repetition_penalty[r];
+      rows[r].seen = nullptr;
+      if (rows[r].penalty == 1.0f) continue;
+      const int32_t* history = tables.history[decided.slots[r]];
+      rows[r].seen = mark_seen(history, decided.positions[r], vocab, seen + r * num_words);
     }
     return rows;
   }
 
  private:
+  static const uint64_t* mark_seen(const int32_t* history, int64_t length, int64_t vocab,
+                                   uint64_t* seen) {
+    std::memset(seen, 0, sizeof(uint64_t) * ((vocab + 63) / 64));
+    for (int64_t i = 0; i < length; ++i) {
+      const int64_t token = history[i];
+      if (token >= 0 && token < vocab) seen[token / 64] |= uint64_t{1} << token % 64;
+    }
+    return seen;
+  }
+
   Scratch<RowTransform> rows_;
+  Scratch<uint64_t> seen_;
 };
 
 }  // namespace specengine

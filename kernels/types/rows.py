@@ -31,6 +31,7 @@ class SamplingRows(NamedTuple):
     top_k, top_p, min_p: int32, fp32, fp32: the filters, see `specengine.kernels.reference.filter_rows`
     seeds:       int64, the bits of the 64-bit seeds
     rule:        int32, the `Rule` that drafts are judged by (MATCH for greedy rows)
+    repetition_penalty: fp32, > 0; 1 = none, see `specengine.kernels.reference.transform_rows`
     """
 
     temperature: Annotated[Tensor, Column(torch.float32, "params.temperature")]
@@ -39,6 +40,7 @@ class SamplingRows(NamedTuple):
     min_p: Annotated[Tensor, Column(torch.float32, "params.min_p")]
     seeds: Annotated[Tensor, Column(torch.int64, "signed_seed")]
     rule: Annotated[Tensor, Column(torch.int32, "rule")]
+    repetition_penalty: Annotated[Tensor, Column(torch.float32, "params.repetition_penalty", default=1)]
 
     @classmethod
     def empty(cls, count: int, device: torch.device | str = "cpu") -> SamplingRows:

@@ -80,10 +80,15 @@ def random_entries(vocab_size: int, count: int, seed: int) -> list[Entry]:
 
 
 def mixed_case(vocab_size: int, logit_rows: tuple[int, ...] | None = None) -> Case:
-    """Slots with hundreds of entries, with a few, with none."""
+    """Slots with hundreds of entries, with a few, with none; penalties beside none."""
     counts = {0: 130, 1: 7, 3: 1, 4: 0}
     tables = build_tables({slot: random_entries(vocab_size, n, slot) for slot, n in counts.items()})
-    return build_case(vocab_size, tables, logit_rows=logit_rows)
+    return penalised(build_case(vocab_size, tables, logit_rows=logit_rows))
+
+
+def penalised(case: Case) -> Case:
+    case.rows.repetition_penalty[:] = torch.tensor([1.3, 1.0, 0.7, 30.0])
+    return case
 
 
 def bits(values: Tensor) -> Tensor:
@@ -143,6 +148,32 @@ def test_what_is_not_asked_for_is_left_as_it_is(ops: Backend) -> None:
     assert torch.equal(bits(actual[2:]), bits(case.logits[2:]))
 
 
+def test_what_a_penalty_says(ops: Backend) -> None:
+    """A token that stands anywhere before the position is penalised once, what stands from there on is not; then come
+    the entries."""
+    tables = build_tables({0: [(3, 10.0, 0, FOREVER)]})
+    tables.history[0, :6] = torch.tensor([3, 200, 3, 8, 250, 299])
+    case = build_case(300, tables, slots=(0, 0), q_len=(2, 3))
+    case = case._replace(positions=torch.tensor([3, 4, 1, 2, 3], dtype=torch.int32))
+    case.rows.repetition_penalty[:] = torch.tensor([2.0, 1.0])
+    case.logits[:] = torch.where(torch.arange(300) % 2 == 0, -3.0, 3.0)
+    case.logits[:, 250] = 0.0
+    expected = case.logits.clone()
+    expected[:2, [3, 200, 8]] = torch.tensor([1.5, -6.0, -6.0])  # positions 4 and 5
+    expected[:, 3] += 10.0
+    assert torch.equal(ops.transform_rows(*case), expected)
+
+
+@pytest.mark.parametrize("vocab_size", [1, 129, 5000])
+def test_penalties_over_long_histories(ops: Backend, vocab_size: int) -> None:
+    """Tokens that repeat, of every tile, and some that the vocabulary does not have."""
+    tables = build_tables({0: random_entries(vocab_size, 9, 0)})
+    generator = torch.Generator().manual_seed(8)
+    history = torch.randint(0, vocab_size + 1, (NUM_SLOTS, 1200), generator=generator, dtype=torch.int32)
+    case = penalised(build_case(vocab_size, tables._replace(history=history)))
+    check_transform(ops.transform_rows, case._replace(positions=case.positions * 34))
+
+
 def test_rows_are_invariant(ops: Backend) -> None:
     """Alone, and in any other batch: the bits are those of the whole."""
     case = mixed_case(1500)
@@ -190,6 +221,10 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
     wrong: dict[str, dict[str, Any]] = {
         "logits": {"logits": case.logits.double()},
         "slots": {"slots": case.slots.long()},
+        "repetition_penalty": {
+            "rows": case.rows._replace(repetition_penalty=case.rows.repetition_penalty.double())
+        },
+        "history": {"transforms": tables._replace(history=tables.history.long())},
         "q_start": {"q_start": case.q_start[:-1]},
         "positions": {"positions": case.positions.long()},
         "logit_rows": {"logit_rows": case.logit_rows[:-1]},
@@ -225,6 +260,9 @@ def test_numbers_that_index_memory_are_checked() -> None:
 FAULTS: dict[str, Callable[[Case], Case]] = {
     "the sequence's before": lambda case: case._replace(q_start=(case.q_start + 1) * (case.q_start > 0)),
     "a position too late": lambda case: case._replace(positions=case.positions + 1),
+    "the sequence's own penalty is another's": lambda case: case._replace(
+        rows=case.rows._replace(repetition_penalty=case.rows.repetition_penalty.roll(1))
+    ),
     "the slot's index in the batch": lambda case: case._replace(slots=torch.arange(4, dtype=torch.int32)),
     "an entry too few": lambda case: case._replace(
         transforms=case.transforms._replace(num_entries=(case.transforms.num_entries - 1).clamp_min(0))
