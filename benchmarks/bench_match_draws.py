@@ -11,6 +11,8 @@ from torch import Tensor
 from verify_cases import VOCAB_SIZE, accepted_length
 
 from specengine.kernels import reference
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
 
 ACCEPTANCE = 0.7
 
@@ -18,24 +20,21 @@ ACCEPTANCE = 0.7
 def pytorch_match(
     drawn: Tensor,
     drawn_error: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
+    drafts: Drafts,
+    rows: SamplingRows,
     is_running: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    verdict: Verdict,
 ) -> None:
     """The reference without waiting for the device; of the tokens all are written, and every sequence runs."""
-    k = draft_tokens.shape[1]
+    k = drafts.tokens.shape[1]
     offset = torch.arange(k + 1, device=drawn.device)
-    rows = row_start[:, None] + torch.minimum(offset, num_draft[:, None])
-    draws = drawn[rows]
-    is_match = (draws[:, :k] == draft_tokens) & (offset[:k] < num_draft[:, None])
+    at = drafts.row_start[:, None] + torch.minimum(offset, drafts.num_draft[:, None])
+    draws = drawn[at]
+    is_match = (draws[:, :k] == drafts.tokens) & (offset[:k] < drafts.num_draft[:, None])
     accepted = accepted_length(is_match)
-    tokens.copy_(draws)
-    num_accepted.copy_(accepted)
-    error.copy_(((drawn_error[rows] != 0) & (offset <= accepted[:, None])).any(dim=1))
+    verdict.tokens.copy_(draws)
+    verdict.num_accepted.copy_(accepted)
+    verdict.error.copy_(((drawn_error[at] != 0) & (offset <= accepted[:, None])).any(dim=1))
 
 
 @pytest.mark.parametrize("k", [1, 8])
@@ -51,11 +50,13 @@ def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, batch: int, 
     row_start = torch.arange(0, batch * (k + 1), k + 1, dtype=torch.int32, device=gpu.device)
     num_draft, is_running = torch.full_like(row_start, k), torch.ones_like(row_start)
     tokens = row_start.new_zeros(batch, k + 1)
-    outputs = (tokens, torch.zeros_like(row_start), torch.zeros_like(row_start))
+    outputs = Verdict(tokens, torch.zeros_like(row_start), torch.zeros_like(row_start))
+    rows = SamplingRows.empty(batch, gpu.device)
 
-    def arguments(turn: int) -> tuple[Tensor, ...]:
+    def arguments(turn: int) -> tuple[Tensor, Tensor, Drafts, SamplingRows, Tensor, Verdict]:
         index = turn % MAX_CALLS
-        return drawn[index], drawn_error[index], row_start, num_draft, drafts[index], is_running, *outputs
+        judged = Drafts(row_start, row_start, num_draft, drafts[index])
+        return drawn[index], drawn_error[index], judged, rows, is_running, outputs
 
     def ours(turn: int) -> None:
         gpu.ops.match_draws(*arguments(turn))

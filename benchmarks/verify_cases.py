@@ -12,6 +12,9 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels.reference.filter_rows import filtered_log_probs
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50257, 50304
@@ -93,13 +96,11 @@ def assert_wins(tokens: Tensor, logits: Tensor, draws: Draws, gap: float) -> Non
 
 @dataclass(frozen=True)
 class Round:
-    """What one call verifies: B sequences of k draft tokens. A point mass has no draft logits."""
+    """What one call verifies: B sequences of k draft tokens. A point mass has no law."""
 
     logits: Tensor  # [B (k + 1), V]
     draft_tokens: Tensor  # [B, k]
-    draft_log_probs: Tensor  # [B, k]
-    draft_logits: Tensor | None  # [B, k, V]
-    draft_stats: Tensor | None  # [B, k, 4]
+    law: DraftLaw | None
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,13 @@ class Case:
     k: int
     rounds: list[Round]
     rows: Draws
-    sequences: Draws
     row_start: Tensor
     num_draft: Tensor
     seq_len: Tensor
-    is_selected: Tensor
-    tokens: Tensor
-    num_accepted: Tensor
-    error: Tensor
+    rule: Rule
+    judged_by: SamplingRows
+    is_running: Tensor
+    verdict: Verdict
 
     @property
     def shape(self) -> str:
@@ -141,25 +141,10 @@ class Case:
     def verify(self, ops: Backend, turn: int, stats: Tensor) -> tuple[Tensor, Tensor]:
         """tokens and num_accepted of `match_verify` or `rejection_verify`, overwritten by the next call."""
         this = self.round_at(turn)
-        draft = (this.draft_log_probs, this.draft_logits, this.draft_stats)
-        is_match = self.mode in ("greedy", "coupled")
-        op = ops.match_verify if is_match else ops.rejection_verify
-        op(
-            this.logits,
-            stats,
-            self.row_start,
-            self.num_draft,
-            this.draft_tokens,
-            *(() if is_match else draft),
-            self.sequences.law[0],
-            self.sequences.seeds,
-            self.seq_len,
-            self.is_selected,
-            self.tokens,
-            self.num_accepted,
-            self.error,
-        )
-        return self.tokens, self.num_accepted
+        drafts = Drafts(self.row_start, self.seq_len, self.num_draft, this.draft_tokens, this.law)
+        op = getattr(ops, self.rule.op)
+        op(this.logits, stats, drafts, self.judged_by, self.is_running, self.verdict)
+        return self.verdict.tokens, self.verdict.num_accepted
 
     def filter_and_verify(self, ops: Backend, turn: int) -> tuple[Tensor, Tensor]:
         return self.verify(ops, turn, self.filter(ops, turn))
@@ -167,19 +152,19 @@ class Case:
     def draft_probs(self, turn: int) -> Tensor:
         """`[B, k, V]`; of a point mass, one-hot."""
         this = self.round_at(turn)
-        if this.draft_logits is None or this.draft_stats is None:
+        if this.law is None:
             return F.one_hot(this.draft_tokens.long(), PADDED_VOCAB_SIZE).float()
-        flat, stats = this.draft_logits.flatten(0, 1), this.draft_stats.flatten(0, 1)
+        flat, stats = this.law.logits.flatten(0, 1), this.law.stats.flatten(0, 1)
         temperature = torch.ones(len(flat), device=flat.device)
-        return filtered_log_probs(flat, temperature, stats).exp().view(this.draft_logits.shape)
+        return filtered_log_probs(flat, temperature, stats).exp().view(this.law.logits.shape)
 
     def check(self, ops: Backend, reference: Backend) -> None:
         """Both emit the same."""
         results = []
         for backend in (ops, reference):
-            self.error.fill_(-1)
+            self.verdict.error.fill_(-1)
             results.append([result.clone() for result in self.filter_and_verify(backend, 0)])
-            assert not self.error.any()
+            assert not self.verdict.error.any()
         (tokens, num_accepted), (expected, num_expected) = results
         assert torch.equal(num_accepted, num_expected)
         is_emitted = torch.arange(self.k + 1, device=tokens.device) <= num_expected[:, None]
@@ -204,23 +189,30 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         stats = ops.filter_rows(flat, *proposal)
         drawn = (proposal[0], seeds, positions, stream, torch.full_like(positions, base))
         tokens, log_probs = ops.sample_rows(flat, stats, *drawn)
-        law = (None, None) if mode == "point mass" else (draft_logits, stats.view(batch, k, 4))
-        rounds.append(Round(logits.target[rows], tokens.view(batch, k), log_probs.view(batch, k), *law))
+        law = DraftLaw(log_probs.view(batch, k), draft_logits, stats.view(batch, k, 4))
+        kept = None if mode == "point mass" else law
+        rounds.append(Round(logits.target[rows], tokens.view(batch, k), kept))
     batch_column = torch.arange(batch, dtype=torch.int32, device=device)
+    rule = Rule.MATCH if mode in ("greedy", "coupled") else Rule.REJECTION
     return Case(
         mode,
         batch,
         k,
         rounds,
         Draws.build(num_rows, temperature, device, top_p=top_p),
-        sequences,
         row_start=batch_column * (k + 1),
         num_draft=torch.full_like(batch_column, k),
         seq_len=torch.full_like(batch_column, SEQ_LEN),
-        is_selected=torch.ones_like(batch_column, dtype=torch.bool),
-        tokens=torch.zeros(batch, k + 1, dtype=torch.int32, device=device),
-        num_accepted=torch.zeros_like(batch_column),
-        error=torch.zeros_like(batch_column),
+        rule=rule,
+        judged_by=SamplingRows.empty(batch, device)._replace(
+            temperature=sequences.law[0], seeds=sequences.seeds, rule=torch.full_like(batch_column, int(rule))
+        ),
+        is_running=torch.ones_like(batch_column),
+        verdict=Verdict(
+            torch.zeros(batch, k + 1, dtype=torch.int32, device=device),
+            torch.zeros_like(batch_column),
+            torch.zeros_like(batch_column),
+        ),
     )
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.noise import philox_lanes
-from specengine.kernels.device.race import check_output, check_small
+from specengine.kernels.device.race import check_columns, check_drafts, check_small, check_verdict
 from specengine.kernels.match_verify import clamp_row
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
 from specengine.rng import STREAM_ACCEPT
 
 _STREAM_ACCEPT = tl.constexpr(STREAM_ACCEPT)
@@ -42,15 +44,15 @@ def spec_match_draws(
     drawn_error_ptr,
     num_rows,
     row_start_ptr,
+    seq_len_ptr,
     num_draft_ptr,
     draft_tokens_ptr,
+    seed_ptr,
     is_running_ptr,
     tokens_ptr,
     num_accepted_ptr,
     error_ptr,
     forced_acceptance,
-    seed_ptr,
-    seq_len_ptr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -83,46 +85,27 @@ def spec_match_draws(
 def match_draws(
     drawn: Tensor,
     drawn_error: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
+    drafts: Drafts,
+    rows: SamplingRows,
     is_running: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    verdict: Verdict,
     forced_acceptance: float | None = None,
-    seeds: Tensor | None = None,
-    seq_len: Tensor | None = None,
 ) -> None:
     """See `specengine.kernels.reference.match_draws`, and `match_verify` for values that are out of range."""
-    rows, count, k = drawn.numel(), row_start.numel(), draft_tokens.shape[-1]
-    if count and not rows:
+    num_rows, count, k = drawn.numel(), drafts.row_start.numel(), drafts.tokens.shape[-1]
+    if count and not num_rows:
         raise ValueError(f"drawn: no rows for {count} sequences")
-    if forced_acceptance is None:
-        seeds = seq_len = None
-    else:
-        if seeds is None or seq_len is None:
-            missing = "seeds" if seeds is None else "seq_len"
-            raise ValueError(f"{missing}: forced_acceptance draws by seeds and seq_len")
-        seeds = check_small("seeds", seeds, (count,), torch.int64)
-        seq_len = check_small("seq_len", seq_len, (count,), torch.int32)
-        forced_acceptance = float(forced_acceptance)
     launch(
         spec_match_draws,
         (count,),
-        check_small("drawn", drawn, (rows,), torch.int32),
-        check_small("drawn_error", drawn_error, (rows,), torch.int32),
-        rows,
-        check_small("row_start", row_start, (count,), torch.int32),
-        check_small("num_draft", num_draft, (count,), torch.int32),
-        check_small("draft_tokens", draft_tokens, (count, k), torch.int32),
+        check_small("drawn", drawn, (num_rows,), torch.int32),
+        check_small("drawn_error", drawn_error, (num_rows,), torch.int32),
+        num_rows,
+        *check_drafts(drafts),
+        *check_columns(rows, count, "seeds"),
         check_small("is_running", is_running, (count,), torch.int32),
-        check_output("tokens", tokens, (count, k + 1), torch.int32),
-        check_output("num_accepted", num_accepted, (count,), torch.int32),
-        check_output("error", error, (count,), torch.int32),
-        forced_acceptance,
-        seeds,
-        seq_len,
+        *check_verdict(verdict, count, k),
+        None if forced_acceptance is None else float(forced_acceptance),
         K=k,
         BLOCK=triton.next_power_of_2(k + 1),
         num_warps=1,

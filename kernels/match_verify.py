@@ -20,24 +20,32 @@ from specengine.kernels.device.race import (
     NUM_STATS,
     RACE_WARPS,
     TILE,
+    check_columns,
+    check_drafts,
     check_logits,
-    check_output,
     check_small,
+    check_verdict,
     draw_key,
     is_last_of,
     take_keys,
 )
 from specengine.kernels.device.workspace import zeroed
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.rng import STREAM_TARGET
 
+MATCH = tl.constexpr(int(Rule.MATCH))
 _STREAM_TARGET = tl.constexpr(STREAM_TARGET)
 
 
 @triton.jit
-def load_num_draft(is_selected_ptr, num_draft_ptr, b, K: tl.constexpr):
-    """k_b, held within 0 … K; -1 where the sequence is not selected."""
+def load_num_draft(is_running_ptr, rule_ptr, num_draft_ptr, b, RULE: tl.constexpr, K: tl.constexpr):
+    """k_b, held within 0 … K; -1 where RULE does not judge the sequence. Who drafts nothing is MATCH's."""
     num_draft = tl.minimum(tl.maximum(tl.load(num_draft_ptr + b), 0), K)
-    return tl.where(tl.load(is_selected_ptr + b), num_draft, -1)
+    rule = tl.where(num_draft > 0, tl.load(rule_ptr + b), MATCH)
+    is_judged = (tl.load(is_running_ptr + b) != 0) & (rule == RULE)
+    return tl.where(is_judged, num_draft, -1)
 
 
 @triton.jit
@@ -77,12 +85,13 @@ def spec_match_verify(
     num_rows,
     stats_ptr,
     row_start_ptr,
+    seq_len_ptr,
     num_draft_ptr,
     draft_token_ptr,
     temperature_ptr,
     seed_ptr,
-    seq_len_ptr,
-    is_selected_ptr,
+    rule_ptr,
+    is_running_ptr,
     tokens_ptr,
     num_accepted_ptr,
     error_ptr,
@@ -96,7 +105,7 @@ def spec_match_verify(
 ):
     wait(PDL)
     b, i, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    num_draft = load_num_draft(is_selected_ptr, num_draft_ptr, b, K)
+    num_draft = load_num_draft(is_running_ptr, rule_ptr, num_draft_ptr, b, MATCH, K)
     if i > num_draft:
         return
     row_start = tl.load(row_start_ptr + b)
@@ -126,80 +135,33 @@ def spec_match_verify(
 
 
 def check_sequences(
-    logits: Tensor,
-    stats: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    seq_len: Tensor,
-    is_selected: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> tuple[Tensor, ...]:
-    """All but the logits as a kernel reads and writes them. Raises `ValueError` naming what has another shape or
-    type; values cannot be looked at without waiting for the device."""
+    """All but the logits and the law as a kernel reads and writes them. Raises `ValueError` naming what has another
+    shape or type; values cannot be looked at without waiting for the device."""
     check_logits("logits", logits)
-    count, k = row_start.numel(), draft_tokens.shape[-1]
+    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
     if count and not logits.shape[0]:
         raise ValueError(f"logits: no rows for {count} sequences")
-    for name, output, shape in (
-        ("tokens", tokens, (count, k + 1)),
-        ("num_accepted", num_accepted, (count,)),
-        ("error", error, (count,)),
-    ):
-        check_output(name, output, shape, torch.int32)
     return (
         check_small("stats", stats, (logits.shape[0], NUM_STATS.value), torch.float32),
-        check_small("row_start", row_start, (count,), torch.int32),
-        check_small("num_draft", num_draft, (count,), torch.int32),
-        check_small("draft_tokens", draft_tokens, (count, k), torch.int32),
-        check_small("temperature", temperature, (count,), torch.float32),
-        check_small("seeds", seeds, (count,), torch.int64),
-        check_small("seq_len", seq_len, (count,), torch.int32),
-        check_small("is_selected", is_selected, (count,), torch.bool),
-        tokens,
-        num_accepted,
-        error,
+        *check_drafts(drafts),
+        *check_columns(rows, count, "temperature", "seeds", "rule"),
+        check_small("is_running", is_running, (count,), torch.int32),
+        *check_verdict(verdict, count, k),
     )
 
 
 def match_verify(
-    logits: Tensor,
-    stats: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
-    seq_len: Tensor,
-    is_selected: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
     """See `specengine.kernels.reference.match_verify`.
 
     Counts are read on the device: num_draft outside 0 … k and rows outside the logits are taken as the nearest
-    that exist. A sequence that is not selected costs nothing, so is padding's value.
+    that exist. A sequence that is not judged costs nothing, so is padding's value.
     """
-    checked = check_sequences(
-        logits,
-        stats,
-        row_start,
-        num_draft,
-        draft_tokens,
-        temperature,
-        seeds,
-        seq_len,
-        is_selected,
-        tokens,
-        num_accepted,
-        error,
-    )
-    count, k = draft_tokens.shape
+    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
+    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
     launch(
         spec_match_verify,
         (count, k + 1, ceil_div(logits.shape[1], TILE)),

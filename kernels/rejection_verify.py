@@ -36,8 +36,12 @@ from specengine.kernels.device.race import (
 )
 from specengine.kernels.device.workspace import zeroed
 from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.rng import STREAM_ACCEPT, STREAM_TARGET
 
+_REJECTION = tl.constexpr(int(Rule.REJECTION))
 _STREAM_TARGET = tl.constexpr(STREAM_TARGET)
 _STREAM_ACCEPT = tl.constexpr(STREAM_ACCEPT)
 
@@ -49,7 +53,7 @@ def count_accepted(
     stats_ptr,
     rows,
     draft,
-    draft_log_prob_ptr,
+    draft_log_prob,
     column,
     is_drafted,
     temperature,
@@ -62,10 +66,9 @@ def count_accepted(
     logits = tl.load(logits_ptr + rows * logits_stride + draft, is_token, NEGATIVE_INFINITY)
     kept = keep(scale_row(logits, temperature), tl.load(stats_ptr + rows * NUM_STATS + THRESHOLD))
     log_p = kept - tl.load(stats_ptr + rows * NUM_STATS + LOG_NORMALISER)
-    log_q = tl.load(draft_log_prob_ptr + column, is_drafted, 0.0)
     bits, _, _, _ = philox_lanes(column * 0, seq_len + column, _STREAM_ACCEPT, seq_len, seed)
     log_u = tl.minimum(tl.log(uniform(bits)), 0.0)
-    is_accepted = is_drafted & (log_u <= log_p - log_q)
+    is_accepted = is_drafted & (log_u <= log_p - draft_log_prob)
     return tl.min(tl.where(is_accepted, column.shape[0], column))
 
 
@@ -84,12 +87,13 @@ def spec_rejection_verify(
     num_rows,
     stats_ptr,
     row_start_ptr,
+    seq_len_ptr,
     num_draft_ptr,
     draft_token_ptr,
     temperature_ptr,
     seed_ptr,
-    seq_len_ptr,
-    is_selected_ptr,
+    rule_ptr,
+    is_running_ptr,
     tokens_ptr,
     num_accepted_ptr,
     error_ptr,
@@ -98,6 +102,7 @@ def spec_rejection_verify(
     draft_sequence_stride,
     draft_logits_stride,
     draft_stats_ptr,
+    has_law_ptr,
     key_ptr,
     counter_ptr,
     K: tl.constexpr,
@@ -109,7 +114,7 @@ def spec_rejection_verify(
 ):
     wait(PDL)
     b, split = tl.program_id(0), tl.program_id(1)
-    num_draft = load_num_draft(is_selected_ptr, num_draft_ptr, b, K)
+    num_draft = load_num_draft(is_running_ptr, rule_ptr, num_draft_ptr, b, _REJECTION, K)
     if num_draft < 0:
         return
     temperature, seed, seq_len = tl.load(temperature_ptr + b), tl.load(seed_ptr + b), tl.load(seq_len_ptr + b)
@@ -118,13 +123,19 @@ def spec_rejection_verify(
     is_drafted = column < num_draft
     first_draft = b.to(tl.int64) * K
     draft = tl.load(draft_token_ptr + first_draft + column, is_drafted, -1)
+    if draft_log_prob_ptr is None:
+        draft_log_prob = tl.zeros((BLOCK,), tl.float32)
+    else:
+        draft_log_prob = tl.load(draft_log_prob_ptr + first_draft + column, is_drafted, 0.0)
+        if has_law_ptr is not None:
+            draft_log_prob = tl.where(tl.load(has_law_ptr + b), draft_log_prob, 0.0)
     n = count_accepted(
         logits_ptr,
         logits_stride,
         stats_ptr,
         rows,
         draft,
-        draft_log_prob_ptr + first_draft,
+        draft_log_prob,
         column,
         is_drafted,
         temperature,
@@ -145,10 +156,9 @@ def spec_rejection_verify(
         log_p = score - tl.load(row_stats_ptr + LOG_NORMALISER)
         noise = tile_noise(lane, seq_len + n, _STREAM_TARGET, 0, seed)
         if n < num_draft:
-            if draft_logits_ptr is None:
-                rejected = tl.load(draft_token_ptr + first_draft + n)
-                log_weight = tl.where(tokens == rejected, NEGATIVE_INFINITY, log_p)
-            else:
+            rejected = tl.load(draft_token_ptr + first_draft + n)
+            log_weight = tl.where(tokens == rejected, NEGATIVE_INFINITY, log_p)
+            if draft_logits_ptr is not None:
                 draft_row_ptr = (
                     draft_logits_ptr + b.to(tl.int64) * draft_sequence_stride + n * draft_logits_stride
                 )
@@ -156,7 +166,11 @@ def spec_rejection_verify(
                 scaled = scale_row(load_tile(draft_row_ptr, lane, DRAFT_VOCAB), temperature)
                 log_q = keep(scaled, tl.load(draft_row_stats_ptr + THRESHOLD))
                 log_q -= tl.load(draft_row_stats_ptr + LOG_NORMALISER)
-                log_weight = residual_log_weights(log_p, log_q)
+                residual = residual_log_weights(log_p, log_q)
+                if has_law_ptr is None:
+                    log_weight = residual
+                else:
+                    log_weight = tl.where(tl.load(has_law_ptr + b), residual, log_weight)
             if tl.max(log_weight) > NEGATIVE_INFINITY:
                 tl.atomic_max(residual_key_ptr, winner_key(log_weight + noise, tokens), sem="relaxed")
         score = log_p + noise
@@ -170,43 +184,12 @@ def spec_rejection_verify(
 
 
 def rejection_verify(
-    logits: Tensor,
-    stats: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
-    draft_log_probs: Tensor,
-    draft_logits: Tensor | None,
-    draft_stats: Tensor | None,
-    temperature: Tensor,
-    seeds: Tensor,
-    seq_len: Tensor,
-    is_selected: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
     """See `specengine.kernels.reference.rejection_verify`, and `match_verify` for values that are out of range."""
-    checked = check_sequences(
-        logits,
-        stats,
-        row_start,
-        num_draft,
-        draft_tokens,
-        temperature,
-        seeds,
-        seq_len,
-        is_selected,
-        tokens,
-        num_accepted,
-        error,
-    )
-    count, k = draft_tokens.shape
-    if (draft_logits is None) != (draft_stats is None):
-        raise ValueError("draft_stats: give draft_logits and draft_stats together, or neither")
-    if draft_logits is not None and draft_stats is not None:
-        check_logits("draft_logits", draft_logits, (count, k))
-        draft_stats = check_small("draft_stats", draft_stats, (count, k, NUM_STATS.value), torch.float32)
+    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
+    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
+    law = (None,) * 6 if drafts.law is None else check_law(drafts.law, count, k)
     launch(
         spec_rejection_verify,
         (count, ceil_div(logits.shape[1], TILE)),
@@ -214,17 +197,27 @@ def rejection_verify(
         logits.stride(0),
         logits.shape[0],
         *checked,
-        check_small("draft_log_probs", draft_log_probs, (count, k), torch.float32),
-        draft_logits,
-        None if draft_logits is None else draft_logits.stride(0),
-        None if draft_logits is None else draft_logits.stride(1),
-        draft_stats,
+        *law,
         zeroed(2 * count, torch.int64, logits.device),
         zeroed(count, torch.int32, logits.device),
         K=k,
         VOCAB=logits.shape[1],
-        DRAFT_VOCAB=None if draft_logits is None else draft_logits.shape[2],
+        DRAFT_VOCAB=None if drafts.law is None else drafts.law.logits.shape[2],
         TILE=TILE,
         BLOCK=triton.next_power_of_2(k + 1),
         num_warps=RACE_WARPS,
+    )
+
+
+def check_law(law: DraftLaw, count: int, k: int) -> tuple[Tensor | int | None, ...]:
+    """A law as the kernel reads it, the strides of its logits behind them."""
+    check_logits("draft_logits", law.logits, (count, k))
+    has_law = law.has_law
+    return (
+        check_small("draft_log_probs", law.log_probs, (count, k), torch.float32),
+        law.logits,
+        law.logits.stride(0),
+        law.logits.stride(1),
+        check_small("draft_stats", law.stats, (count, k, NUM_STATS.value), torch.float32),
+        None if has_law is None else check_small("has_law", has_law, (count,), torch.bool),
     )

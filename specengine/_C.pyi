@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 
@@ -170,34 +171,19 @@ class Ops:
         self,
         logits: Tensor,
         stats: Tensor,
-        row_start: Tensor,
-        num_draft: Tensor,
-        draft_tokens: Tensor,
-        temperature: Tensor,
-        seeds: Tensor,
-        seq_len: Tensor,
-        is_selected: Tensor,
-        tokens: Tensor,
-        num_accepted: Tensor,
-        error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
     ) -> None: ...
     def rejection_verify(
         self,
         logits: Tensor,
         stats: Tensor,
-        row_start: Tensor,
-        num_draft: Tensor,
-        draft_tokens: Tensor,
-        draft_log_probs: Tensor,
-        draft_logits: Tensor | None,
-        draft_stats: Tensor | None,
-        temperature: Tensor,
-        seeds: Tensor,
-        seq_len: Tensor,
-        is_selected: Tensor,
-        tokens: Tensor,
-        num_accepted: Tensor,
-        error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
     ) -> None: ...
     def transform_rows(
         self,
@@ -339,16 +325,11 @@ def plan_round(
 def match_draws(
     drawn: Tensor,
     drawn_error: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
+    drafts: Drafts,
+    rows: SamplingRows,
     is_running: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    verdict: Verdict,
     forced_acceptance: float | None = None,
-    seeds: Tensor | None = None,
-    seq_len: Tensor | None = None,
 ) -> None: ...
 def commit_round(
     tokens: Tensor,

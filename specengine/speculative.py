@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
 from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
-from specengine.kernels.types.rules import Rule
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.ops.backend import Backend
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner
@@ -41,6 +40,11 @@ class RoundOutcome:
     logits: Tensor | None
     row_start: Tensor
     record: Tensor | None = None
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the op that judges writes."""
+        return Verdict(self.tokens, self.num_accepted, self.error)
 
 
 def run_round(
@@ -107,12 +111,10 @@ def match(
     batch: RunningBatch,
 ) -> RoundOutcome:
     """`verify` where the target has drawn already: row row_start[b] + i, `[R]` int32 each, decides seq_len[b] + i."""
-    plan = batch.planned
-    outcome = _empty_outcome(proposal, row_start)
-    results = (outcome.tokens, outcome.num_accepted, outcome.error)
-    forced = (batch.forced_acceptance, batch.rows.seeds, plan.seq_len)
-    drafts = (row_start, proposal.num_tokens, proposal.tokens)
-    backend.match_draws(drawn, drawn_error, *drafts, plan.is_running, *results, *forced)
+    plan, outcome = batch.planned, _empty_outcome(proposal, row_start)
+    drafts = Drafts(row_start, plan.seq_len, proposal.num_tokens, proposal.tokens)
+    given = (drafts, batch.rows, plan.is_running, outcome.verdict)
+    backend.match_draws(drawn, drawn_error, *given, batch.forced_acceptance)
     return outcome
 
 
@@ -124,32 +126,13 @@ def verify(
     proposal: DraftProposal,
     batch: RunningBatch,
 ) -> RoundOutcome:
-    """Judges a proposal by the target's logits: row row_start[b] + i decides position seq_len[b] + i.
-
-    Greedy and coupled sequences, and those without a draft, match the target's own draw; the others use
-    rejection sampling. logits: `[R, V]` after every transform; stats: `[R, 4]` of them (`filter_rows`).
-    """
-    plan, num_draft = batch.planned, proposal.num_tokens
-    outcome = _empty_outcome(proposal, row_start)
-    drafts = (row_start, num_draft, proposal.tokens)
-    keys = (batch.rows.temperature, batch.rows.seeds, plan.seq_len)
-    results = (outcome.tokens, outcome.num_accepted, outcome.error)
-    is_running = plan.is_running != 0
-    if not batch.reads_law:
-        backend.match_verify(logits, stats, *drafts, *keys, is_running, *results)
-        return outcome
-    by_rejection = (batch.rows.rule == Rule.REJECTION) & (num_draft > 0) & is_running
-    backend.match_verify(logits, stats, *drafts, *keys, is_running & ~by_rejection, *results)
-    is_point_mass = by_rejection
-    if proposal.log_probs is not None:
-        law = (proposal.log_probs, proposal.logits, proposal.stats)
-        is_drawn = by_rejection if proposal.has_law is None else by_rejection & proposal.has_law
-        backend.rejection_verify(logits, stats, *drafts, *law, *keys, is_drawn, *results)
-        if proposal.has_law is None:
-            return outcome
-        is_point_mass = by_rejection & ~proposal.has_law
-    certain = torch.zeros_like(proposal.tokens, dtype=torch.float32)
-    backend.rejection_verify(logits, stats, *drafts, certain, None, None, *keys, is_point_mass, *results)
+    """Judges a proposal by the target's logits, each sequence by its own rule: row row_start[b] + i decides position
+    seq_len[b] + i. logits: `[R, V]` after every transform; stats: `[R, 4]` of them (`filter_rows`)."""
+    plan, outcome = batch.planned, _empty_outcome(proposal, row_start)
+    drafts = Drafts(row_start, plan.seq_len, proposal.num_tokens, proposal.tokens, proposal.law)
+    for rule in batch.rules:
+        judge_by_rule = getattr(backend, rule.op)
+        judge_by_rule(logits, stats, drafts, batch.rows, plan.is_running, outcome.verdict)
     return outcome
 
 

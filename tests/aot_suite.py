@@ -19,6 +19,7 @@ from aot import compile_launch, specialise
 from torch import Tensor
 
 from specengine.kernels.device.launch import Launch, assume_capability, record
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
 from specengine.kernels.types.rows import SamplingRows
@@ -146,22 +147,21 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
     num_rows = num_sequences * (NUM_DRAFT + 1)
     logits, stats, row_keys = meta(num_rows, row_length), meta(num_rows, 4), meta(num_rows)
     seeds, where = meta(num_rows, dtype=torch.int64), integers(num_rows)
-    drafts = (integers(num_sequences), integers(num_sequences), integers(num_sequences, NUM_DRAFT))
-    keys = (meta(num_sequences), meta(num_sequences, dtype=torch.int64), integers(num_sequences))
-    law = (meta(num_sequences, NUM_DRAFT, row_length), meta(num_sequences, NUM_DRAFT, 4))
-    is_selected = meta(num_sequences, dtype=torch.bool)
-    results = (integers(num_sequences, NUM_DRAFT + 1), integers(num_sequences), integers(num_sequences))
-    log_probs = meta(num_sequences, NUM_DRAFT)
+    drafts = Drafts(*(integers(num_sequences) for _ in range(3)), integers(num_sequences, NUM_DRAFT))
+    shape = (num_sequences, NUM_DRAFT)
+    law = DraftLaw(meta(*shape), meta(*shape, row_length), meta(*shape, 4))
+    verdict = Verdict(
+        integers(num_sequences, NUM_DRAFT + 1), integers(num_sequences), integers(num_sequences)
+    )
+    judged_by = (SamplingRows.empty(num_sequences, "meta"), integers(num_sequences), verdict)
     with record() as launches:
         TRITON.filter_rows(logits, row_keys, where, row_keys, row_keys)
         for stream in (0, 1):
             TRITON.sample_rows(logits, stats, row_keys, seeds, where, stream, where)
         TRITON.token_logprobs(logits, where, 5)
-        TRITON.match_verify(logits, stats, *drafts, *keys, is_selected, *results)
-        for draft_law in (law, (None, None)):
-            TRITON.rejection_verify(
-                logits, stats, *drafts, log_probs, *draft_law, *keys, is_selected, *results
-            )
+        TRITON.match_verify(logits, stats, drafts, *judged_by)
+        for each in (law, law._replace(has_law=meta(num_sequences, dtype=torch.bool)), None):
+            TRITON.rejection_verify(logits, stats, drafts._replace(law=each), *judged_by)
     return launches
 
 
@@ -170,7 +170,7 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
     num_rows, num_slots = num_sequences * (NUM_DRAFT + 1), 65
     tokens, state = integers(num_slots, 1024), [integers(num_slots) for _ in range(3)]
     of_sequence, drafts = integers(num_sequences), integers(num_sequences, NUM_DRAFT)
-    seeds, number = meta(num_sequences, dtype=torch.int64), meta(num_sequences)
+    number = meta(num_sequences)
     law = (number, meta(num_sequences, row_length), meta(num_sequences, 4))
     shape = (num_sequences, NUM_DRAFT)
     kept = (meta(*shape), meta(*shape, row_length), meta(*shape, 4))
@@ -187,9 +187,10 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
         staged = (tokens, of_sequence, plan.seq_len, plan.is_drafting[1], of_sequence)
         TRITON.stage_draft(1, *staged, of_sequence, drafts, of_sequence)
         TRITON.stage_draft(1, *staged, None, drafts, of_sequence, *law, *kept)
-        judged = (integers(num_rows), integers(num_rows), of_sequence, of_sequence, drafts, plan.is_running)
-        for forced in ((), (0.7, seeds, plan.seq_len)):
-            TRITON.match_draws(*judged, *results, *forced)
+        judged = Drafts(of_sequence, plan.seq_len, of_sequence, drafts)
+        judged_by = (SamplingRows.empty(num_sequences, "meta"), plan.is_running, Verdict(*results))
+        for forced in (None, 0.7):
+            TRITON.match_draws(integers(num_rows), integers(num_rows), judged, *judged_by, forced)
         ended = (of_sequence, plan.seq_len, plan.is_running, *results[:2], of_sequence, of_sequence)
         TRITON.commit_round(tokens, *state[:2], *ended)
     return launches

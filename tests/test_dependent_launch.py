@@ -23,7 +23,10 @@ from torch import Tensor
 
 from specengine import SamplingParams
 from specengine.kernels.device import launch as launching
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.load import load_backend
 from specengine.weight_formats import INT8
 
@@ -181,17 +184,16 @@ class EveryOp:
             temperature=torch.tensor([0.9, 1.1]),
             seeds=random_seeds(2),
             seq_len=torch.tensor([20, 17], dtype=torch.int32),
-            is_selected=torch.ones(2, dtype=torch.bool),
-            log_probs=torch.full((2, 2), -3.0),
+            is_running=torch.ones(2, dtype=torch.int32),
         )
-        draft = (sequence.row_start, sequence.num_draft, drawn.view(2, 3)[:, :2].contiguous())
-        keys = (sequence.temperature, sequence.seeds, sequence.seq_len, sequence.is_selected)
-        for law in (None, (sequence.log_probs, None, None)):
-            verdict = [torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in ((2, 3), (2,), (2,))]
-            if law is None:
-                ops.match_verify(logits, stats, *draft, *keys, *verdict)
-            else:
-                ops.rejection_verify(logits, stats, *draft, *law, *keys, *verdict)
+        drafted = drawn.view(2, 3)[:, :2].contiguous()
+        drafts = Drafts(sequence.row_start, sequence.seq_len, sequence.num_draft, drafted)
+        rows = SamplingRows.empty(2, DEVICE)._replace(temperature=sequence.temperature, seeds=sequence.seeds)
+        for rule in Rule:
+            shapes = ((2, 3), (2,), (2,))
+            verdict = Verdict(*(torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in shapes))
+            ruled = rows._replace(rule=torch.full_like(rows.rule, int(rule)))
+            getattr(ops, rule.op)(logits, stats, drafts, ruled, sequence.is_running, verdict)
             results += verdict
         return results
 

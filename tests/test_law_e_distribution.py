@@ -25,6 +25,7 @@ from specengine.drafters.base import RowResult
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
@@ -471,21 +472,29 @@ def _redraw_rejected(
 ) -> None:
     """Draws the recovered token from softmax(scores(log p, log q)) instead of the residual."""
 
-    def mutant(backend: Any, logits: Tensor, stats: Tensor, row_start: Tensor, *rest: Tensor) -> None:
-        backend.rejection_verify(logits, stats, row_start, *rest)
-        num_draft, draft_logits, draft_stats = rest[0], *rest[3:5]
-        temperature, seeds, seq_len, _, tokens, num_accepted, _ = rest[5:]
-        rows = (num_accepted < num_draft).nonzero()[:, 0]
-        if not len(rows):
+    def mutant(
+        backend: Any,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None:
+        backend.rejection_verify(logits, stats, drafts, rows, is_running, verdict)
+        assert drafts.law is not None
+        chosen = (verdict.num_accepted < drafts.num_draft).nonzero()[:, 0]
+        if not len(chosen):
             return
-        at = num_accepted[rows].long()
-        target_row = row_start[rows].long() + at
-        log_p = filtered_log_probs(logits[target_row], temperature[rows], stats[target_row])
-        log_q = filtered_log_probs(draft_logits[rows, at], temperature[rows], draft_stats[rows, at])
+        at = verdict.num_accepted[chosen].long()
+        target_row = drafts.row_start[chosen].long() + at
+        temperature = rows.temperature[chosen]
+        log_p = filtered_log_probs(logits[target_row], temperature, stats[target_row])
+        log_q = filtered_log_probs(drafts.law.logits[chosen, at], temperature, drafts.law.stats[chosen, at])
         weights = scores(log_p, log_q)
         weights[:, VOCAB:] = float("-inf")
-        zero = torch.zeros_like(at)
-        tokens[rows, at] = race(weights, seeds[rows], seq_len[rows] + at, rng.STREAM_TARGET, zero)
+        positions, zero = drafts.seq_len[chosen] + at, torch.zeros_like(at)
+        verdict.tokens[chosen, at] = race(weights, rows.seeds[chosen], positions, rng.STREAM_TARGET, zero)
 
     mutate_rejection(engine, patch, mutant)
 
@@ -511,7 +520,7 @@ def softmaxed_residual_in_support(engine: Engine, patch: pytest.MonkeyPatch) -> 
 
 
 def judged_by_the_next_row(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    def mutant(backend: Any, logits: Tensor, stats: Tensor, *rest: Tensor) -> None:
+    def mutant(backend: Any, logits: Tensor, stats: Tensor, *rest: Any) -> None:
         backend.rejection_verify(logits.roll(-1, 0), stats.roll(-1, 0), *rest)
 
     mutate_rejection(engine, patch, mutant)

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "core/drafts.h"
 #include "core/kernels.h"
 #include "core/rows.h"
 #include "core/transforms.h"
@@ -132,37 +133,23 @@ void sample_rows(const LogitRows& logits, const float* stats, const float* tempe
                  const int64_t* seeds, const int32_t* positions, uint32_t stream,
                  const int32_t* round_base, int32_t* tokens, float* log_probs);
 
-// What both verifications read and write, B sequences.
+// What every verification reads and writes. Each judges the running sequences of its own rule.
 struct VerifyCall {
   LogitRows logits;
   const float* stats;  // [R, 4]
-  int64_t num_sequences;
-  const int32_t* row_start;
-  const int32_t* num_draft;
-  const int32_t* draft_tokens;  // [B, stride]
-  int64_t draft_stride;
-  const float* temperature;
-  const int64_t* seeds;
-  const int32_t* seq_len;
-  const bool* is_selected;
-  int32_t* tokens;  // [B, stride]
-  int64_t tokens_stride;
-  int32_t* num_accepted;
-  int32_t* error;
-};
+  const Drafts& drafts;
+  const SamplingRows& rows;  // [B]
+  Ints is_running;           // [B]
+  Verdict verdict;
 
+  bool is_judged_by(Rule rule, int64_t b) const {
+    return is_running[b] != 0 && drafts.rule_of(b, rows.rule[b]) == rule;
+  }
+};
+// Raises where a sequence that the rule judges has rows or drafts that are not there.
+void check_verify(const VerifyCall& call, Rule rule);
 void match_verify(const VerifyCall& call);
-
-// The proposal's law; logits may be null (point mass).
-struct DraftLaw {
-  const float* log_probs;  // [B, k]
-  int64_t log_probs_stride;
-  const float* logits;  // [B, k, vocab]
-  int64_t sequence_stride, row_stride, vocab;
-  const float* stats;  // [B, k, 4], dense
-  int64_t max_draft;
-};
-void rejection_verify(const VerifyCall& call, const DraftLaw& draft);
+void rejection_verify(const VerifyCall& call);
 
 // --- transform_rows.cpp
 

@@ -31,21 +31,23 @@ std::vector<int64_t> drafting_sequences(const StageCall& call) {
 
 void check_match(const MatchCall& call) {
   const auto num_rows = static_cast<int64_t>(call.drawn.size());
-  for (int64_t b = 0; b < static_cast<int64_t>(call.row_start.size()); ++b) {
+  const Drafts& drafts = call.drafts;
+  for (int64_t b = 0; b < drafts.count(); ++b) {
     if (!call.is_running[b]) continue;
-    check_index(call.num_draft[b], 0, call.draft_tokens.width + 1, "num_draft", b);
-    check_index(call.row_start[b], 0, num_rows, "row_start", b);
-    check_index(int64_t{call.row_start[b]} + call.num_draft[b], 0, num_rows,
+    check_index(drafts.num_draft[b], 0, drafts.tokens.width + 1, "num_draft", b);
+    check_index(drafts.row_start[b], 0, num_rows, "row_start", b);
+    check_index(int64_t{drafts.row_start[b]} + drafts.num_draft[b], 0, num_rows,
                 "row_start + num_draft", b);
   }
 }
 
 bool is_accepted(const MatchCall& call, int64_t b, int32_t i) {
-  if (!call.forced) return call.drawn[call.row_start[b] + i] == call.draft_tokens[b][i];
-  const auto base = static_cast<uint32_t>(call.forced->seq_len[b]);
-  const auto seed = static_cast<uint64_t>(call.forced->seeds[b]);
+  const Drafts& drafts = call.drafts;
+  if (!call.forced_acceptance) return call.drawn[drafts.row_start[b] + i] == drafts.tokens[b][i];
+  const auto base = static_cast<uint32_t>(drafts.seq_len[b]);
+  const auto seed = static_cast<uint64_t>(call.rows.seeds[b]);
   const uint32_t bits = accept_bits(seed, base + static_cast<uint32_t>(i), base, 0);
-  return static_cast<float>((bits + 0.5) * 0x1p-32) < call.forced->probability;
+  return static_cast<float>((bits + 0.5) * 0x1p-32) < *call.forced_acceptance;
 }
 
 void check_commit(const CommitCall& call) {
@@ -108,19 +110,21 @@ void stage_draft(const StageCall& call) {
 
 void match_draws(const MatchCall& call) {
   check_match(call);
-  for (int64_t b = 0; b < static_cast<int64_t>(call.row_start.size()); ++b) {
+  const Drafts& drafts = call.drafts;
+  for (int64_t b = 0; b < drafts.count(); ++b) {
     if (!call.is_running[b]) continue;
-    const int32_t start = call.row_start[b];
+    const int32_t start = drafts.row_start[b];
+    int32_t* tokens = call.verdict.tokens[b];
     int32_t n = 0;
     bool is_bad = call.drawn_error[start] != 0;
-    while (n < call.num_draft[b] && is_accepted(call, b, n)) {
-      call.tokens[b][n] = call.draft_tokens[b][n];
+    while (n < drafts.num_draft[b] && is_accepted(call, b, n)) {
+      tokens[n] = drafts.tokens[b][n];
       ++n;
       is_bad |= call.drawn_error[start + n] != 0;
     }
-    call.tokens[b][n] = call.drawn[start + n];
-    call.num_accepted[b] = n;
-    call.error[b] = is_bad;
+    tokens[n] = call.drawn[start + n];
+    call.verdict.num_accepted[b] = n;
+    call.verdict.error[b] = is_bad;
   }
 }
 

@@ -7,6 +7,7 @@
 #include <optional>
 #include <vector>
 
+#include "core/drafts.h"
 #include "core/views.h"
 
 namespace specengine {
@@ -40,19 +41,13 @@ struct StageCall {
 };
 void stage_draft(const StageCall& call);
 
-struct ForcedAcceptance {
-  float probability;
-  const int64_t* seeds;    // [B]
-  const int32_t* seq_len;  // [B]
-};
 struct MatchCall {
-  Ints drawn, drawn_error;                // [R]
-  Ints row_start, num_draft, is_running;  // [B]
-  Matrix<const int32_t> draft_tokens;     // [B, k]
-  std::optional<ForcedAcceptance> forced;
-  Matrix<int32_t> tokens;  // [B, k + 1], written, as the next two: [B]
-  int32_t* num_accepted;
-  int32_t* error;
+  Ints drawn, drawn_error;  // [R]
+  const Drafts& drafts;
+  const SamplingRows& rows;  // [B]
+  Ints is_running;           // [B]
+  std::optional<float> forced_acceptance;
+  Verdict verdict;
 };
 void match_draws(const MatchCall& call);
 

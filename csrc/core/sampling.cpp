@@ -149,67 +149,78 @@ struct Sequence {
   const VerifyCall& call;
   int64_t b;
 
-  bool is_greedy() const { return !(call.temperature[b] > 0.0f); }
-  int64_t num_draft() const { return call.num_draft[b]; }
-  int32_t draft_token(int64_t i) const { return call.draft_tokens[b * call.draft_stride + i]; }
+  float temperature() const { return call.rows.temperature[b]; }
+  bool is_greedy() const { return !(temperature() > 0.0f); }
+  uint64_t seed() const { return static_cast<uint64_t>(call.rows.seeds[b]); }
+  uint32_t seq_len() const { return static_cast<uint32_t>(call.drafts.seq_len[b]); }
+  int64_t num_draft() const { return call.drafts.num_draft[b]; }
+  int32_t draft_token(int64_t i) const { return call.drafts.tokens[b][i]; }
+  const float* stats(int64_t i) const {
+    return call.stats + (call.drafts.row_start[b] + i) * kNumStats;
+  }
   RowView row(int64_t i) const {
-    const int64_t index = call.row_start[b] + i;
-    return filtered(call.logits.row(index), call.logits.vocab, call.temperature[b],
-                    call.stats + index * kNumStats);
+    return filtered(call.logits.row(call.drafts.row_start[b] + i), call.logits.vocab, temperature(),
+                    stats(i));
   }
   NoiseKey target_key(int64_t i) const {
-    return {static_cast<uint64_t>(call.seeds[b]), static_cast<uint32_t>(call.seq_len[b] + i),
-            kStreamTarget, 0};
+    return {seed(), seq_len() + static_cast<uint32_t>(i), kStreamTarget, 0};
   }
+
+  // log q(x_i) of the law that draft i was drawn from.
+  float draft_log_prob(int64_t i) const {
+    const Drafts& drafts = call.drafts;
+    return drafts.law.is_of(b) ? drafts.law.log_probs[b * drafts.tokens.width + i] : 0.0f;
+  }
+  RowView draft_row(int64_t i) const {
+    const DraftLaw& law = call.drafts.law;
+    return filtered(law.logits + b * law.sequence_stride + i * law.row_stride, law.vocab,
+                    temperature(), law.stats + (b * call.drafts.tokens.width + i) * kNumStats);
+  }
+
   void commit(int64_t num_accepted, int32_t next_token) const {
-    int32_t* tokens = call.tokens + b * call.tokens_stride;
+    int32_t* tokens = call.verdict.tokens[b];
     for (int64_t i = 0; i < num_accepted; ++i) tokens[i] = draft_token(i);
     tokens[num_accepted] = next_token;
-    call.num_accepted[b] = static_cast<int32_t>(num_accepted);
+    call.verdict.num_accepted[b] = static_cast<int32_t>(num_accepted);
     bool is_bad = false;
-    for (int64_t i = 0; i <= num_accepted; ++i) {
-      is_bad |= call.stats[(call.row_start[b] + i) * kNumStats + kStatError] != 0.0f;
-    }
-    call.error[b] = is_bad ? 1 : 0;
+    for (int64_t i = 0; i <= num_accepted; ++i) is_bad |= stats(i)[kStatError] != 0.0f;
+    call.verdict.error[b] = is_bad ? 1 : 0;
   }
 };
 
-bool verify_is_parallel(const VerifyCall& call) {
-  return call.num_sequences * call.logits.vocab >= kMinParallelLogits;
+template <class Judge>
+void judge_each(const VerifyCall& call, Rule rule, const Judge& judge) {
+  const int64_t count = call.drafts.count();
+  parallel_for(count, count * call.logits.vocab >= kMinParallelLogits, [&](int64_t b) {
+    if (call.is_judged_by(rule, b)) judge(Sequence{call, b});
+  });
 }
 
-int64_t count_accepted(const Sequence& sequence, const DraftLaw& draft) {
-  const VerifyCall& call = sequence.call;
-  const auto base = static_cast<uint32_t>(call.seq_len[sequence.b]);
+int64_t count_accepted(const Sequence& sequence) {
+  const uint32_t base = sequence.seq_len();
   for (int64_t i = 0; i < sequence.num_draft(); ++i) {
-    const uint32_t bits = accept_bits(static_cast<uint64_t>(call.seeds[sequence.b]),
-                                      base + static_cast<uint32_t>(i), base, 0);
+    const uint32_t bits = accept_bits(sequence.seed(), base + static_cast<uint32_t>(i), base, 0);
     const auto uniform = static_cast<float>((bits + 0.5) * 0x1p-32);
     const float log_p =
         filtered_log_prob(sequence.row(i), sequence.is_greedy(), sequence.draft_token(i));
-    const float log_ratio = log_p - draft.log_probs[sequence.b * draft.log_probs_stride + i];
-    if (!(std::log(uniform) <= log_ratio)) return i;
+    if (!(std::log(uniform) <= log_p - sequence.draft_log_prob(i))) return i;
   }
   return sequence.num_draft();
 }
 
 // The recovered or bonus token: a race on max(p - q, 0) after a rejection at i < k, else on p.
-int32_t draw_next(const Sequence& sequence, const DraftLaw& draft, int64_t i) {
+int32_t draw_next(const Sequence& sequence, int64_t i) {
   const Kernels& isa = kernels();
   const RowView row = sequence.row(i);
   const NoiseKey key = sequence.target_key(i);
   if (sequence.is_greedy()) return isa.row_argmax(row);
   if (i < sequence.num_draft()) {
     RaceResult recovered;
-    if (draft.logits == nullptr) {
-      recovered = isa.race(row, nullptr, sequence.draft_token(i), key);
-    } else {
-      const float* logits =
-          draft.logits + sequence.b * draft.sequence_stride + i * draft.row_stride;
-      const float* stats = draft.stats + (sequence.b * draft.max_draft + i) * kNumStats;
-      const RowView law =
-          filtered(logits, draft.vocab, sequence.call.temperature[sequence.b], stats);
+    if (sequence.call.drafts.law.is_of(sequence.b)) {
+      const RowView law = sequence.draft_row(i);
       recovered = isa.race(row, &law, -1, key);
+    } else {
+      recovered = isa.race(row, nullptr, sequence.draft_token(i), key);
     }
     if (recovered.score != kNegativeInfinity) return recovered.token;
   }
@@ -252,10 +263,24 @@ void sample_rows(const LogitRows& logits, const float* stats, const float* tempe
       });
 }
 
+void check_verify(const VerifyCall& call, Rule rule) {
+  const Drafts& drafts = call.drafts;
+  for (int64_t b = 0; b < drafts.count(); ++b) {
+    if (!call.is_judged_by(rule, b)) continue;
+    const int64_t k = drafts.num_draft[b], start = drafts.row_start[b];
+    if (k < 0 || k > drafts.tokens.width) {
+      fail("num_draft: ", k, " at index ", b, " is outside 0 … ", drafts.tokens.width,
+           ", the columns of draft_tokens");
+    }
+    if (start < 0 || start + k >= call.logits.num_rows) {
+      fail("row_start: rows ", start, " … ", start + k, " at index ", b, " are outside the ",
+           call.logits.num_rows, " rows of logits");
+    }
+  }
+}
+
 void match_verify(const VerifyCall& call) {
-  parallel_for(call.num_sequences, verify_is_parallel(call), [&](int64_t b) {
-    if (!call.is_selected[b]) return;
-    const Sequence sequence{call, b};
+  judge_each(call, kRuleMatch, [](const Sequence& sequence) {
     int64_t i = 0;
     int32_t drawn = draw(sequence.row(0), sequence.is_greedy(), sequence.target_key(0));
     while (i < sequence.num_draft() && drawn == sequence.draft_token(i)) {
@@ -266,12 +291,10 @@ void match_verify(const VerifyCall& call) {
   });
 }
 
-void rejection_verify(const VerifyCall& call, const DraftLaw& draft) {
-  parallel_for(call.num_sequences, verify_is_parallel(call), [&](int64_t b) {
-    if (!call.is_selected[b]) return;
-    const Sequence sequence{call, b};
-    const int64_t num_accepted = count_accepted(sequence, draft);
-    sequence.commit(num_accepted, draw_next(sequence, draft, num_accepted));
+void rejection_verify(const VerifyCall& call) {
+  judge_each(call, kRuleRejection, [](const Sequence& sequence) {
+    const int64_t num_accepted = count_accepted(sequence);
+    sequence.commit(num_accepted, draw_next(sequence, num_accepted));
   });
 }
 

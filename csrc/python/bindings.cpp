@@ -5,6 +5,7 @@
 #include "core/batch.h"
 #include "core/memory.h"
 #include "core/ops.h"
+#include "python/drafts.h"
 #include "python/gil.h"
 #include "python/rows.h"
 #include "python/tensor_checks.h"
@@ -303,94 +304,21 @@ std::tuple<Tensor, Tensor> sample_rows_op(const Tensor& logits, const Tensor& st
   return {tokens, log_probs};
 }
 
-// What the two verifications share; holds contiguous copies of small inputs alive.
-struct VerifyInputs {
-  std::vector<Tensor> kept;
-  VerifyCall call;
-  int64_t max_draft;
-
-  template <class T>
-  const T* small(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                 std::vector<int64_t> shape) {
-    kept.push_back(small_input(tensor, name, dtype, std::move(shape)));
-    return kept.back().data_ptr<T>();
-  }
-
-  VerifyInputs(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
-               const Tensor& num_draft, const Tensor& draft_tokens, const Tensor& temperature,
-               const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
-               const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
-    call.logits = logit_rows(logits, "logits");
-    call.stats = small<float>(stats, "stats", at::kFloat, {call.logits.num_rows, kNumStats});
-    call.row_start = small<int32_t>(row_start, "row_start", at::kInt, {-1});
-    const int64_t count = call.num_sequences = row_start.size(0);
-    call.num_draft = small<int32_t>(num_draft, "num_draft", at::kInt, {count});
-    call.draft_tokens = small<int32_t>(draft_tokens, "draft_tokens", at::kInt, {count, -1});
-    call.draft_stride = max_draft = draft_tokens.size(1);
-    call.temperature = small<float>(temperature, "temperature", at::kFloat, {count});
-    call.seeds = small<int64_t>(seeds, "seeds", at::kLong, {count});
-    call.seq_len = small<int32_t>(seq_len, "seq_len", at::kInt, {count});
-    call.is_selected = small<bool>(is_selected, "is_selected", at::kBool, {count});
-    check_shape(tokens, "tokens", at::kInt, {count, -1});
-    if (tokens.size(1) > 1 && tokens.stride(1) != 1) fail("tokens: expected rows with stride 1");
-    call.tokens = tokens.data_ptr<int32_t>();
-    call.tokens_stride = tokens.stride(0);
-    call.num_accepted =
-        dense_input(num_accepted, "num_accepted", at::kInt, {count}).data_ptr<int32_t>();
-    call.error = dense_input(error, "error", at::kInt, {count}).data_ptr<int32_t>();
-    for (int64_t b = 0; b < count; ++b) {
-      if (!call.is_selected[b]) continue;
-      const int64_t k = call.num_draft[b];
-      if (k < 0 || k > max_draft || k >= tokens.size(1)) {
-        fail("num_draft: ", k, " at index ", b, " does not fit draft_tokens ", draft_tokens.sizes(),
-             " and tokens ", tokens.sizes());
-      }
-      if (call.row_start[b] < 0 || call.row_start[b] + k >= call.logits.num_rows) {
-        fail("row_start: rows ", call.row_start[b], " … ", call.row_start[b] + k, " at index ", b,
-             " are outside the ", call.logits.num_rows, " rows of logits");
-      }
-    }
-  }
-};
-
-void match_verify_op(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
-                     const Tensor& num_draft, const Tensor& draft_tokens, const Tensor& temperature,
-                     const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
-                     const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
-  const VerifyInputs inputs(logits, stats, row_start, num_draft, draft_tokens, temperature, seeds,
-                            seq_len, is_selected, tokens, num_accepted, error);
+// One binding for every rule's op.
+template <Rule rule, void (*verify)(const VerifyCall&)>
+void verify_op(const Tensor& logits, const Tensor& stats, const DraftTensors& drafts,
+               const RowTensors& rows, const Tensor& is_running, const VerdictTensors& results) {
+  DraftInputs judged(drafts);
+  if (rule != kRuleMatch) judged.read_law(std::get<4>(drafts));
+  const LogitRows target = logit_rows(logits, "logits");
+  const Tensor given_stats = small_input(stats, "stats", at::kFloat, {target.num_rows, kNumStats});
+  const RowInputs judged_by(rows, judged->count());
+  const IntInput running(is_running, "is_running", judged->count());
+  const VerifyCall call{target,  given_stats.data_ptr<float>(), *judged, *judged_by,
+                        running, verdict(results, *judged)};
+  check_verify(call, rule);
   const ReleaseGil released;
-  match_verify(inputs.call);
-}
-
-void rejection_verify_op(const Tensor& logits, const Tensor& stats, const Tensor& row_start,
-                         const Tensor& num_draft, const Tensor& draft_tokens,
-                         const Tensor& draft_log_probs, const std::optional<Tensor>& draft_logits,
-                         const std::optional<Tensor>& draft_stats, const Tensor& temperature,
-                         const Tensor& seeds, const Tensor& seq_len, const Tensor& is_selected,
-                         const Tensor& tokens, const Tensor& num_accepted, const Tensor& error) {
-  VerifyInputs inputs(logits, stats, row_start, num_draft, draft_tokens, temperature, seeds,
-                      seq_len, is_selected, tokens, num_accepted, error);
-  const int64_t count = inputs.call.num_sequences, k = inputs.max_draft;
-  DraftLaw draft{};
-  draft.log_probs = inputs.small<float>(draft_log_probs, "draft_log_probs", at::kFloat, {count, k});
-  draft.log_probs_stride = draft.max_draft = k;
-  if (draft_logits.has_value() != draft_stats.has_value()) {
-    fail("draft_stats: give draft_logits and draft_stats together, or neither");
-  }
-  if (draft_logits) {
-    check_shape(*draft_logits, "draft_logits", at::kFloat, {count, k, -1});
-    if (draft_logits->size(2) > 1 && draft_logits->stride(2) != 1)
-      fail("draft_logits: expected rows with stride 1");
-    draft.logits = draft_logits->data_ptr<float>();
-    draft.sequence_stride = draft_logits->stride(0);
-    draft.row_stride = draft_logits->stride(1);
-    draft.vocab = draft_logits->size(2);
-    draft.stats =
-        inputs.small<float>(*draft_stats, "draft_stats", at::kFloat, {count, k, kNumStats});
-  }
-  const ReleaseGil released;
-  rejection_verify(inputs.call, draft);
+  verify(call);
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprobs_op(const Tensor& logits, const Tensor& token_ids,
@@ -470,8 +398,8 @@ void bind_ops(OpsClass& ops) {
   ops.def("filter_rows", on_threads(&filter_rows_op));
   ops.def("transform_rows", on_threads(&transform_rows_op));
   ops.def("sample_rows", on_threads(&sample_rows_op));
-  ops.def("match_verify", on_threads(&match_verify_op));
-  ops.def("rejection_verify", on_threads(&rejection_verify_op));
+  ops.def("match_verify", on_threads(&verify_op<kRuleMatch, match_verify>));
+  ops.def("rejection_verify", on_threads(&verify_op<kRuleRejection, rejection_verify>));
   ops.def("token_logprobs", on_threads(&token_logprobs_op));
   ops.def("read_all", on_threads(&read_all_op));
 }

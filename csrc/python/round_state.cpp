@@ -6,7 +6,9 @@
 #include <optional>
 #include <tuple>
 
+#include "python/drafts.h"
 #include "python/gil.h"
+#include "python/rows.h"
 #include "python/tensor_checks.h"
 #include "python/threads.h"
 
@@ -15,10 +17,6 @@ namespace {
 
 // Without a trip through PyTorch's dispatcher, which costs as much as the op itself.
 Tensor empty_ints(at::IntArrayRef shape) { return Tensor(at::detail::empty_cpu(shape, at::kInt)); }
-
-int32_t* int_output(const Tensor& tensor, const char* name, int64_t count) {
-  return dense_input(tensor, name, at::kInt, {count}).data_ptr<int32_t>();
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_round_op(
     const Tensor& slots, const Tensor& seq_len, const Tensor& length_limit,
@@ -92,39 +90,15 @@ void stage_draft_op(int64_t step, const Tensor& tokens, const Tensor& slots, con
   stage_draft(call);
 }
 
-void match_draws_op(const Tensor& drawn, const Tensor& drawn_error, const Tensor& row_start,
-                    const Tensor& num_draft, const Tensor& draft_tokens, const Tensor& is_running,
-                    const Tensor& tokens, const Tensor& num_accepted, const Tensor& error,
-                    std::optional<double> forced_acceptance, const std::optional<Tensor>& seeds,
-                    const std::optional<Tensor>& seq_len) {
+void match_draws_op(const Tensor& drawn, const Tensor& drawn_error, const DraftTensors& drafts,
+                    const RowTensors& rows, const Tensor& is_running, const VerdictTensors& results,
+                    std::optional<float> forced_acceptance) {
   const IntInput draws(drawn, "drawn", -1), errors(drawn_error, "drawn_error", draws.size());
-  const IntInput starts(row_start, "row_start", -1);
-  const int64_t count = starts.size();
-  const IntInput num_drafts(num_draft, "num_draft", count);
-  const IntInput running(is_running, "is_running", count);
-  const auto drafts = matrix<const int32_t>(draft_tokens, "draft_tokens", count, -1);
-  const auto emitted = matrix<int32_t>(tokens, "tokens", count, drafts.width + 1);
-  MatchCall call{draws,
-                 errors,
-                 starts,
-                 num_drafts,
-                 running,
-                 drafts,
-                 std::nullopt,
-                 emitted,
-                 int_output(num_accepted, "num_accepted", count),
-                 int_output(error, "error", count)};
-  Tensor keys;
-  std::optional<IntInput> lengths;
-  if (forced_acceptance) {
-    if (!seeds) fail("seeds: forced_acceptance draws by seeds and seq_len");
-    if (!seq_len) fail("seq_len: forced_acceptance draws by seeds and seq_len");
-    keys = small_input(*seeds, "seeds", at::kLong, {count});
-    lengths.emplace(*seq_len, "seq_len", count);
-    call.forced = {static_cast<float>(*forced_acceptance), keys.data_ptr<int64_t>(),
-                   lengths->data()};
-  }
-  match_draws(call);
+  const DraftInputs judged(drafts);
+  const RowInputs judged_by(rows, judged->count());
+  const IntInput running(is_running, "is_running", judged->count());
+  match_draws(
+      {draws, errors, *judged, *judged_by, running, forced_acceptance, verdict(results, *judged)});
 }
 
 Tensor commit_round_op(const Tensor& tokens, const Tensor& seq_len, const Tensor& length_limit,
@@ -158,9 +132,7 @@ void bind_round_state(pybind11::module_& m, specengine::OpsClass& ops) {
           arg("drawn_error"), arg("draft_tokens"), arg("num_draft"), arg("log_probs") = none,
           arg("logits") = none, arg("stats") = none, arg("draft_log_probs") = none,
           arg("draft_logits") = none, arg("draft_stats") = none);
-  m.def("match_draws", &specengine::match_draws_op, arg("drawn"), arg("drawn_error"),
-        arg("row_start"), arg("num_draft"), arg("draft_tokens"), arg("is_running"), arg("tokens"),
-        arg("num_accepted"), arg("error"), arg("forced_acceptance") = none, arg("seeds") = none,
-        arg("seq_len") = none);
+  m.def("match_draws", &specengine::match_draws_op, arg("drawn"), arg("drawn_error"), arg("drafts"),
+        arg("rows"), arg("is_running"), arg("verdict"), arg("forced_acceptance") = none);
   m.def("commit_round", &specengine::commit_round_op);
 }

@@ -21,6 +21,7 @@ from specengine.kernels.device.noise import (
     sanitise,
     vocabulary_counter,
 )
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import COLUMNS, SamplingRows
 
 # Tokens of a program: a vector of 16 bytes a lane for each of its 128 threads. Any multiple of 128 gives the same bits.
@@ -63,6 +64,26 @@ def check_columns(rows: SamplingRows, count: int, *names: str) -> tuple[Tensor, 
         check_small(name, values, (count,), column.dtype)
         for (name, column), values in zip(COLUMNS.items(), rows, strict=True)
         if not names or name in names
+    )
+
+
+def check_drafts(drafts: Drafts) -> tuple[Tensor, ...]:
+    """Drafts without their law, in order."""
+    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
+    return (
+        check_small("row_start", drafts.row_start, (count,), torch.int32),
+        check_small("seq_len", drafts.seq_len, (count,), torch.int32),
+        check_small("num_draft", drafts.num_draft, (count,), torch.int32),
+        check_small("draft_tokens", drafts.tokens, (count, k), torch.int32),
+    )
+
+
+def check_verdict(verdict: Verdict, count: int, k: int) -> tuple[Tensor, ...]:
+    """A verdict on `count` sequences of up to k drafts, in order."""
+    return (
+        check_output("tokens", verdict.tokens, (count, k + 1), torch.int32),
+        check_output("num_accepted", verdict.num_accepted, (count,), torch.int32),
+        check_output("error", verdict.error, (count,), torch.int32),
     )
 
 

@@ -6,46 +6,40 @@ import torch
 from torch import Tensor
 
 from specengine import rng
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
 
 
 def match_draws(
     drawn: Tensor,
     drawn_error: Tensor,
-    row_start: Tensor,
-    num_draft: Tensor,
-    draft_tokens: Tensor,
+    drafts: Drafts,
+    rows: SamplingRows,
     is_running: Tensor,
-    tokens: Tensor,
-    num_accepted: Tensor,
-    error: Tensor,
+    verdict: Verdict,
     forced_acceptance: float | None = None,
-    seeds: Tensor | None = None,
-    seq_len: Tensor | None = None,
 ) -> None:
     """n = the first i with draws[row_start + i] != x_i, else k_b; emits x_0 … x_{n-1} and the draw of row n.
 
-    drawn, drawn_error: `[R]` int32; rows row_start[b] + i, i = 0 … num_draft[b], are sequence b's
-    row_start, num_draft: `[B]` int32
-    draft_tokens: `[B, k]` int32, x
-    is_running:   `[B]` int32; the other rows of the outputs are left alone
-    tokens:       `[B, k + 1]` int32, written up to column n
-    num_accepted: `[B]` int32, written: n
-    error:        `[B]` int32, written: 1 if a row that was used is not a distribution
+    drawn, drawn_error: `[R]` int32
+    drafts:     what is judged; their law is not read
+    rows:       `[B]`, by sequence; whatever their rule is
+    is_running: `[B]` int32
+    verdict:    written for the sequences that run
     forced_acceptance: for timing only: x_i is kept where uniform i of the acceptance stream (position seq_len + i,
-                  base seq_len) is below this, whatever was drawn; needs seeds `[B]` int64 and seq_len `[B]` int32
+                base seq_len) is below this, whatever was drawn
     """
     for b in is_running.nonzero()[:, 0].tolist():
-        k = int(num_draft[b])
-        rows = slice(int(row_start[b]), int(row_start[b]) + k + 1)
-        is_kept = drawn[rows][:k] == draft_tokens[b, :k]
+        k = int(drafts.num_draft[b])
+        of_target = slice(int(drafts.row_start[b]), int(drafts.row_start[b]) + k + 1)
+        is_kept = drawn[of_target][:k] == drafts.tokens[b, :k]
         if forced_acceptance is not None:
-            assert seeds is not None, "forced acceptance draws by seeds"
-            assert seq_len is not None, "forced acceptance draws by seq_len"
-            position = seq_len[b] + torch.arange(k, device=drawn.device, dtype=torch.int32)
-            bits = rng.accept_bits(seeds[b].expand(k), position, seq_len[b].expand(k))
+            seq_len = drafts.seq_len[b]
+            position = seq_len + torch.arange(k, device=drawn.device, dtype=torch.int32)
+            bits = rng.accept_bits(rows.seeds[b].expand(k), position, seq_len.expand(k))
             is_kept = rng.uniform(bits) < forced_acceptance
         n = int(is_kept.int().cumprod(dim=0).sum())
-        tokens[b, :n] = draft_tokens[b, :n]
-        tokens[b, n] = drawn[rows][n]
-        num_accepted[b] = n
-        error[b] = drawn_error[rows][: n + 1].any().int()
+        verdict.tokens[b, :n] = drafts.tokens[b, :n]
+        verdict.tokens[b, n] = drawn[of_target][n]
+        verdict.num_accepted[b] = n
+        verdict.error[b] = drawn_error[of_target][: n + 1].any().int()

@@ -40,6 +40,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.drafts import DraftLaw
 from specengine.models.loader import LoadedModel
 from specengine.ops.backend import Backend
 from specengine.runtime.kv_cache import KVCache
@@ -68,6 +69,13 @@ class DraftProposal:
     logits: Tensor | None = None
     stats: Tensor | None = None
     has_law: Tensor | None = None
+
+    @property
+    def law(self) -> DraftLaw | None:
+        """The law as the ops that judge take it; None: all rows are point masses."""
+        if self.log_probs is None or self.logits is None or self.stats is None:
+            return None
+        return DraftLaw(self.log_probs, self.logits, self.stats, self.has_law)
 
     @staticmethod
     def from_lists(

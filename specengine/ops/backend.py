@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits, Program
 from specengine.kernels.types.round import RoundPlan
@@ -187,35 +188,20 @@ class Backend(Protocol):
         self,
         logits: Tensor,
         stats: Tensor,
-        row_start: Tensor,
-        num_draft: Tensor,
-        draft_tokens: Tensor,
-        temperature: Tensor,
-        seeds: Tensor,
-        seq_len: Tensor,
-        is_selected: Tensor,
-        tokens: Tensor,
-        num_accepted: Tensor,
-        error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
     ) -> None: ...
 
     def rejection_verify(
         self,
         logits: Tensor,
         stats: Tensor,
-        row_start: Tensor,
-        num_draft: Tensor,
-        draft_tokens: Tensor,
-        draft_log_probs: Tensor,
-        draft_logits: Tensor | None,
-        draft_stats: Tensor | None,
-        temperature: Tensor,
-        seeds: Tensor,
-        seq_len: Tensor,
-        is_selected: Tensor,
-        tokens: Tensor,
-        num_accepted: Tensor,
-        error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
     ) -> None: ...
 
     def token_logprobs(
@@ -259,16 +245,11 @@ class Backend(Protocol):
         self,
         drawn: Tensor,
         drawn_error: Tensor,
-        row_start: Tensor,
-        num_draft: Tensor,
-        draft_tokens: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
         is_running: Tensor,
-        tokens: Tensor,
-        num_accepted: Tensor,
-        error: Tensor,
+        verdict: Verdict,
         forced_acceptance: float | None = None,
-        seeds: Tensor | None = None,
-        seq_len: Tensor | None = None,
     ) -> None: ...
 
     def commit_round(

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 UNTOUCHED = -77
@@ -18,7 +20,7 @@ UNTOUCHED = -77
 
 @dataclass(frozen=True)
 class Case:
-    """The arguments of `match_draws`, in order, without the outputs."""
+    """What `match_draws` is given."""
 
     drawn: Tensor
     drawn_error: Tensor
@@ -36,12 +38,22 @@ class Case:
         outputs = tuple(
             torch.full(shape, UNTOUCHED, dtype=torch.int32) for shape in ((count, k + 1), (count,), (count,))
         )
-        *drafts, forced, seeds, seq_len = vars(self).values()
-        before = [each.clone() for each in drafts]
-        forcing = () if forced is None else (forced, seeds, seq_len)
-        assert op(*drafts, *outputs, *forcing) is None
-        assert all(map(torch.equal, drafts, before))
+        fields = [each for each in vars(self).values() if isinstance(each, Tensor)]
+        before = [each.clone() for each in fields]
+        assert op(*self.arguments, Verdict(*outputs), self.forced_acceptance) is None
+        assert all(map(torch.equal, fields, before))
         return outputs
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Drafts, SamplingRows, Tensor]:
+        count = self.row_start.numel()
+        nobody = SamplingRows.empty(count)
+        rows = nobody._replace(rule=nobody.rule + 1, seeds=nobody.seeds if self.seeds is None else self.seeds)
+        seq_len = (
+            torch.zeros_like(self.row_start, dtype=torch.int32) if self.seq_len is None else self.seq_len
+        )
+        drafts = Drafts(self.row_start, seq_len, self.num_draft, self.draft_tokens)
+        return self.drawn, self.drawn_error, drafts, rows, self.is_running
 
 
 def build_case(count: int, k: int, seed: int = 0) -> Case:
@@ -144,8 +156,9 @@ def test_equals_match_verify(ops: Backend) -> None:
     )
     results = case.run(ops.match_draws)
     expected = tuple(torch.full_like(result, UNTOUCHED) for result in results)
-    drafts = (row_start, case.num_draft, draft_tokens, temperature, seeds, seq_len, case.is_running != 0)
-    NATIVE.match_verify(logits, stats, *drafts, *expected)
+    rows = SamplingRows.empty(count)._replace(temperature=temperature, seeds=seeds)
+    drafts = Drafts(row_start, seq_len, case.num_draft, draft_tokens)
+    NATIVE.match_verify(logits, stats, drafts, rows, case.is_running, Verdict(*expected))
     assert all(map(torch.equal, results, expected))
     assert 0 < results[1][case.is_running != 0].float().mean() < k
 
@@ -239,8 +252,6 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
         "is_running: expected": {"is_running": case.is_running.bool()},
         "seeds: expected": {"seeds": case.seeds.int()},
         "seq_len: expected": {"seq_len": case.seq_len.long()},
-        "seeds: forced_acceptance": {"seeds": None},
-        "seq_len: forced_acceptance": {"seq_len": None},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=f"^{message}"):
@@ -250,7 +261,7 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
     for name, shape in outputs.items():
         given = [torch.zeros(each, dtype=torch.int32) for each in {**right, name: shape}.values()]
         with pytest.raises(ValueError, match=f"^{name}: expected"):
-            ops.match_draws(*list(vars(case).values())[:6], *given)
+            ops.match_draws(*case.arguments, Verdict(*given))
 
 
 @pytest.mark.triton
@@ -275,16 +286,13 @@ FORCED_FAULTS = {
 
 @pytest.mark.parametrize("fault", [*FAULTS, *FORCED_FAULTS])
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(*arguments):
-        case = Case(*arguments[:6], *arguments[9:])
-        *drafts, acceptance, seeds, seq_len = {
-            **vars(case),
-            **{**FAULTS, **FORCED_FAULTS}[fault](case),
-        }.values()
-        ops.match_draws(*drafts, *arguments[6:9], acceptance, seeds, seq_len)
-
     case = build_case(33, 4)
     if fault in FORCED_FAULTS:
         case = forced(case, 0.5)
+
+    def faulty(*given):
+        wrong = replace(case, **{**FAULTS, **FORCED_FAULTS}[fault](case))
+        ops.match_draws(*wrong.arguments, given[5], wrong.forced_acceptance)
+
     with pytest.raises(AssertionError):
         check_match_draws(faulty, case)

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 
 UNTOUCHED = -77
@@ -47,10 +50,23 @@ class Case:
         )
         fields = [getattr(self, name) for name in self.__dataclass_fields__]
         before = [field.clone() for field in fields]
-        op(*fields, *outputs)
+        op(*self.arguments, Verdict(*outputs))
         assert all(torch.equal(a, b) or a.is_floating_point() for a, b in zip(fields, before, strict=True))
         assert torch.equal(self.logits.nan_to_num(), before[0].nan_to_num())
         return outputs
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Drafts, SamplingRows, Tensor]:
+        """A sequence that is not selected does not run, or is another rule's."""
+        drafts = Drafts(self.row_start, self.seq_len, self.num_draft, self.draft_tokens)
+        is_other = ~self.is_selected & (self.num_draft > 0) & (torch.arange(len(self.seeds)) % 2 == 0)
+        drafted_by = torch.where(self.num_draft > 0, int(Rule.MATCH), int(Rule.REJECTION))
+        rows = SamplingRows.empty(len(self.seeds))._replace(
+            temperature=self.temperature,
+            seeds=self.seeds,
+            rule=torch.where(is_other, int(Rule.REJECTION), drafted_by).int(),
+        )
+        return self.logits, self.stats, drafts, rows, (self.is_selected | is_other).int()
 
     def take(self, chosen: Tensor) -> Case:
         """The same logits seen by a subset of the sequences, in another order."""
@@ -248,11 +264,13 @@ def test_strided_rows_and_wrong_arguments(ops: Backend) -> None:
         "seeds: expected": {"seeds": case.seeds.int()},
         "draft_tokens: expected": {"draft_tokens": case.draft_tokens.long()},
         "stats: expected": {"stats": case.stats[:-1]},
-        "is_selected: expected": {"is_selected": case.is_selected.int()},
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
             replace(case, **change).run(ops.match_verify)
+    *given, is_running = case.arguments
+    with pytest.raises(ValueError, match="is_running: expected"):
+        ops.match_verify(*given, is_running.bool(), Verdict(*case.run(ops.match_verify)))
 
 
 OUT_OF_RANGE = {
@@ -282,28 +300,39 @@ def test_values_out_of_range(ops: Backend, message: str) -> None:
 def faulty(ops: Backend, fault: str):
     """The backend's match_verify with a fault."""
 
-    def op(*arguments):
-        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
-        values = dict(zip(names, arguments, strict=True))
+    def op(logits, stats, drafts, rows, is_running, verdict):
         if fault == "position":
-            values["seq_len"] = values["seq_len"] + 1
+            drafts = drafts._replace(seq_len=drafts.seq_len + 1)
         if fault == "seed":
-            values["seeds"] = values["seeds"] & 0xFFFFFFFF
+            rows = rows._replace(seeds=rows.seeds & 0xFFFFFFFF)
         if fault == "row":
-            values["row_start"] = (values["row_start"] - 1).clamp_min(0)
-        if fault == "unselected rows":
-            values["is_selected"] = torch.ones_like(values["is_selected"])
-        ops.match_verify(*values.values())
+            drafts = drafts._replace(row_start=(drafts.row_start - 1).clamp_min(0))
+        if fault == "rows that do not run":
+            is_running = torch.ones_like(is_running)
+        if fault == "rows of another rule":
+            rows = rows._replace(rule=torch.zeros_like(rows.rule))
+        if fault == "rows without a draft left to their rule":
+            is_running = is_running * ((drafts.num_draft > 0) | (rows.rule == Rule.MATCH))
+        ops.match_verify(logits, stats, drafts, rows, is_running, verdict)
         if fault == "accepts one too many":
-            chosen, num_accepted = values["is_selected"], values["num_accepted"]
-            num_accepted[chosen] = (num_accepted + 1).minimum(values["num_draft"])[chosen]
+            chosen = verdict.num_accepted != UNTOUCHED
+            more = (verdict.num_accepted + 1).minimum(drafts.num_draft)
+            verdict.num_accepted[chosen] = more[chosen]
 
     return op
 
 
-@pytest.mark.parametrize("fault", ["position", "seed", "row", "unselected rows", "accepts one too many"])
+FAULTS = (
+    *("position", "seed", "row", "accepts one too many"),
+    *("rows that do not run", "rows of another rule", "rows without a draft left to their rule"),
+)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
     case = build_case(200 if ops is NATIVE else 12, 4, 64)
+    index = torch.arange(len(case.seeds))
+    case = replace(case, is_selected=index > 3, num_draft=case.num_draft * (index != 4))
     with pytest.raises(AssertionError):
         check_match_verify(faulty(ops, fault), case)
 

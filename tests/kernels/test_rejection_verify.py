@@ -23,6 +23,9 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
+from specengine.kernels.types.rows import SamplingRows
+from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 
 UNTOUCHED = -77
@@ -43,6 +46,7 @@ class Case:
     seeds: Tensor
     seq_len: Tensor
     is_selected: Tensor
+    has_law: Tensor | None = None
 
     def run(self, op) -> tuple[Tensor, Tensor, Tensor]:
         count, k = self.draft_tokens.shape
@@ -53,10 +57,29 @@ class Case:
         )
         fields = [getattr(self, name) for name in self.__dataclass_fields__]
         before = [None if field is None else field.clone() for field in fields]
-        op(*fields, *outputs)
+        op(*self.arguments, Verdict(*outputs))
         for field, copy in zip(fields, before, strict=True):
             assert field is None or torch.equal(field.nan_to_num(), copy.nan_to_num())
         return outputs
+
+    @property
+    def arguments(self) -> tuple[Tensor, Tensor, Drafts, SamplingRows, Tensor]:
+        """A sequence that is not selected does not run, or is another rule's."""
+        law = None
+        if self.draft_logits is not None and self.draft_stats is not None:
+            law = DraftLaw(self.draft_log_probs, self.draft_logits, self.draft_stats, self.has_law)
+        drafts = Drafts(self.row_start, self.seq_len, self.num_draft, self.draft_tokens, law)
+        is_other = ~self.is_selected & (torch.arange(len(self.seeds)) % 2 == 0)
+        rows = SamplingRows.empty(len(self.seeds))._replace(
+            temperature=self.temperature,
+            seeds=self.seeds,
+            rule=torch.where(is_other, int(Rule.MATCH), int(Rule.REJECTION)).int(),
+        )
+        return self.logits, self.stats, drafts, rows, (self.is_selected | is_other).int()
+
+    def drafting(self) -> Case:
+        """Who drafts nothing is not judged by this rule."""
+        return replace(self, is_selected=self.is_selected & (self.num_draft > 0))
 
     def take(self, chosen: Tensor) -> Case:
         whole = {"logits": self.logits, "stats": self.stats}
@@ -122,7 +145,7 @@ def build_case(
         seeds,
         seq_len,
         torch.rand(count, generator=generator) < 0.875,
-    )
+    ).drafting()
 
 
 def exact_log_probs(logits: Tensor, stats: Tensor, temperature: Tensor) -> Tensor:
@@ -148,7 +171,10 @@ def check_against_float64(op, case: Case) -> None:
     log_p_chosen = (
         log_p[:, :k].gather(2, chosen.clamp_max(vocab_size - 1)).masked_fill(~in_vocabulary, -math.inf)
     )
-    slack = log_p_chosen[:, :, 0] - case.draft_log_probs.double() - u.log()
+    log_q_chosen = case.draft_log_probs.double()
+    if case.has_law is not None:
+        log_q_chosen = torch.where(case.has_law[:, None], log_q_chosen, 0.0)
+    slack = log_p_chosen[:, :, 0] - log_q_chosen - u.log()
     is_drafted = torch.arange(k)[None] < case.num_draft[:, None]
     is_accepted = (slack >= 0) & is_drafted
     prefix = is_accepted.int().cumprod(dim=1)
@@ -171,13 +197,16 @@ def check_against_float64(op, case: Case) -> None:
     weight = log_p[each, expected]
     is_rejected = expected < case.num_draft
     stop = expected.clamp_max(k - 1)
-    if case.draft_logits is None:
-        log_q = torch.full((count, vocab_size), NEGATIVE_INFINITY, dtype=torch.float64)
-        log_q.scatter_(1, case.draft_tokens.long().gather(1, stop[:, None]).clamp_max(vocab_size - 1), 0.0)
-    else:
-        log_q = exact_log_probs(case.draft_logits[each, stop], case.draft_stats[each, stop], case.temperature)
-        missing = max(0, vocab_size - log_q.shape[1])
-        log_q = torch.nn.functional.pad(log_q, (0, missing), value=NEGATIVE_INFINITY)[:, :vocab_size]
+    log_q = torch.full((count, vocab_size), NEGATIVE_INFINITY, dtype=torch.float64)
+    log_q.scatter_(1, case.draft_tokens.long().gather(1, stop[:, None]).clamp_max(vocab_size - 1), 0.0)
+    if case.draft_logits is not None:
+        drawn_from = exact_log_probs(
+            case.draft_logits[each, stop], case.draft_stats[each, stop], case.temperature
+        )
+        missing = max(0, vocab_size - drawn_from.shape[1])
+        drawn_from = torch.nn.functional.pad(drawn_from, (0, missing), value=NEGATIVE_INFINITY)
+        has_law = torch.ones(count, dtype=torch.bool) if case.has_law is None else case.has_law
+        log_q = torch.where(has_law[:, None], drawn_from[:, :vocab_size], log_q)
     residual = (weight.exp() - log_q.exp()).clamp_min(0.0)
     is_rejected &= residual.sum(dim=1) > 1e-6
     weight = torch.where(is_rejected[:, None], residual.log(), weight)
@@ -233,6 +262,23 @@ def test_equals_the_reference(every_ops: Backend, has_law: bool) -> None:
         assert torch.equal(actual, expected)
 
 
+def test_some_have_a_law_and_others_are_point_masses(every_ops: Backend) -> None:
+    case = build_case(400 if every_ops is NATIVE else 16, 4, 47, 40, seed=21)
+    case = replace(
+        case, has_law=torch.rand(len(case.seeds), generator=torch.Generator().manual_seed(1)) < 0.5
+    )
+    check_against_float64(every_ops.rejection_verify, case)
+    for actual, expected in zip(
+        case.run(every_ops.rejection_verify), case.run(reference.rejection_verify), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    everybodys = replace(case, has_law=None)
+    with pytest.raises(AssertionError):
+        check_against_float64(
+            lambda *given: every_ops.rejection_verify(*everybodys.arguments, given[-1]), case
+        )
+
+
 @pytest.mark.parametrize("vocab_size", VOCABULARIES)
 def test_all_vocabularies_stay_inside(ops: Backend, vocab_size: int) -> None:
     for has_law in (True, False):
@@ -269,7 +315,7 @@ def test_equal_laws_always_accept(every_ops: Backend) -> None:
 
 @pytest.mark.parametrize("token", [47, 127, 128, -1, 2**31 - 1, -(2**31)])
 def test_tokens_outside_the_support_are_never_accepted(ops: Backend, token: int) -> None:
-    """Beyond the row, in its padding, or filtered out; whatever log q claims."""
+    """Beyond the row, in its padding, or filtered out; whatever log q claims of it."""
     for has_law in (True, False):
         case = build_case(50 if ops is NATIVE else 3, 3, 47, seed=8, has_law=has_law)
         padded = torch.nn.functional.pad(case.logits, (0, 81), value=NEGATIVE_INFINITY)
@@ -286,28 +332,28 @@ def test_tokens_outside_the_support_are_never_accepted(ops: Backend, token: int)
 
 def test_zero_residual_falls_back_to_the_target(every_ops: Backend) -> None:
     """A one-token target whose draft claims more than it gave: nothing is left, the target's token comes."""
+    # A point mass never claims more.
     logits = torch.full((3, 130), NEGATIVE_INFINITY)
     logits[:, 129] = -2.0
     one = torch.ones(1)
     stats = unfiltered_stats(logits, one.expand(3))
-    for draft_logits in (None, logits[:1].clone()):
-        case = Case(
-            logits,
-            stats,
-            torch.tensor([1], dtype=torch.int32),
-            torch.tensor([1], dtype=torch.int32),
-            torch.tensor([[129]], dtype=torch.int32),
-            torch.tensor([[50.0]]),
-            None if draft_logits is None else draft_logits[None],
-            None if draft_logits is None else stats[:1][None],
-            one,
-            random_seeds(1),
-            torch.tensor([4], dtype=torch.int32),
-            torch.tensor([True]),
-        )
-        tokens, num_accepted, _ = case.run(every_ops.rejection_verify)
-        assert num_accepted.tolist() == [0]
-        assert tokens[0].tolist() == [129, UNTOUCHED]
+    case = Case(
+        logits,
+        stats,
+        torch.tensor([1], dtype=torch.int32),
+        torch.tensor([1], dtype=torch.int32),
+        torch.tensor([[129]], dtype=torch.int32),
+        torch.tensor([[50.0]]),
+        logits[:1].clone()[None],
+        stats[:1][None],
+        one,
+        random_seeds(1),
+        torch.tensor([4], dtype=torch.int32),
+        torch.tensor([True]),
+    )
+    tokens, num_accepted, _ = case.run(every_ops.rejection_verify)
+    assert num_accepted.tolist() == [0]
+    assert tokens[0].tolist() == [129, UNTOUCHED]
 
 
 def test_a_sequence_keeps_its_result_in_every_batch(ops: Backend) -> None:
@@ -382,36 +428,28 @@ def test_what_is_emitted_follows_the_target() -> None:
 
 @pytest.mark.parametrize("fault", ["residual from p", "raw q", "one stream for draft and acceptance"])
 def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
-    def faulty(*arguments):
-        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
-        values = dict(zip(names, arguments, strict=True))
+    def faulty(logits, stats, drafts, rows, is_running, verdict):
+        law = drafts.law
         if fault == "residual from p":
             # A draft law that is zero everywhere leaves p as the residual.
-            nothing = torch.full_like(values["draft_logits"], NEGATIVE_INFINITY)
-            values["draft_logits"] = nothing
+            law = law._replace(logits=torch.full_like(law.logits, NEGATIVE_INFINITY))
         if fault == "raw q":
-            raw = unfiltered_stats(values["draft_logits"][0], values["temperature"][:1])
-            values["draft_log_probs"] = (
-                values["draft_log_probs"] + values["draft_stats"][:, 0, 2:3] - raw[:, 2:3]
-            )
+            raw = unfiltered_stats(law.logits[0], rows.temperature[:1])
+            law = law._replace(log_probs=law.log_probs + law.stats[:, 0, 2:3] - raw[:, 2:3])
         if fault == "one stream for draft and acceptance":
-            values["seeds"] = values["seeds"]
             tokens, _ = NATIVE.sample_rows(
-                values["draft_logits"][:, 0],
-                values["draft_stats"][:, 0].contiguous(),
-                values["temperature"],
-                values["seeds"],
-                values["seq_len"],
+                law.logits[:, 0],
+                law.stats[:, 0].contiguous(),
+                rows.temperature,
+                rows.seeds,
+                drafts.seq_len,
                 rng.STREAM_TARGET,
-                torch.zeros_like(values["seq_len"]),
+                torch.zeros_like(drafts.seq_len),
             )
-            scaled = (
-                values["draft_logits"][:, 0].gather(1, tokens.long()[:, None])
-                / values["temperature"][:, None]
-            )
-            values["draft_tokens"] = tokens[:, None]
-            values["draft_log_probs"] = scaled - values["draft_stats"][:, 0, 2:3]
-        NATIVE.rejection_verify(*values.values())
+            scaled = law.logits[:, 0].gather(1, tokens.long()[:, None]) / rows.temperature[:, None]
+            drafts = drafts._replace(tokens=tokens[:, None])
+            law = law._replace(log_probs=scaled - law.stats[:, 0, 2:3])
+        NATIVE.rejection_verify(logits, stats, drafts._replace(law=law), rows, is_running, verdict)
 
     with pytest.raises(AssertionError):
         check_emitted_law(faulty)
@@ -420,35 +458,39 @@ def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
 def with_fault(ops: Backend, fault: str):
     """The backend's rejection_verify with a fault."""
 
-    def op(*arguments):
-        names = [*Case.__dataclass_fields__, "tokens", "num_accepted", "error"]
-        values = dict(zip(names, arguments, strict=True))
+    def op(logits, stats, drafts, rows, is_running, verdict):
+        law = drafts.law
         if fault == "residual from p":
-            values["draft_logits"] = torch.full_like(values["draft_logits"], NEGATIVE_INFINITY)
+            law = law._replace(logits=torch.full_like(law.logits, NEGATIVE_INFINITY))
         if fault == "point mass for a law":
-            values["draft_logits"] = values["draft_stats"] = None
+            law = None
         if fault == "q of the next row":
-            values["draft_logits"] = values["draft_logits"].roll(-1, dims=1)
+            law = law._replace(logits=law.logits.roll(-1, dims=1))
         if fault == "filter of the draft ignored":
-            values["draft_stats"] = values["draft_stats"] * torch.tensor([1.0, 1e30, 1.0, 1.0])
+            law = law._replace(stats=law.stats * torch.tensor([1.0, 1e30, 1.0, 1.0]))
+        drafts = drafts._replace(law=law)
         if fault == "row":
-            values["row_start"] = values["row_start"] + 1
+            drafts = drafts._replace(row_start=drafts.row_start + 1)
         if fault == "position":
-            values["seq_len"] = values["seq_len"] + 1
+            drafts = drafts._replace(seq_len=drafts.seq_len + 1)
         if fault == "seed":
-            values["seeds"] = values["seeds"] & 0xFFFFFFFF
-        if fault == "unselected rows":
-            values["is_selected"] = torch.ones_like(values["is_selected"])
-        ops.rejection_verify(*values.values())
+            rows = rows._replace(seeds=rows.seeds & 0xFFFFFFFF)
+        if fault == "rows that do not run":
+            is_running = torch.ones_like(is_running)
+        if fault == "rows of another rule":
+            rows = rows._replace(rule=torch.full_like(rows.rule, int(Rule.REJECTION)))
+        ops.rejection_verify(logits, stats, drafts, rows, is_running, verdict)
         if fault == "accepts one too many":
-            chosen, num_accepted = values["is_selected"], values["num_accepted"]
-            num_accepted[chosen] = (num_accepted + 1).minimum(values["num_draft"])[chosen]
+            chosen = verdict.num_accepted != UNTOUCHED
+            more = (verdict.num_accepted + 1).minimum(drafts.num_draft)
+            verdict.num_accepted[chosen] = more[chosen]
 
     return op
 
 
 def small_case(ops: Backend) -> Case:
-    return build_case(200 if ops is NATIVE else 9, 4, 40, settings=FILTERS[2], seed=1)
+    case = build_case(200 if ops is NATIVE else 9, 4, 40, settings=FILTERS[2], seed=1)
+    return replace(case, is_selected=torch.arange(len(case.seeds)) > 3).drafting()
 
 
 @pytest.mark.parametrize(
@@ -461,7 +503,8 @@ def small_case(ops: Backend) -> Case:
         "row",
         "position",
         "seed",
-        "unselected rows",
+        "rows that do not run",
+        "rows of another rule",
         "accepts one too many",
     ],
 )
@@ -492,7 +535,7 @@ def test_a_planted_fault_in_the_noise_is_noticed(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(module, "philox_lanes", accept_bits)
     monkeypatch.setattr(module, "tile_noise", target_noise)
     with pytest.raises(AssertionError):
-        check_against_float64(TRITON.rejection_verify, small_case(TRITON))
+        check_against_float64(TRITON.rejection_verify, build_case(24, 4, 40, settings=FILTERS[2], seed=1))
 
 
 @pytest.mark.triton
@@ -529,7 +572,7 @@ def test_the_workspace_is_zero_again_whoever_was_selected(
 ) -> None:
     case = build_case(4, 2, 8200, seed=5)
     for is_selected in (case.is_selected, ~case.is_selected, torch.zeros(4, dtype=torch.bool)):
-        chosen = replace(case, is_selected=is_selected)
+        chosen = replace(case, is_selected=is_selected).drafting()
         for actual, expected in zip(
             chosen.run(TRITON.rejection_verify), chosen.run(NATIVE.rejection_verify), strict=True
         ):
@@ -547,7 +590,8 @@ def test_strided_arguments_and_wrong_ones(ops: Backend) -> None:
     ):
         assert torch.equal(actual, expected)
     wrong = {
-        "draft_stats: give": {"draft_stats": None},
+        "draft_stats: expected": {"draft_stats": case.draft_stats[:, :2]},
+        "has_law: expected": {"has_law": torch.ones(12, dtype=torch.int32)},
         "draft_log_probs: expected": {"draft_log_probs": case.draft_log_probs.double()},
         "draft_logits: expected": {"draft_logits": case.draft_logits[:, :2]},
     }
@@ -560,7 +604,6 @@ OUT_OF_RANGE = {
     "row_start: rows -1": ("row_start", -1),
     "row_start: rows 999": ("row_start", 999),
     "num_draft: 4": ("num_draft", 4),
-    "num_draft: -1": ("num_draft", -1),
 }
 
 
@@ -569,7 +612,9 @@ def test_values_out_of_range(ops: Backend, message: str) -> None:
     """Native names them; Triton, which cannot look, reads and writes nothing that is not there."""
     name, value = OUT_OF_RANGE[message]
     case = replace(build_case(10, 3, 64, seed=13), is_selected=torch.ones(10, dtype=torch.bool))
-    case = replace(case, **{name: torch.full_like(case.num_draft, value)})
+    case = replace(
+        case, **{"num_draft": case.num_draft.clamp_min(1), name: torch.full_like(case.num_draft, value)}
+    )
     if ops is NATIVE:
         with pytest.raises(ValueError, match=message):
             case.run(ops.rejection_verify)
