@@ -46,15 +46,15 @@ def test_gpu(
     benchmark: BenchmarkFixture, report: Report, gpu: Gpu, gpu_logits: Logits, setting: str, rows: int
 ) -> None:
     temperature, top_k, top_p, min_p = SETTINGS[setting]
-    law = Draws.build(rows, temperature, gpu.device, top_k=top_k, top_p=top_p, min_p=min_p).law
+    law = Draws.build(rows, temperature, gpu.device, top_k=top_k, top_p=top_p, min_p=min_p).rows
 
     def logits_at(turn: int) -> Tensor:
         return gpu_logits.rows_at(turn, rows)
 
     def ours(turn: int) -> Tensor:
-        return gpu.ops.filter_rows(logits_at(turn), *law)
+        return gpu.ops.filter_rows(logits_at(turn), law)
 
-    actual, expected = ours(0), reference.filter_rows(logits_at(0), *law)
+    actual, expected = ours(0), reference.filter_rows(logits_at(0), law)
     assert torch.equal(actual[:, [0, 1, 3]], expected[:, [0, 1, 3]])
     torch.testing.assert_close(actual[:, 2], expected[:, 2], rtol=1e-6, atol=0.0)
 

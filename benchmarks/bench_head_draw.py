@@ -28,11 +28,10 @@ def test_gpu(
     layers = gpu_layers
     hidden = random_rows(rows, layers.plain.in_features).to(gpu.device)
     draws = Draws.build(rows, MODES[mode], gpu.device)
-    law = (draws.law[0], None, None, None)  # no row has a filter
 
     def ours(turn: int) -> tuple[Tensor, Tensor]:
         layer = (layers.norm, layers.packed_at(turn), VOCAB_SIZE)
-        return gpu.ops.head_draw(hidden, *layer, *law, draws.seeds, draws.positions)
+        return gpu.ops.head_draw(hidden, *layer, draws.rows, draws.positions, has_filters=False)
 
     tokens, error = ours(0)
     assert not error.any()

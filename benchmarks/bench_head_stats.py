@@ -29,15 +29,15 @@ from specengine.kernels import reference
 def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, gpu_layers: Layers, rows: int) -> None:
     layers = gpu_layers
     hidden = random_rows(rows, layers.plain.in_features).to(gpu.device)
-    law = Draws.build(rows, 1.0, gpu.device).law
+    law = Draws.build(rows, 1.0, gpu.device).rows
 
     def ours(turn: int) -> tuple[Tensor, Tensor]:
-        return gpu.ops.head_stats(hidden, layers.norm, layers.packed_at(turn), VOCAB_SIZE, law[0])
+        return gpu.ops.head_stats(hidden, layers.norm, layers.packed_at(turn), VOCAB_SIZE, law)
 
     logits, stats = ours(0)
     exact = reference.head(hidden.double(), layers.norm, layers.plain, VOCAB_SIZE)
     assert_near(logits[:, :VOCAB_SIZE], exact[:, :VOCAB_SIZE], layers.dtype)
-    torch.testing.assert_close(stats, reference.filter_rows(logits, *law), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(stats, reference.filter_rows(logits, law), rtol=1e-6, atol=0.0)
 
     def pytorch(hidden: Tensor, weight: Tensor, bias: Tensor, *layer: Tensor | None) -> tuple[Tensor, ...]:
         logits = linear(layer_norm(hidden, weight, bias), *layer).float()

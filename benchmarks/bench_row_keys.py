@@ -28,7 +28,9 @@ def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, batch: int, 
     def arguments(turn: int) -> tuple[SamplingRows, Tensor, Tensor, Tensor]:
         index = turn % MAX_CALLS
         temperature, top_p, min_p = numbers[index]
-        judged_by = SamplingRows(temperature, top_k[index], top_p, min_p, seeds[index], top_k[index])
+        judged_by = SamplingRows.empty(batch, gpu.device)._replace(
+            temperature=temperature, top_k=top_k[index], top_p=top_p, min_p=min_p, seeds=seeds[index]
+        )
         return judged_by, q_start, positions[index], logit_rows
 
     def ours(turn: int) -> tuple[SamplingRows, Tensor]:

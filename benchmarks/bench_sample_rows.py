@@ -31,10 +31,10 @@ def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, gpu_logits: 
     def logits_at(turn: int) -> Tensor:
         return gpu_logits.rows_at(turn, rows)
 
-    stats = reference.filter_rows(logits_at(0), *draws.law)  # of which only the threshold matters here, -inf
+    stats = reference.filter_rows(logits_at(0), draws.rows)  # of which only the threshold matters here, -inf
 
     def ours(turn: int) -> tuple[Tensor, Tensor]:
-        drawn = (draws.law[0], draws.seeds, draws.positions, rng.STREAM_TARGET, base)
+        drawn = (draws.rows, draws.positions, rng.STREAM_TARGET, base)
         return gpu.ops.sample_rows(logits_at(turn), stats, *drawn)
 
     tokens, log_probs = ours(0)

@@ -52,10 +52,9 @@ def build_logits(device: torch.device) -> Logits:
 
 @dataclass(frozen=True)
 class Draws:
-    """What the draws of some rows depend on, `[R]` each: temperature and filters, seeds, positions."""
+    """What the draws of R rows depend on."""
 
-    law: tuple[Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p
-    seeds: Tensor
+    rows: SamplingRows
     positions: Tensor
 
     @staticmethod
@@ -68,16 +67,17 @@ class Draws:
         top_p: float = 1.0,
         min_p: float = 0.0,
     ) -> Draws:
-        columns = [torch.full((rows,), value, device=device) for value in (temperature, top_k, top_p, min_p)]
-        columns[1] = columns[1].int()
+        drawn = SamplingRows.empty(rows, device)._replace(seeds=random_seeds(rows).to(device))
+        for column, value in zip(drawn, (temperature, top_k, top_p, min_p), strict=False):
+            column.fill_(value)
         positions = SEQ_LEN + torch.arange(rows, dtype=torch.int32, device=device)
-        return Draws(tuple(columns), random_seeds(rows).to(device), positions)
+        return Draws(drawn, positions)
 
     def scores(self, logits: Tensor) -> Tensor:
         """What each token has in the race for its row, in float64: without filters."""
-        temperature = self.law[0].double()[:, None]
+        temperature = self.rows.temperature.double()[:, None]
         bits = rng.vocabulary_bits(
-            self.seeds,
+            self.rows.seeds,
             self.positions,
             rng.STREAM_TARGET,
             torch.zeros_like(self.positions),
@@ -132,7 +132,7 @@ class Case:
         return self.rounds[turn % len(self.rounds)]
 
     def filter(self, ops: Backend, turn: int) -> Tensor:
-        return ops.filter_rows(self.round_at(turn).logits, *self.rows.law)
+        return ops.filter_rows(self.round_at(turn).logits, self.rows.rows)
 
     def all_stats(self, ops: Backend) -> list[Tensor]:
         """What `filter` gives, for every turn."""
@@ -177,17 +177,17 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
     num_rows = batch * (k + 1)
     sequences = Draws.build(batch, temperature, device)
     # A point mass is the draft's most likely token.
-    proposal = Draws.build(batch * k, 0.0 if mode == "point mass" else temperature, device, top_p=top_p).law
+    proposal = Draws.build(batch * k, 0.0 if mode == "point mass" else temperature, device, top_p=top_p).rows
     positions = (SEQ_LEN + torch.arange(k, dtype=torch.int32, device=device)).repeat(batch)
-    seeds = sequences.seeds.repeat_interleave(k)
+    proposal = proposal._replace(seeds=sequences.rows.seeds.repeat_interleave(k))
     stream, base = (rng.STREAM_DRAFT, SEQ_LEN) if mode == "rejection" else (rng.STREAM_TARGET, 0)
     rounds = []
     for first in range(0, NUM_ROWS - num_rows + 1, num_rows):
         rows = slice(first, first + num_rows)
         draft_logits = logits.draft[rows].view(batch, k + 1, PADDED_VOCAB_SIZE)[:, :k]
         flat = draft_logits.flatten(0, 1)
-        stats = ops.filter_rows(flat, *proposal)
-        drawn = (proposal[0], seeds, positions, stream, torch.full_like(positions, base))
+        stats = ops.filter_rows(flat, proposal)
+        drawn = (proposal, positions, stream, torch.full_like(positions, base))
         tokens, log_probs = ops.sample_rows(flat, stats, *drawn)
         law = DraftLaw(log_probs.view(batch, k), draft_logits, stats.view(batch, k, 4))
         kept = None if mode == "point mass" else law
@@ -204,9 +204,7 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         num_draft=torch.full_like(batch_column, k),
         seq_len=torch.full_like(batch_column, SEQ_LEN),
         rule=rule,
-        judged_by=SamplingRows.empty(batch, device)._replace(
-            temperature=sequences.law[0], seeds=sequences.seeds, rule=torch.full_like(batch_column, int(rule))
-        ),
+        judged_by=sequences.rows._replace(rule=torch.full_like(batch_column, int(rule))),
         is_running=torch.ones_like(batch_column),
         verdict=Verdict(
             torch.zeros(batch, k + 1, dtype=torch.int32, device=device),

@@ -22,9 +22,10 @@ from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import count_rows
 from specengine.kernels.device.noise import NEGATIVE_INFINITY
-from specengine.kernels.device.race import NUM_STATS, check_logits, check_small, keep, scale_row
+from specengine.kernels.device.race import NUM_STATS, check_columns, check_logits, keep, scale_row
 from specengine.kernels.device.statistics import GROUP, group_share, group_sum, log_normaliser
 from specengine.kernels.device.workspace import scratch
+from specengine.kernels.types.rows import SamplingRows
 
 NUM_WARPS = 16
 # Tokens of a step over the row: four vectors of 16 bytes a thread. A list has half as many places.
@@ -348,15 +349,7 @@ def spec_filter_rows(
     tl.store(stats_ptr + 3, is_bad.to(tl.float32))
 
 
-def filter_rows(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    *,
-    num_rows: Tensor | None = None,
-) -> Tensor:
+def filter_rows(logits: Tensor, rows: SamplingRows, *, num_rows: Tensor | None = None) -> Tensor:
     """See `specengine.kernels.reference.filter_rows`.
 
     num_rows: `[1]` int32 on the device: rows from there on are padding, and their statistics are left alone
@@ -370,10 +363,7 @@ def filter_rows(
         (count,),
         logits,
         logits.stride(0),
-        check_small("temperature", temperature, (count,), torch.float32),
-        check_small("top_k", top_k, (count,), torch.int32),
-        check_small("top_p", top_p, (count,), torch.float32),
-        check_small("min_p", min_p, (count,), torch.float32),
+        *check_columns(rows, count, "temperature", "top_k", "top_p", "min_p"),
         stats,
         scratch(count * tile // 2, torch.float32, logits.device),
         num_rows,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels.device.dependent import prefetch_weight, wait
-from specengine.kernels.device.head import TILE_TOKENS, check_head, check_rows, logit_tile, tile_noise
+from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile, tile_noise
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
 from specengine.kernels.device.noise import (
@@ -24,12 +24,14 @@ from specengine.kernels.device.noise import (
     race_key,
     scale_logits,
 )
+from specengine.kernels.device.race import check_columns, check_small
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import zeroed
 from specengine.kernels.filter_rows import filter_rows
 from specengine.kernels.head import head
 from specengine.kernels.sample_rows import sample_rows
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
 
 _STAT_ERROR = 3
 
@@ -120,13 +122,10 @@ def head_draw(
     norm: Norm,
     weight: PackedLinear,
     vocab_size: int,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
+    rows: SamplingRows,
     positions: Tensor,
     *,
+    has_filters: bool = True,
     num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `specengine.kernels.reference.head_draw`.
@@ -135,13 +134,13 @@ def head_draw(
     """
     num_tiles = check_head(hidden, weight, vocab_size)
     count, device = hidden.shape[0], hidden.device
-    check_rows(count, temperature=temperature, seeds=seeds, positions=positions)
-    if top_k is not None and top_p is not None and min_p is not None:
+    positions = check_small("positions", positions, (count,), torch.int32)
+    if has_filters:
         logits = head(hidden, norm, weight, vocab_size, num_rows=num_rows)
-        stats = filter_rows(logits, temperature, top_k, top_p, min_p, num_rows=num_rows)
+        stats = filter_rows(logits, rows, num_rows=num_rows)
         base = torch.zeros_like(positions)
-        keys = (temperature, seeds, positions, rng.STREAM_TARGET, base)
-        tokens, _ = sample_rows(logits, stats, *keys, num_rows=num_rows)
+        drawn = (rows, positions, rng.STREAM_TARGET, base)
+        tokens, _ = sample_rows(logits, stats, *drawn, num_rows=num_rows)
         return tokens, stats[:, _STAT_ERROR].int()
     tokens = torch.empty(count, dtype=torch.int32, device=device)
     error = torch.empty_like(tokens)
@@ -160,8 +159,7 @@ def head_draw(
         weight.weight,
         weight.scale,
         weight.bias,
-        temperature,
-        seeds,
+        *check_columns(rows, count, "temperature", "seeds"),
         positions,
         zeroed(count, torch.int64, device),
         integers[flags_at:],

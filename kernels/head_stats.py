@@ -12,14 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import prefetch_weight, wait
-from specengine.kernels.device.head import TILE_TOKENS, check_head, check_rows, logit_tile
+from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, scale_logits
+from specengine.kernels.device.race import check_columns
 from specengine.kernels.device.statistics import group_share, group_sum, log_normaliser
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import scratch, zeroed
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def head_stats(
     norm: Norm,
     weight: PackedLinear,
     vocab_size: int,
-    temperature: Tensor,
+    rows: SamplingRows,
     *,
     num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -139,7 +141,7 @@ def head_stats(
     """
     num_tiles = check_head(hidden, weight, vocab_size)
     count, device = hidden.shape[0], hidden.device
-    check_rows(count, temperature=temperature)
+    (temperature,) = check_columns(rows, count, "temperature")
     logits = torch.empty(count, num_tiles * TILE_TOKENS, device=device)
     stats = torch.empty(count, 4, device=device)
     tile = choose_tile("head", weight.out_features, weight.in_features, weight.weight.dtype, device)

@@ -20,6 +20,7 @@ from specengine.kernels.device.race import (
     NUM_STATS,
     RACE_WARPS,
     TILE,
+    check_columns,
     check_logits,
     check_small,
     draw_key,
@@ -27,6 +28,7 @@ from specengine.kernels.device.race import (
     take_keys,
 )
 from specengine.kernels.device.workspace import zeroed
+from specengine.kernels.types.rows import SamplingRows
 
 
 @triton.jit
@@ -69,8 +71,7 @@ def spec_sample_rows(
 def sample_rows(
     logits: Tensor,
     stats: Tensor,
-    temperature: Tensor,
-    seeds: Tensor,
+    rows: SamplingRows,
     positions: Tensor,
     stream: int,
     round_base: Tensor,
@@ -91,8 +92,7 @@ def sample_rows(
         logits,
         logits.stride(0),
         check_small("stats", stats, (count, NUM_STATS.value), torch.float32),
-        check_small("temperature", temperature, (count,), torch.float32),
-        check_small("seeds", seeds, (count,), torch.int64),
+        *check_columns(rows, count, "temperature", "seeds"),
         check_small("positions", positions, (count,), torch.int32),
         check_small("round_base", round_base, (count,), torch.int32),
         tokens,

@@ -122,11 +122,7 @@ class Ops:
         in_features: int,
         out_features: int,
         vocab_size: int,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        min_p: Tensor,
-        seeds: Tensor,
+        rows: SamplingRows,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
     def norm_qkv(
@@ -154,15 +150,12 @@ class Ops:
         q_start: Tensor,
         context_len: Tensor,
     ) -> Tensor: ...
-    def filter_rows(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-    ) -> Tensor: ...
+    def filter_rows(self, logits: Tensor, rows: SamplingRows) -> Tensor: ...
     def sample_rows(
         self,
         logits: Tensor,
         stats: Tensor,
-        temperature: Tensor,
-        seeds: Tensor,
+        rows: SamplingRows,
         positions: Tensor,
         stream: int,
         round_base: Tensor,

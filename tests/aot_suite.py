@@ -145,8 +145,8 @@ def forward_launches(size: Size, dtype: torch.dtype, num_layers: int = 1) -> lis
 def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> list[Launch]:
     """What the ops on logits launch."""
     num_rows = num_sequences * (NUM_DRAFT + 1)
-    logits, stats, row_keys = meta(num_rows, row_length), meta(num_rows, 4), meta(num_rows)
-    seeds, where = meta(num_rows, dtype=torch.int64), integers(num_rows)
+    logits, stats, where = meta(num_rows, row_length), meta(num_rows, 4), integers(num_rows)
+    each_row = SamplingRows.empty(num_rows, "meta")
     drafts = Drafts(*(integers(num_sequences) for _ in range(3)), integers(num_sequences, NUM_DRAFT))
     shape = (num_sequences, NUM_DRAFT)
     law = DraftLaw(meta(*shape), meta(*shape, row_length), meta(*shape, 4))
@@ -155,9 +155,9 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
     )
     judged_by = (SamplingRows.empty(num_sequences, "meta"), integers(num_sequences), verdict)
     with record() as launches:
-        TRITON.filter_rows(logits, row_keys, where, row_keys, row_keys)
+        TRITON.filter_rows(logits, each_row)
         for stream in (0, 1):
-            TRITON.sample_rows(logits, stats, row_keys, seeds, where, stream, where)
+            TRITON.sample_rows(logits, stats, each_row, where, stream, where)
         TRITON.token_logprobs(logits, where, 5)
         TRITON.match_verify(logits, stats, drafts, *judged_by)
         for each in (law, law._replace(has_law=meta(num_sequences, dtype=torch.bool)), None):

@@ -16,6 +16,7 @@ from specengine import _C
 from specengine.kernels.reference import quantize_rows
 from specengine.kernels.reference.norm_linear import linear
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.ops.native import NativeBackend
@@ -217,6 +218,4 @@ def random_seeds(count: int, seed: int = 3) -> Tensor:
 
 
 def unfiltered_stats(logits: Tensor, temperature: Tensor, ops: Backend = NATIVE) -> Tensor:
-    count = logits.shape[0]
-    off = torch.zeros(count)
-    return ops.filter_rows(logits, temperature, off.int(), torch.ones(count), off)
+    return ops.filter_rows(logits, SamplingRows.empty(logits.shape[0])._replace(temperature=temperature))

@@ -171,11 +171,12 @@ class EveryOp:
             min_p=torch.full((6,), 0.01),
             seeds=random_seeds(6),
         )
-        drawn, draw_error = ops.head_draw(*head, row.temperature, None, None, None, row.seeds, positions)
+        each = SamplingRows.empty(6, DEVICE)._replace(**vars(row))
+        drawn, draw_error = ops.head_draw(*head, each, positions, has_filters=False)
         logits = ops.head(*head)
-        _, plain_stats = ops.head_stats(*head, row.temperature)
-        stats = ops.filter_rows(logits, row.temperature, row.top_k, row.top_p, row.min_p)
-        sampled = ops.sample_rows(logits, stats, row.temperature, row.seeds, positions, 0, positions * 0)
+        _, plain_stats = ops.head_stats(*head, each)
+        stats = ops.filter_rows(logits, each)
+        sampled = ops.sample_rows(logits, stats, each, positions, 0, positions * 0)
         top = ops.token_logprobs(logits, drawn, 5)
         results = [drawn, draw_error, logits, plain_stats, stats, *sampled, *top]
         sequence = there(

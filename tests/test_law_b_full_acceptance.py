@@ -212,7 +212,7 @@ def test_the_law_notices_a_draft_law_that_is_not_the_targets(
     def scaled(rows: Any, batch: Any) -> Any:
         logits = judge(rows, batch).logits * 1.01
         judged_by, _ = row_keys(runner.backend, draw_keys(batch), rows)
-        return JudgedLogits(logits, logits, runner.backend.filter_rows(logits, *judged_by[:4]))
+        return JudgedLogits(logits, logits, runner.backend.filter_rows(logits, judged_by))
 
     monkeypatch.setattr(runner, "judge", scaled)
     with pytest.raises(AssertionError):

@@ -455,8 +455,8 @@ def raw_draft_law(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         if proposal.logits is not None:
             rows = proposal.logits.flatten(0, 1)
             temperature = rest[0].rows.temperature.repeat_interleave(proposal.tokens.shape[1])
-            zeros = torch.zeros_like(temperature)
-            stats = backend.filter_rows(rows, temperature, zeros.int(), torch.ones_like(zeros), zeros)
+            unfiltered = SamplingRows.empty(len(rows))._replace(temperature=temperature)
+            stats = backend.filter_rows(rows, unfiltered)
             tokens = proposal.tokens.flatten().long().clamp(0, rows.shape[1] - 1)[:, None]
             log_probs = rows.gather(1, tokens)[:, 0] / temperature - stats[:, 2]
             proposal = replace(
@@ -548,11 +548,9 @@ def one_stream_for_draft_and_residual(engine: Engine, patch: pytest.MonkeyPatch)
     decoder = engine._drafter.runner.decoder
     backend = decoder.backend
 
-    def mutant(
-        logits: Tensor, stats: Tensor, temperature: Tensor, seeds: Tensor, position: Tensor, *_: Any
-    ) -> Any:
+    def mutant(logits: Tensor, stats: Tensor, rows: SamplingRows, position: Tensor, *_: Any) -> Any:
         base = torch.zeros_like(position)
-        return backend.sample_rows(logits, stats, temperature, seeds, position, rng.STREAM_TARGET, base)
+        return backend.sample_rows(logits, stats, rows, position, rng.STREAM_TARGET, base)
 
     patch.setattr(decoder, "backend", MutantBackend(backend, sample_rows=mutant))
 

@@ -73,9 +73,7 @@ struct Draw {
   // Tiles in order of id: a later winner must be strictly better.
   void finish(int64_t r) const {
     if (kept[r] != nullptr) {
-      const FilteredDraw drawn =
-          draw_filtered(kept[r], vocab, draws.rows.temperature[r], draws.rows.top_k[r],
-                        draws.rows.top_p[r], draws.rows.min_p[r], key(r));
+      const FilteredDraw drawn = draw_filtered(kept[r], vocab, draws.rows, r, key(r));
       draws.tokens[r] = drawn.token;
       draws.error[r] = drawn.is_bad ? 1 : 0;
       return;

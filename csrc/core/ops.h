@@ -117,21 +117,20 @@ struct LogitRows {
 
 enum StatsColumn { kStatMaximum, kStatThreshold, kStatLogNormaliser, kStatError, kNumStats };
 
-// The target's draw at one row of logits as filter_rows and sample_rows make it, and whether the
+// The target's draw at row r of `rows` as filter_rows and sample_rows make it, and whether the
 // row is bad.
 struct FilteredDraw {
   int32_t token;
   bool is_bad;
 };
-FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
-                           float top_p, float min_p, const NoiseKey& key);
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, const SamplingRows& rows, int64_t r,
+                           const NoiseKey& key);
 
-void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
-                 const float* top_p, const float* min_p, float* stats);
+void filter_rows(const LogitRows& logits, const SamplingRows& rows, float* stats);
 
-void sample_rows(const LogitRows& logits, const float* stats, const float* temperature,
-                 const int64_t* seeds, const int32_t* positions, uint32_t stream,
-                 const int32_t* round_base, int32_t* tokens, float* log_probs);
+void sample_rows(const LogitRows& logits, const float* stats, const SamplingRows& rows,
+                 const int32_t* positions, uint32_t stream, const int32_t* round_base,
+                 int32_t* tokens, float* log_probs);
 
 // What every verification reads and writes. Each judges the running sequences of its own rule.
 struct VerifyCall {

@@ -109,12 +109,16 @@ float row_threshold(RowView row, float maximum, int64_t top_k, float top_p, floa
   return threshold;
 }
 
-void filter_row(RowView row, bool is_greedy, int64_t top_k, float top_p, float min_p,
+void filter_row(const float* logits, int64_t vocab, const SamplingRows& rows, int64_t r,
                 float* stats) {
   const Kernels& isa = kernels();
+  const bool is_greedy = !(rows.temperature[r] > 0.0f);
+  RowView row = unfiltered(logits, vocab, rows.temperature[r]);
   const auto [maximum, has_nan] = isa.row_maximum(row);
   const bool is_bad = has_nan || maximum == kNegativeInfinity;
-  if (!is_greedy && !is_bad) row.threshold = row_threshold(row, maximum, top_k, top_p, min_p);
+  if (!is_greedy && !is_bad) {
+    row.threshold = row_threshold(row, maximum, rows.top_k[r], rows.top_p[r], rows.min_p[r]);
+  }
   stats[kStatMaximum] = maximum;
   stats[kStatThreshold] = row.threshold;
   stats[kStatLogNormaliser] = maximum == kNegativeInfinity
@@ -229,35 +233,33 @@ int32_t draw_next(const Sequence& sequence, int64_t i) {
 
 }  // namespace
 
-FilteredDraw draw_filtered(const float* logits, int64_t vocab, float temperature, int64_t top_k,
-                           float top_p, float min_p, const NoiseKey& key) {
+FilteredDraw draw_filtered(const float* logits, int64_t vocab, const SamplingRows& rows, int64_t r,
+                           const NoiseKey& key) {
+  const float temperature = rows.temperature[r];
   const bool is_greedy = !(temperature > 0.0f);
   float stats[kNumStats];
-  filter_row(unfiltered(logits, vocab, temperature), is_greedy, top_k, top_p, min_p, stats);
+  filter_row(logits, vocab, rows, r, stats);
   return {draw(filtered(logits, vocab, temperature, stats), is_greedy, key),
           stats[kStatError] != 0.0f};
 }
 
-void filter_rows(const LogitRows& logits, const float* temperature, const int32_t* top_k,
-                 const float* top_p, const float* min_p, float* stats) {
-  parallel_for(logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits,
-               [&](int64_t r) {
-                 const bool is_greedy = !(temperature[r] > 0.0f);
-                 filter_row(unfiltered(logits.row(r), logits.vocab, temperature[r]), is_greedy,
-                            top_k[r], top_p[r], min_p[r], stats + r * kNumStats);
-               });
+void filter_rows(const LogitRows& logits, const SamplingRows& rows, float* stats) {
+  parallel_for(
+      logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits,
+      [&](int64_t r) { filter_row(logits.row(r), logits.vocab, rows, r, stats + r * kNumStats); });
 }
 
-void sample_rows(const LogitRows& logits, const float* stats, const float* temperature,
-                 const int64_t* seeds, const int32_t* positions, uint32_t stream,
-                 const int32_t* round_base, int32_t* tokens, float* log_probs) {
+void sample_rows(const LogitRows& logits, const float* stats, const SamplingRows& rows,
+                 const int32_t* positions, uint32_t stream, const int32_t* round_base,
+                 int32_t* tokens, float* log_probs) {
   parallel_for(
       logits.num_rows, logits.num_rows * logits.vocab >= kMinParallelLogits, [&](int64_t r) {
+        const float temperature = rows.temperature[r];
         const RowView row =
-            filtered(logits.row(r), logits.vocab, temperature[r], stats + r * kNumStats);
-        const bool is_greedy = !(temperature[r] > 0.0f);
+            filtered(logits.row(r), logits.vocab, temperature, stats + r * kNumStats);
+        const bool is_greedy = !(temperature > 0.0f);
         tokens[r] = draw(row, is_greedy,
-                         {static_cast<uint64_t>(seeds[r]), static_cast<uint32_t>(positions[r]),
+                         {static_cast<uint64_t>(rows.seeds[r]), static_cast<uint32_t>(positions[r]),
                           stream, static_cast<uint32_t>(round_base[r])});
         log_probs[r] = is_greedy ? 0.0f : scaled_at(row, tokens[r]) - row.log_normaliser;
       });

@@ -128,32 +128,19 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
                                         const std::optional<Tensor>& scale,
                                         const std::optional<Tensor>& bias, int64_t in_features,
                                         int64_t out_features, int64_t vocab_size,
-                                        const Tensor& temperature, const Tensor& top_k,
-                                        const Tensor& top_p, const Tensor& min_p,
-                                        const Tensor& seeds, const Tensor& positions) {
+                                        const RowTensors& rows, const Tensor& positions) {
   const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   check_vocab_size(vocab_size, out_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t count = hidden.size(0);
-  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
-  const Tensor k = small_input(top_k, "top_k", at::kInt, {count});
-  const Tensor p = small_input(top_p, "top_p", at::kFloat, {count});
-  const Tensor m = small_input(min_p, "min_p", at::kFloat, {count});
-  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
-  const Tensor places = small_input(positions, "positions", at::kInt, {count});
-  SamplingRows rows{};
-  rows.temperature = t.data_ptr<float>();
-  rows.top_k = k.data_ptr<int32_t>();
-  rows.top_p = p.data_ptr<float>();
-  rows.min_p = m.data_ptr<float>();
-  rows.seeds = keys.data_ptr<int64_t>();
+  const RowInputs judged_by(rows, count);
+  const IntInput places(positions, "positions", count);
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor error = at::empty({count}, at::kInt);
   const ReleaseGil released;
-  head_draw(
-      hidden.data_ptr<float>(), count, norm, weight, vocab_size,
-      {rows, places.data_ptr<int32_t>(), tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
+  head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
+            {*judged_by, places.data(), tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
   return {tokens, error};
 }
 
@@ -247,18 +234,12 @@ Tensor paged_attention_op(const Tensor& query, const Tensor& kv_cache, const Ten
   return out;
 }
 
-Tensor filter_rows_op(const Tensor& logits, const Tensor& temperature, const Tensor& top_k,
-                      const Tensor& top_p, const Tensor& min_p) {
-  const LogitRows rows = logit_rows(logits, "logits");
-  const int64_t count = rows.num_rows;
-  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
-  const Tensor k = small_input(top_k, "top_k", at::kInt, {count});
-  const Tensor p = small_input(top_p, "top_p", at::kFloat, {count});
-  const Tensor m = small_input(min_p, "min_p", at::kFloat, {count});
-  Tensor stats = at::empty({count, kNumStats}, at::kFloat);
+Tensor filter_rows_op(const Tensor& logits, const RowTensors& rows) {
+  const LogitRows target = logit_rows(logits, "logits");
+  const RowInputs judged_by(rows, target.num_rows);
+  Tensor stats = at::empty({target.num_rows, kNumStats}, at::kFloat);
   const ReleaseGil released;
-  filter_rows(rows, t.data_ptr<float>(), k.data_ptr<int32_t>(), p.data_ptr<float>(),
-              m.data_ptr<float>(), stats.data_ptr<float>());
+  filter_rows(target, *judged_by, stats.data_ptr<float>());
   return stats;
 }
 
@@ -284,23 +265,19 @@ Tensor transform_rows_op(const Tensor& logits, const RowTensors& judged_by, cons
 }
 
 std::tuple<Tensor, Tensor> sample_rows_op(const Tensor& logits, const Tensor& stats,
-                                          const Tensor& temperature, const Tensor& seeds,
-                                          const Tensor& positions, int64_t stream,
-                                          const Tensor& round_base) {
-  const LogitRows rows = logit_rows(logits, "logits");
-  const int64_t count = rows.num_rows;
+                                          const RowTensors& rows, const Tensor& positions,
+                                          int64_t stream, const Tensor& round_base) {
+  const LogitRows target = logit_rows(logits, "logits");
+  const int64_t count = target.num_rows;
   const Tensor s = small_input(stats, "stats", at::kFloat, {count, kNumStats});
-  const Tensor t = small_input(temperature, "temperature", at::kFloat, {count});
-  const Tensor keys = small_input(seeds, "seeds", at::kLong, {count});
-  const Tensor places = small_input(positions, "positions", at::kInt, {count});
-  const Tensor bases = small_input(round_base, "round_base", at::kInt, {count});
+  const RowInputs judged_by(rows, count);
+  const IntInput places(positions, "positions", count), bases(round_base, "round_base", count);
   if (stream < 0 || stream > INT32_MAX) fail("stream: ", stream, " is no stream of specengine.rng");
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor log_probs = at::empty({count}, at::kFloat);
   const ReleaseGil released;
-  sample_rows(rows, s.data_ptr<float>(), t.data_ptr<float>(), keys.data_ptr<int64_t>(),
-              places.data_ptr<int32_t>(), static_cast<uint32_t>(stream), bases.data_ptr<int32_t>(),
-              tokens.data_ptr<int32_t>(), log_probs.data_ptr<float>());
+  sample_rows(target, s.data_ptr<float>(), *judged_by, places.data(), static_cast<uint32_t>(stream),
+              bases.data(), tokens.data_ptr<int32_t>(), log_probs.data_ptr<float>());
   return {tokens, log_probs};
 }
 

@@ -22,13 +22,6 @@ def check_head(hidden: Tensor, weight: PackedLinear, vocab_size: int) -> int:
     return -(-vocab_size // TILE_TOKENS)
 
 
-def check_rows(count: int, **vectors: Tensor) -> None:
-    """Raises `ValueError` naming the first of the vectors that is not a contiguous `[count]`."""
-    for name, vector in vectors.items():
-        if vector.shape != (count,) or not vector.is_contiguous():
-            raise ValueError(f"{name}: expected contiguous [{count}], got {list(vector.shape)}")
-
-
 @triton.jit
 def logit_tile(
     hidden_ptr,

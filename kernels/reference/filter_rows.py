@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.statistics import STAT_LOG_NORMALISER, STAT_THRESHOLD
 
 
@@ -19,21 +20,23 @@ def scale_rows(logits: Tensor, temperature: Tensor) -> Tensor:
     return sanitise(logits / divisor.to(logits.dtype)[:, None])
 
 
-def filter_rows(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+def filter_rows(logits: Tensor, rows: SamplingRows) -> Tensor:
     """Each row's filtered distribution as (max, threshold, log-normaliser, error).
 
     Token v is kept iff z_v / T >= threshold (ties at the threshold are kept), and its log-probability is
     z_v / T - log-normaliser. The order is temperature, top-k, top-p (on the mass top-k kept, the smallest
     set of the most likely tokens that reaches top_p), min-p (p_v >= min_p * p_max).
 
-    logits:      `[R, V]` fp32, pad columns -inf; not written
-    temperature: `[R]` fp32; 0 means greedy: no filter, T = 1 in the statistics
-    top_k:       `[R]` int32, 0 = off
-    top_p:       `[R]` fp32 in (0, 1], 1 = off
-    min_p:       `[R]` fp32 in [0, 1], 0 = off
-    returns      `[R, 4]` fp32: max, threshold (-inf = keep all), log-normaliser, error (1 where the row
+    logits:  `[R, V]` fp32, pad columns -inf; not written
+    rows:    `[R]`, of which are read
+             temperature: 0 means greedy: no filter, T = 1 in the statistics
+             top_k:       0 = off
+             top_p:       in (0, 1], 1 = off
+             min_p:       in [0, 1], 0 = off
+    returns  `[R, 4]` fp32: max, threshold (-inf = keep all), log-normaliser, error (1 where the row
                  holds a NaN or nothing finite, else 0)
     """
+    temperature = rows.temperature
     scaled = scale_rows(logits, temperature)
     is_bad = torch.isnan(logits).any(dim=-1) | (scaled == float("-inf")).all(dim=-1)
     maximum = scaled.max(dim=-1).values
@@ -42,7 +45,7 @@ def filter_rows(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     for row in range(logits.shape[0]):
         if temperature[row] > 0 and not is_bad[row]:
             threshold[row] = _row_threshold(
-                descending[row], int(top_k[row]), float(top_p[row]), float(min_p[row])
+                descending[row], int(rows.top_k[row]), float(rows.top_p[row]), float(rows.min_p[row])
             )
     kept = scaled.masked_fill(scaled < threshold[:, None], float("-inf"))
     log_normaliser = torch.logsumexp(kept.double(), dim=-1).to(logits.dtype)

@@ -10,6 +10,7 @@ from specengine.kernels.reference.filter_rows import filter_rows
 from specengine.kernels.reference.head import head
 from specengine.kernels.reference.sample_rows import sample_rows
 from specengine.kernels.types.packed import Norm, PackedLinear
+from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.statistics import STAT_ERROR
 
 
@@ -18,12 +19,10 @@ def head_draw(
     norm: Norm,
     weight: PackedLinear,
     vocab_size: int,
-    temperature: Tensor,
-    top_k: Tensor | None,
-    top_p: Tensor | None,
-    min_p: Tensor | None,
-    seeds: Tensor,
+    rows: SamplingRows,
     positions: Tensor,
+    *,
+    has_filters: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """argmax_v(z_v / T + g_v) with the target's noise over the kept v, z = LayerNorm(hidden) W^T; greedy: argmax z.
 
@@ -31,18 +30,13 @@ def head_draw(
 
     hidden:      `[R, D]` fp32
     weight:      D -> at least vocab_size
-    temperature: `[R]` fp32, 0 = greedy
-    top_k, top_p, min_p: `[R]` int32, fp32, fp32, as in `filter_rows`; None, all three, where no row has a filter
-    seeds:       `[R]` int64, the bits of the 64-bit seeds
+    rows:        `[R]`, as in `filter_rows` and `sample_rows`
     positions:   `[R]` int32, the absolute position of the token being decided
+    has_filters: False promises that no row has a filter
     returns      tokens `[R]` int32; errors `[R]` int32, 1 where a row holds a NaN or nothing finite
     """
     logits = head(hidden, norm, weight, vocab_size)
-    off = torch.zeros_like(temperature)
-    top_k = off.int() if top_k is None else top_k
-    top_p = off + 1 if top_p is None else top_p
-    min_p = off if min_p is None else min_p
-    stats = filter_rows(logits, temperature, top_k, top_p, min_p)
+    stats = filter_rows(logits, rows if has_filters else rows.without_filters())
     base = torch.zeros_like(positions)
-    tokens, _ = sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
+    tokens, _ = sample_rows(logits, stats, rows, positions, rng.STREAM_TARGET, base)
     return tokens, stats[:, STAT_ERROR].int()

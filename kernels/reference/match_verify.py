@@ -37,8 +37,7 @@ def match_verify(
         drawn, _ = sample_rows(
             logits[of_target],
             stats[of_target],
-            rows.temperature[b].expand(k + 1),
-            rows.seeds[b].expand(k + 1),
+            rows.take(torch.full((k + 1,), b)),
             positions,
             rng.STREAM_TARGET,
             torch.zeros_like(positions),

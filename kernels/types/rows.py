@@ -50,6 +50,14 @@ class SamplingRows(NamedTuple):
         )
         return cls(*made)
 
+    def without_filters(self) -> SamplingRows:
+        """The same rows with top-k, top-p and min-p off."""
+        return self._replace(
+            top_k=torch.zeros_like(self.top_k),
+            top_p=torch.ones_like(self.top_p),
+            min_p=torch.zeros_like(self.min_p),
+        )
+
     def take(self, index: Tensor | slice) -> SamplingRows:
         """Some of the rows."""
         return SamplingRows(*(values[index] for values in self))

@@ -193,11 +193,10 @@ class _Draft:
         """Each row draws with the noise that its rule asks for."""
         backend, rules = self._runner.backend, self._batch.mode.rules
         judged_by, position = row_keys(backend, draw_keys(self._batch), rows)
-        keys = (judged_by.temperature, judged_by.seeds, position)
 
         def draw(rule: Rule) -> tuple[Tensor, Tensor]:
             base = position - step if rule.reads_law else torch.zeros_like(position)
-            return backend.sample_rows(logits, stats, *keys, rule.draft_stream, base)
+            return backend.sample_rows(logits, stats, judged_by, position, rule.draft_stream, base)
 
         drawn = draw(rules[0])
         for rule in rules[1:]:

@@ -141,7 +141,7 @@ class Backend(Protocol):
     def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor: ...
 
     def head_stats(
-        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, rows: SamplingRows
     ) -> tuple[Tensor, Tensor]: ...
 
     def head_draw(
@@ -150,17 +150,13 @@ class Backend(Protocol):
         norm: Norm,
         weight: PackedLinear,
         vocab_size: int,
-        temperature: Tensor,
-        top_k: Tensor | None,
-        top_p: Tensor | None,
-        min_p: Tensor | None,
-        seeds: Tensor,
+        rows: SamplingRows,
         positions: Tensor,
+        *,
+        has_filters: bool = True,
     ) -> tuple[Tensor, Tensor]: ...
 
-    def filter_rows(
-        self, logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor
-    ) -> Tensor: ...
+    def filter_rows(self, logits: Tensor, rows: SamplingRows) -> Tensor: ...
 
     def transform_rows(
         self,
@@ -177,8 +173,7 @@ class Backend(Protocol):
         self,
         logits: Tensor,
         stats: Tensor,
-        temperature: Tensor,
-        seeds: Tensor,
+        rows: SamplingRows,
         positions: Tensor,
         stream: int,
         round_base: Tensor,

@@ -49,7 +49,7 @@ class Interpreter:
         head = (hidden, program.final_norm, program.head, vocab_size)
         if keys.has_filters or keys.transforms is not None:
             return self._judge(ops.head(*head, **_padding(batch.num_logit_rows)), batch, keys, rows)
-        logits, stats = ops.head_stats(*head, rows.temperature, **_padding(batch.num_logit_rows))
+        logits, stats = ops.head_stats(*head, rows, **_padding(batch.num_logit_rows))
         return JudgedLogits(logits, logits, stats)
 
     def draw(
@@ -62,12 +62,10 @@ class Interpreter:
         padding = _padding(batch.num_logit_rows)
         if keys.transforms is not None:
             judged = self._judge(ops.head(*head, **padding), batch, keys, rows)
-            noise = (rows.seeds, positions, STREAM_TARGET, torch.zeros_like(positions))
-            tokens, _ = ops.sample_rows(judged.logits, judged.stats, rows.temperature, *noise, **padding)
+            drawn = (rows, positions, STREAM_TARGET, torch.zeros_like(positions))
+            tokens, _ = ops.sample_rows(judged.logits, judged.stats, *drawn, **padding)
             return tokens, judged.stats[:, STAT_ERROR].int()
-        filters = rows[1:4] if keys.has_filters else (None, None, None)
-        drawn = (rows.temperature, *filters, rows.seeds, positions)
-        return ops.head_draw(*head, *drawn, **padding)
+        return ops.head_draw(*head, rows, positions, has_filters=keys.has_filters, **padding)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
         return None
@@ -80,7 +78,7 @@ class Interpreter:
         if keys.transforms is not None:
             where = (batch.slots, batch.q_start, batch.positions, batch.logit_rows)
             logits = ops.transform_rows(raw, keys.rows, *where, keys.transforms, **padding)
-        return JudgedLogits(raw, logits, ops.filter_rows(logits, *rows[:4], **padding))
+        return JudgedLogits(raw, logits, ops.filter_rows(logits, rows, **padding))
 
     def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         hidden = self._run_layers(batch, kv_cache)

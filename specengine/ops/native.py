@@ -30,6 +30,7 @@ from specengine.kernels.types.program import (
     Program,
 )
 from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.threads import default_num_threads
 from specengine.weight_formats import INT8, WeightFormat
 
@@ -150,10 +151,10 @@ class NativeBackend:
         return self._ops.head(hidden, *_layer_arguments(norm, weight), vocab_size)
 
     def head_stats(
-        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, temperature: Tensor
+        self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, rows: SamplingRows
     ) -> tuple[Tensor, Tensor]:
         logits = self.head(hidden, norm, weight, vocab_size)
-        return logits, self.filter_rows(logits, temperature, *_no_filters(temperature))
+        return logits, self.filter_rows(logits, rows.without_filters())
 
     def head_draw(
         self,
@@ -161,19 +162,13 @@ class NativeBackend:
         norm: Norm,
         weight: PackedLinear,
         vocab_size: int,
-        temperature: Tensor,
-        top_k: Tensor | None,
-        top_p: Tensor | None,
-        min_p: Tensor | None,
-        seeds: Tensor,
+        rows: SamplingRows,
         positions: Tensor,
+        *,
+        has_filters: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        layer = _layer_arguments(norm, weight)
-        if top_k is None or top_p is None or min_p is None:
-            top_k, top_p, min_p = _no_filters(temperature)
-        return self._ops.head_draw(
-            hidden, *layer, vocab_size, temperature, top_k, top_p, min_p, seeds, positions
-        )
+        # Where a row has none it is left to find that out: a look at three numbers.
+        return self._ops.head_draw(hidden, *_layer_arguments(norm, weight), vocab_size, rows, positions)
 
     def compile(self, program: Program) -> NativeExecutor:
         return NativeExecutor(program, self._ops)
@@ -218,7 +213,7 @@ class NativeExecutor:
         if keys.transforms is not None:
             logits = self._ops.transform_rows(raw, keys.rows, batch.slots, *where, keys.transforms)
         rows, _ = row_keys(keys.rows, *where)
-        return JudgedLogits(raw, logits, self._ops.filter_rows(logits, *rows[:4]))
+        return JudgedLogits(raw, logits, self._ops.filter_rows(logits, rows))
 
     def draw(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -231,12 +226,6 @@ class NativeExecutor:
     ) -> tuple[Tensor, Tensor]:
         where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
         return self._decoder.draft(*where, kv_cache, vocab_size, keys.rows, keys.transforms)
-
-
-def _no_filters(temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """top_k, top_p and min_p of rows without filters."""
-    off = torch.zeros_like(temperature)
-    return off.int(), off + 1, off
 
 
 def _batch_arguments(

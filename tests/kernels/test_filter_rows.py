@@ -21,6 +21,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 # temperature, top_k, top_p, min_p
@@ -44,13 +45,13 @@ SETTINGS = [
 FEW_SETTINGS = [*SETTINGS[:2], SETTINGS[3], SETTINGS[5], SETTINGS[10]]
 
 
-def columns(settings: list[tuple[float, int, float, float]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def columns(settings: list[tuple[float, int, float, float]]) -> SamplingRows:
     temperature, top_k, top_p, min_p = zip(*settings, strict=True)
-    return (
-        torch.tensor(temperature, dtype=torch.float32),
-        torch.tensor(top_k, dtype=torch.int32),
-        torch.tensor(top_p, dtype=torch.float32),
-        torch.tensor(min_p, dtype=torch.float32),
+    return SamplingRows.empty(len(settings))._replace(
+        temperature=torch.tensor(temperature, dtype=torch.float32),
+        top_k=torch.tensor(top_k, dtype=torch.int32),
+        top_p=torch.tensor(top_p, dtype=torch.float32),
+        min_p=torch.tensor(min_p, dtype=torch.float32),
     )
 
 
@@ -74,13 +75,12 @@ def exact_law(scaled: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
 
 
 def check_total_variation(op, logits: Tensor, settings: list[tuple[float, int, float, float]]) -> None:
-    temperature, top_k, top_p, min_p = columns(settings)
-    stats = op(logits, temperature, top_k, top_p, min_p)
-    for row in range(logits.shape[0]):
-        if temperature[row] == 0:
+    stats = op(logits, columns(settings))
+    for row, (temperature, *filters) in enumerate(settings):
+        if temperature == 0:
             continue
-        scaled = logits[row] / temperature[row]
-        exact = exact_law(scaled, int(top_k[row]), float(top_p[row]), float(min_p[row]))
+        scaled = logits[row] / torch.tensor(temperature)
+        exact = exact_law(scaled, *filters)
         law = torch.where(scaled >= stats[row, 1], (scaled.double() - stats[row, 2].double()).exp(), 0.0)
         distance = 0.5 * float((law - exact).abs().sum())
         # The normaliser is one fp32 number: its rounding is the only error allowed.
@@ -93,8 +93,8 @@ def check_against_reference(
     """Maximum, threshold and error bit for bit, the normaliser up to one rounding; returns the statistics."""
     before = logits.clone()
     arguments = columns(settings)
-    stats = op(logits, *arguments)
-    expected = reference.filter_rows(logits, *arguments)
+    stats = op(logits, arguments)
+    expected = reference.filter_rows(logits, arguments)
     assert torch.equal(stats[:, [0, 1, 3]], expected[:, [0, 1, 3]]), (stats, expected)
     assert torch.allclose(stats[:, 2], expected[:, 2], rtol=1.2e-7, atol=atol), (stats, expected)
     assert torch.equal(logits.nan_to_num(nan=7.0), before.nan_to_num(nan=7.0))
@@ -128,7 +128,7 @@ def test_ties_at_the_threshold_are_kept_together(ops: Backend, vocab_size: int) 
     check_total_variation(ops.filter_rows, logits, settings)
     arguments = columns(settings)
     assert torch.equal(
-        ops.filter_rows(logits, *arguments)[:, 1], reference.filter_rows(logits, *arguments)[:, 1]
+        ops.filter_rows(logits, arguments)[:, 1], reference.filter_rows(logits, arguments)[:, 1]
     )
 
 
@@ -181,15 +181,13 @@ def test_a_row_keeps_its_bits_whatever_is_filtered_with_it(every_ops: Backend) -
     is_native = every_ops is NATIVE
     num_rows, vocab_size = (64, 2000) if is_native else (3, 200)
     settings = [SETTINGS[(i + 2) % len(SETTINGS)] for i in range(num_rows)]
-    packed = torch.stack([column.double() for column in columns(settings)], dim=1)
+    packed = torch.tensor(settings, dtype=torch.float64)
     logits = random_logits(num_rows, vocab_size)
 
     def op(rows: Tensor) -> Tensor:
         """The settings travel as the first four columns of the rows."""
-        temperature, top_k, top_p, min_p = rows[:, :4].T.double().contiguous().unbind()
-        return every_ops.filter_rows(
-            rows[:, 4:].float().contiguous(), temperature.float(), top_k.int(), top_p.float(), min_p.float()
-        )
+        settings = [(each[0], int(each[1]), each[2], each[3]) for each in rows[:, :4].tolist()]
+        return every_ops.filter_rows(rows[:, 4:].float().contiguous(), columns(settings))
 
     assert_row_invariant(op, torch.cat((packed, logits.double()), dim=1), is_thorough=is_native)
 
@@ -197,31 +195,29 @@ def test_a_row_keeps_its_bits_whatever_is_filtered_with_it(every_ops: Backend) -
 def test_rows_need_not_be_adjacent(ops: Backend) -> None:
     logits = random_logits(6, 300)
     arguments = columns(SETTINGS[:3])
-    expected = ops.filter_rows(logits[::2].contiguous(), *arguments)
-    assert torch.equal(ops.filter_rows(logits[::2], *arguments), expected)
-    assert torch.equal(
-        ops.filter_rows(random_logits(6, 310)[::2, :300], *arguments).isnan(), expected.isnan()
-    )
+    expected = ops.filter_rows(logits[::2].contiguous(), arguments)
+    assert torch.equal(ops.filter_rows(logits[::2], arguments), expected)
+    assert torch.equal(ops.filter_rows(random_logits(6, 310)[::2, :300], arguments).isnan(), expected.isnan())
     with pytest.raises(ValueError, match="logits: expected"):
-        ops.filter_rows(logits.T, *columns(SETTINGS[:1] * 300))
+        ops.filter_rows(logits.T, columns(SETTINGS[:1] * 300))
     with pytest.raises(ValueError, match="top_k: expected"):
-        ops.filter_rows(logits, torch.ones(6), torch.zeros(6).long(), torch.ones(6), torch.zeros(6))
+        ops.filter_rows(logits, SamplingRows.empty(6)._replace(top_k=torch.zeros(6).long()))
 
 
 @pytest.mark.parametrize(
     "fault", ["top_p on unfiltered mass", "top_k off by one", "min_p of the raw temperature"]
 )
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-        off = torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p)
+    def faulty(logits: Tensor, rows: SamplingRows) -> Tensor:
         if fault == "top_k off by one":
-            return ops.filter_rows(logits, temperature, torch.where(top_k > 0, top_k + 1, 0), top_p, min_p)
+            one_more = torch.where(rows.top_k > 0, rows.top_k + 1, 0)
+            return ops.filter_rows(logits, rows._replace(top_k=one_more))
         if fault == "min_p of the raw temperature":
-            return ops.filter_rows(logits, temperature, top_k, top_p, min_p * 0.5)
-        stats = ops.filter_rows(logits, temperature, top_k, off[1], min_p)
-        alone = ops.filter_rows(logits, temperature, off[0], top_p, off[2])
+            return ops.filter_rows(logits, rows._replace(min_p=rows.min_p * 0.5))
+        stats = ops.filter_rows(logits, rows._replace(top_p=torch.ones_like(rows.top_p)))
+        alone = ops.filter_rows(logits, rows.without_filters()._replace(top_p=rows.top_p))
         threshold = torch.maximum(stats[:, 1], alone[:, 1])
-        scaled = logits / temperature.clamp_min(1e-9)[:, None]
+        scaled = logits / rows.temperature.clamp_min(1e-9)[:, None]
         stats[:, 2] = scaled.masked_fill(scaled < threshold[:, None], NEGATIVE_INFINITY).logsumexp(-1)
         stats[:, 1] = threshold
         return stats
@@ -280,11 +276,11 @@ def test_samples_that_mislead(monkeypatch: pytest.MonkeyPatch, kernel: ModuleTyp
 @pytest.mark.usefixtures("filled_memory")
 def test_padded_rows_are_left_alone() -> None:
     logits, arguments = random_logits(4, 200), columns(SETTINGS[2:6])
-    whole = TRITON.filter_rows(logits, *arguments)
+    whole = TRITON.filter_rows(logits, arguments)
     logits[2:] = float("inf")
     num_rows = torch.tensor([2], dtype=torch.int32, device=DEVICE)
     for _ in range(2):
-        stats = TRITON.filter_rows(logits, *arguments, num_rows=num_rows)
+        stats = TRITON.filter_rows(logits, arguments, num_rows=num_rows)
         assert torch.equal(stats[:2], whole[:2])
         assert stats[2:].isnan().all()
 
@@ -311,7 +307,7 @@ def test_a_typical_row_takes_few_passes(monkeypatch: pytest.MonkeyPatch, kernel:
         ((0.8, 0, 0.95, 0.0), [50257, 50257, 4096]),
     ]:
         lengths.clear()
-        TRITON.filter_rows(peaked, *columns([setting]))
+        TRITON.filter_rows(peaked, columns([setting]))
         assert lengths == expected, setting
 
 

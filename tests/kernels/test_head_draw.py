@@ -11,6 +11,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.statistics import STAT_ERROR
 from specengine.ops.backend import Backend
 
@@ -19,7 +20,7 @@ WIDTH = 48
 HeadDraw = Callable[..., tuple[Tensor, Tensor]]
 
 
-def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, ...]:
+def keys(num_rows: int, *, seed: int = 0) -> tuple[SamplingRows, Tensor]:
     """Temperatures (every third row greedy), filters (none on every second row), seeds of all 64 bits, positions."""
     generator = torch.Generator().manual_seed(seed)
     temperature = torch.rand(num_rows, generator=generator) + 0.3
@@ -31,26 +32,20 @@ def keys(num_rows: int, *, seed: int = 0) -> tuple[Tensor, ...]:
     top_k[1::6], top_p[1::6], min_p[3::8] = 0, 1.0, 0.0
     seeds = torch.randint(-(2**63), 2**63 - 1, (num_rows,), generator=generator)
     positions = torch.randint(0, 2**20, (num_rows,), generator=generator).int()
-    return temperature, top_k, top_p, min_p, seeds, positions
-
-
-def without_filters(drawn: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
-    temperature, *_, seeds, positions = drawn
-    return temperature, None, None, None, seeds, positions
+    rows = SamplingRows.empty(num_rows)._replace(
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seeds=seeds
+    )
+    return rows, positions
 
 
 def draw_from_logits(
-    ops: Backend, hidden: Tensor, layer: Layer, vocab_size: int, *drawn: Tensor
+    ops: Backend, hidden: Tensor, layer: Layer, vocab_size: int, rows: SamplingRows, positions: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The three ops that head_draw replaces."""
-    temperature, *filters, seeds, positions = drawn
-    if filters[0] is None:
-        off = torch.zeros_like(temperature)
-        filters = [off.int(), off + 1, off]
     logits = ops.head(hidden, layer.norm, layer.packed, vocab_size)
-    stats = ops.filter_rows(logits, temperature, *filters)
+    stats = ops.filter_rows(logits, rows)
     base = torch.zeros_like(positions)
-    tokens, _ = ops.sample_rows(logits, stats, temperature, seeds, positions, rng.STREAM_TARGET, base)
+    tokens, _ = ops.sample_rows(logits, stats, rows, positions, rng.STREAM_TARGET, base)
     return tokens, stats[:, STAT_ERROR].int()
 
 
@@ -64,11 +59,12 @@ def check_bits(
     op: HeadDraw | None = None,
 ) -> None:
     layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False, ops=ops)
-    hidden, drawn = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
+    hidden, (rows, positions) = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
     if not has_filters:
-        drawn = without_filters(drawn)
-    tokens, error = (op or ops.head_draw)(hidden, layer.norm, layer.packed, vocab_size, *drawn)
-    expected, _ = draw_from_logits(ops, hidden, layer, vocab_size, *drawn)
+        rows = rows.without_filters()
+    head = (hidden, layer.norm, layer.packed, vocab_size)
+    tokens, error = (op or ops.head_draw)(*head, rows, positions, has_filters=has_filters)
+    expected, _ = draw_from_logits(ops, hidden, layer, vocab_size, rows, positions)
     assert torch.equal(tokens, expected)
     assert not error.any()
 
@@ -101,11 +97,12 @@ def test_large_vocabularies(vocab_size: int) -> None:
 def test_the_draws_of_the_reference(ops: Backend, has_filters: bool) -> None:
     layer = random_layer(WIDTH, 700, torch.float32, has_bias=False, ops=ops)
     count = 64 if ops is NATIVE else 17
-    hidden, drawn = random_rows(count, WIDTH), keys(count)
-    if not has_filters:
-        drawn = without_filters(drawn)
-    tokens, error = ops.head_draw(hidden, layer.norm, layer.packed, 699, *drawn)
-    exact, exact_error = reference.head_draw(hidden.double(), layer.norm, layer.plain, 699, *drawn)
+    hidden, (rows, positions) = random_rows(count, WIDTH), keys(count)
+    drawn = (rows if has_filters else rows.without_filters(), positions)
+    tokens, error = ops.head_draw(hidden, layer.norm, layer.packed, 699, *drawn, has_filters=has_filters)
+    exact, exact_error = reference.head_draw(
+        hidden.double(), layer.norm, layer.plain, 699, *drawn, has_filters=has_filters
+    )
     assert torch.equal(tokens, exact), "no two tokens of these rows are closer than fp32 can tell"
     assert torch.equal(error, exact_error)
 
@@ -115,10 +112,10 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
     layer = random_layer(WIDTH, 3000, torch.bfloat16, has_bias=False)
     hidden, drawn = random_rows(64, WIDTH), keys(64)
     together, _ = NATIVE.head_draw(hidden, layer.norm, layer.packed, 3000, *drawn)
-    for rows in ([5], [63, 0], list(range(9)), list(range(63, -1, -1))):
-        chosen = [each[rows].contiguous() for each in (hidden, *drawn)]
-        tokens, _ = NATIVE.head_draw(chosen[0], layer.norm, layer.packed, 3000, *chosen[1:])
-        assert torch.equal(tokens, together[rows])
+    for chosen in ([5], [63, 0], list(range(9)), list(range(63, -1, -1))):
+        some = (drawn[0].take(torch.tensor(chosen)), drawn[1][chosen].contiguous())
+        tokens, _ = NATIVE.head_draw(hidden[chosen].contiguous(), layer.norm, layer.packed, 3000, *some)
+        assert torch.equal(tokens, together[chosen])
     for count in (1, 2, 3):
         with native_threads(count):
             assert torch.equal(NATIVE.head_draw(hidden, layer.norm, layer.packed, 3000, *drawn)[0], together)
@@ -127,13 +124,16 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it() -> None:
 @pytest.mark.triton
 def test_padded_rows_are_left_alone_and_keys_return_to_zero() -> None:
     layer = random_layer(WIDTH, 300, torch.float32, has_bias=False, ops=TRITON)
-    hidden, drawn = random_rows(20, WIDTH), without_filters(keys(20))
+    hidden, (rows, positions) = random_rows(20, WIDTH), keys(20)
     limit = torch.tensor([5], dtype=torch.int32)
-    few = [None if each is None else each[:5] for each in drawn]
+    drawn, few = (rows, positions), (rows.take(slice(5)), positions[:5])
+    off = {"has_filters": False}
     poisoned = torch.cat((hidden[:5], torch.full_like(hidden[5:], float("nan"))))
     for _ in range(2):
-        tokens, error = TRITON.head_draw(poisoned, layer.norm, layer.packed, 300, *drawn, num_rows=limit)
-        expected, _ = TRITON.head_draw(hidden[:5], layer.norm, layer.packed, 300, *few)
+        tokens, error = TRITON.head_draw(
+            poisoned, layer.norm, layer.packed, 300, *drawn, **off, num_rows=limit
+        )
+        expected, _ = TRITON.head_draw(hidden[:5], layer.norm, layer.packed, 300, *few, **off)
         assert torch.equal(tokens[:5], expected)
         assert not error[:5].any()
 
@@ -146,19 +146,18 @@ def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged(every_ops: Backend) -
     hidden = random_rows(4, WIDTH)
     hidden[1] = -hidden[0]  # one of the two has the tie on top
     hidden[2, 3] = float("nan")
-    zero = torch.zeros(4)
-    greedy = (zero, zero.int(), zero + 1, zero, zero.long(), zero.int())
-    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, *greedy)
+    greedy, positions = SamplingRows.empty(4), torch.zeros(4, dtype=torch.int32)
+    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, greedy, positions)
     logits = every_ops.head(hidden, layer.norm, packed, 400)
     assert torch.equal(tokens[:2].long(), logits[:2].argmax(dim=1))
     assert 7 in tokens[:2].tolist()
     assert error.tolist() == [0, 0, 1, 0]
     assert ((tokens >= 0) & (tokens < 400)).all()
-    unfiltered = every_ops.head_draw(hidden, layer.norm, packed, 400, *without_filters(greedy))
+    unfiltered = every_ops.head_draw(hidden, layer.norm, packed, 400, greedy, positions, has_filters=False)
     for ours, theirs in zip(unfiltered, (tokens, error), strict=True):
         assert torch.equal(ours, theirs)
-    filtered = (zero + 1, zero.int() + 1, zero + 1, zero, zero.long(), zero.int())
-    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, *filtered)
+    filtered = greedy._replace(temperature=greedy.temperature + 1, top_k=greedy.top_k + 1)
+    tokens, error = every_ops.head_draw(hidden, layer.norm, packed, 400, filtered, positions)
     assert error.tolist() == [0, 0, 1, 0]
     assert ((tokens >= 0) & (tokens < 400)).all()
 
@@ -174,16 +173,14 @@ def test_a_vocabulary_larger_than_the_head_is_refused(ops: Backend, vocab_size: 
     "fault", ["the noise of the next position", "no top-p", "the noise of one row for all"]
 )
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(hidden, norm, weight, vocab_size, *drawn):
-        temperature, top_k, top_p, min_p, seeds, positions = drawn
+    def faulty(hidden, norm, weight, vocab_size, rows, positions, *, has_filters):
         if fault == "no top-p":
-            top_p = torch.ones_like(top_p)
+            rows = rows._replace(top_p=torch.ones_like(rows.top_p))
         elif fault == "the noise of the next position":
             positions = positions + 1
         else:
-            seeds = seeds[:1].expand_as(seeds).contiguous()
-        given = (temperature, top_k, top_p, min_p, seeds, positions)
-        return ops.head_draw(hidden, norm, weight, vocab_size, *given)
+            rows = rows._replace(seeds=rows.seeds[:1].expand_as(rows.seeds).contiguous())
+        return ops.head_draw(hidden, norm, weight, vocab_size, rows, positions, has_filters=has_filters)
 
     with pytest.raises(AssertionError):
         check_bits(ops, 500, torch.float32, op=faulty)

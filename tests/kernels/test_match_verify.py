@@ -86,8 +86,7 @@ def plain_tokens(case: Case, ops: Backend = NATIVE) -> Tensor:
     tokens, _ = ops.sample_rows(
         case.logits[rows],
         case.stats[rows],
-        case.temperature.repeat_interleave(k + 1),
-        case.seeds.repeat_interleave(k + 1),
+        case.arguments[3].take(torch.arange(count).repeat_interleave(k + 1)),
         positions,
         rng.STREAM_TARGET,
         torch.zeros_like(positions),
@@ -108,8 +107,10 @@ def build_case(count: int, k: int, vocab_size: int, seed: int = 0, spread: float
     row_temperature = torch.ones(logits.shape[0])
     for b in range(count):
         row_temperature[row_start[b] : row_start[b] + num_draft[b] + 1] = temperature[b]
-    off = torch.zeros(logits.shape[0])
-    stats = NATIVE.filter_rows(logits, row_temperature, off.int() + 6, torch.full_like(off, 0.95), off)
+    rows = SamplingRows.empty(logits.shape[0])
+    stats = NATIVE.filter_rows(
+        logits, rows._replace(temperature=row_temperature, top_k=rows.top_k + 6, top_p=rows.top_p * 0.95)
+    )
     case = Case(
         logits,
         stats,

@@ -88,10 +88,15 @@ class Case:
 
 
 def filtered(logits: Tensor, temperature: Tensor, setting: tuple[int, float, float]) -> Tensor:
-    one = torch.ones(logits.shape[0])
+    rows = SamplingRows.empty(logits.shape[0])
+    top_k, top_p, min_p = (torch.full_like(*each) for each in zip(rows[1:4], setting, strict=True))
     return NATIVE.filter_rows(
-        logits, temperature, (one * setting[0]).int(), one * setting[1], one * setting[2]
+        logits, rows._replace(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     )
+
+
+def drawn_by(temperature: Tensor, seeds: Tensor) -> SamplingRows:
+    return SamplingRows.empty(len(seeds))._replace(temperature=temperature, seeds=seeds)
 
 
 def build_case(
@@ -124,8 +129,7 @@ def build_case(
     tokens, log_probs = NATIVE.sample_rows(
         flat,
         draft_stats,
-        flat_temperature,
-        seeds.repeat_interleave(k),
+        drawn_by(flat_temperature, seeds.repeat_interleave(k)),
         positions,
         rng.STREAM_DRAFT,
         seq_len.repeat_interleave(k),
@@ -296,8 +300,7 @@ def test_equal_laws_always_accept(every_ops: Backend) -> None:
     tokens, log_probs = NATIVE.sample_rows(
         draft_logits.flatten(0, 1),
         draft_stats.flatten(0, 1),
-        case.temperature.repeat_interleave(6),
-        case.seeds.repeat_interleave(6),
+        drawn_by(case.temperature.repeat_interleave(6), case.seeds.repeat_interleave(6)),
         positions,
         1,
         case.seq_len.repeat_interleave(6),
@@ -395,7 +398,12 @@ def check_emitted_law(op) -> None:
     seq_len = torch.arange(count).int()
     seeds = random_seeds(1).expand(count)
     tokens, log_probs = NATIVE.sample_rows(
-        draft.expand(count, -1), draft_stats.expand(count, -1), temperature, seeds, seq_len, 1, seq_len
+        draft.expand(count, -1),
+        draft_stats.expand(count, -1),
+        drawn_by(temperature, seeds),
+        seq_len,
+        1,
+        seq_len,
     )
     case = Case(
         target.expand(2, -1),
@@ -440,8 +448,7 @@ def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
             tokens, _ = NATIVE.sample_rows(
                 law.logits[:, 0],
                 law.stats[:, 0].contiguous(),
-                rows.temperature,
-                rows.seeds,
+                rows,
                 drafts.seq_len,
                 rng.STREAM_TARGET,
                 torch.zeros_like(drafts.seq_len),

@@ -24,15 +24,17 @@ from torch import Tensor
 from specengine import rng
 from specengine.kernels import reference
 from specengine.kernels.reference.filter_rows import scale_rows
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 
-def race_scores(logits: Tensor, stats: Tensor, temperature: Tensor, noise: tuple) -> Tensor:
+def race_scores(logits: Tensor, stats: Tensor, rows: SamplingRows, noise: tuple) -> Tensor:
     """z / T + g in float64 over the kept tokens; z of greedy rows."""
+    temperature = rows.temperature
     scaled = scale_rows(logits, temperature)
     kept = scaled.masked_fill(scaled < stats[:, 1, None], NEGATIVE_INFINITY).double()
-    seeds, positions, stream, round_base = noise
-    bits = rng.vocabulary_bits(seeds, positions, stream, round_base, logits.shape[1])
+    positions, stream, round_base = noise
+    bits = rng.vocabulary_bits(rows.seeds, positions, stream, round_base, logits.shape[1])
     return torch.where(temperature[:, None] > 0, kept + rng.gumbel(bits, torch.float64), scaled.double())
 
 
@@ -44,23 +46,25 @@ def assert_wins(tokens: Tensor, scores: Tensor) -> None:
     assert is_won.all(), (tokens[~is_won], chosen[~is_won], best[~is_won])
 
 
-def mixed_case(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor, tuple]:
+def mixed_case(num_rows: int, vocab_size: int) -> tuple[Tensor, Tensor, SamplingRows, tuple]:
     logits = random_logits(num_rows, vocab_size, seed=vocab_size)
-    temperature = torch.tensor([0.0, 1.0, 0.6, 1.4]).repeat(num_rows)[:num_rows]
-    top_k = torch.tensor([0, 0, 20, 3, 0], dtype=torch.int32).repeat(num_rows)[:num_rows]
-    top_p = torch.tensor([1.0, 0.9, 1.0]).repeat(num_rows)[:num_rows]
-    stats = NATIVE.filter_rows(logits, temperature, top_k, top_p, torch.zeros(num_rows))
+    rows = SamplingRows.empty(num_rows)._replace(
+        temperature=torch.tensor([0.0, 1.0, 0.6, 1.4]).repeat(num_rows)[:num_rows],
+        top_k=torch.tensor([0, 0, 20, 3, 0], dtype=torch.int32).repeat(num_rows)[:num_rows],
+        top_p=torch.tensor([1.0, 0.9, 1.0]).repeat(num_rows)[:num_rows],
+        seeds=random_seeds(num_rows),
+    )
+    stats = NATIVE.filter_rows(logits, rows)
     generator = torch.Generator().manual_seed(num_rows)
     positions = torch.randint(0, 2**31 - 1, (num_rows,), generator=generator, dtype=torch.int32)
-    noise = (random_seeds(num_rows), positions, 1, positions.flip(0))
-    return logits, stats, temperature, noise
+    return logits, stats, rows, (positions, 1, positions.flip(0))
 
 
 def check_race(op, num_rows: int, vocab_size: int) -> None:
-    logits, stats, temperature, noise = mixed_case(num_rows, vocab_size)
-    before = logits.clone()
-    tokens, log_probs = op(logits, stats, temperature, *noise)
-    assert_wins(tokens, race_scores(logits, stats, temperature, noise))
+    logits, stats, rows, noise = mixed_case(num_rows, vocab_size)
+    before, temperature = logits.clone(), rows.temperature
+    tokens, log_probs = op(logits, stats, rows, *noise)
+    assert_wins(tokens, race_scores(logits, stats, rows, noise))
     scaled = scale_rows(logits, temperature)
     assert (scaled.gather(1, tokens.long()[:, None])[:, 0] >= stats[:, 1]).all()
     expected = scaled.gather(1, tokens.long()[:, None])[:, 0] - stats[:, 2]
@@ -77,9 +81,9 @@ def test_the_race_is_float64_s(every_ops: Backend, vocab_size: int) -> None:
 @pytest.mark.triton
 def test_triton_draws_what_the_reference_draws() -> None:
     for num_rows, vocab_size in ((24, 300), (4, 8200)):
-        logits, stats, temperature, noise = mixed_case(num_rows, vocab_size)
-        expected, _ = reference.sample_rows(logits, stats, temperature, *noise)
-        tokens, _ = TRITON.sample_rows(logits, stats, temperature, *noise)
+        case = mixed_case(num_rows, vocab_size)
+        expected, _ = reference.sample_rows(*case[:3], *case[3])
+        tokens, _ = TRITON.sample_rows(*case[:3], *case[3])
         assert torch.equal(tokens, expected)
 
 
@@ -88,11 +92,11 @@ def test_peaked_rows_skip_no_winner(every_ops: Backend) -> None:
     count = 200 if every_ops is NATIVE else 8
     for spread in (0.0, 0.1, 1.0, 10.0, 100.0):
         logits = random_logits(count, 1000, seed=int(spread * 10), spread=spread)
-        temperature = torch.ones(count)
-        stats = unfiltered_stats(logits, temperature)
-        noise = (random_seeds(count), torch.arange(count).int(), 0, torch.zeros(count, dtype=torch.int32))
-        tokens, _ = every_ops.sample_rows(logits, stats, temperature, *noise)
-        assert_wins(tokens, race_scores(logits, stats, temperature, noise))
+        rows = SamplingRows.empty(count)._replace(temperature=torch.ones(count), seeds=random_seeds(count))
+        stats = unfiltered_stats(logits, rows.temperature)
+        noise = (torch.arange(count).int(), 0, torch.zeros(count, dtype=torch.int32))
+        tokens, _ = every_ops.sample_rows(logits, stats, rows, *noise)
+        assert_wins(tokens, race_scores(logits, stats, rows, noise))
 
 
 def test_edges(every_ops: Backend) -> None:
@@ -108,10 +112,10 @@ def test_edges(every_ops: Backend) -> None:
     logits[6] = -3e38
     logits[7, 8192:] = NEGATIVE_INFINITY
     for value in (0.0, 1e-3, 1.0, 50.0):
-        temperature = torch.full((8,), value)
-        stats = unfiltered_stats(logits, temperature)
-        seeds, zeros = random_seeds(8), torch.zeros(8, dtype=torch.int32)
-        tokens, _ = every_ops.sample_rows(logits, stats, temperature, seeds, zeros, 0, zeros)
+        rows = SamplingRows.empty(8)._replace(temperature=torch.full((8,), value), seeds=random_seeds(8))
+        stats = unfiltered_stats(logits, rows.temperature)
+        zeros = torch.zeros(8, dtype=torch.int32)
+        tokens, _ = every_ops.sample_rows(logits, stats, rows, zeros, 0, zeros)
         assert tokens[[0, 1]].tolist() == [0, 0]
         assert tokens[2] == 17
         assert tokens[3] == 8192
@@ -128,7 +132,7 @@ def test_ties_go_to_the_lowest_id(every_ops: Backend) -> None:
         logits[row, token:] = 7.0
     zeros = torch.zeros(5, dtype=torch.int32)
     tokens, _ = every_ops.sample_rows(
-        logits, unfiltered_stats(logits, torch.zeros(5)), torch.zeros(5), zeros.long(), zeros, 0, zeros
+        logits, unfiltered_stats(logits, torch.zeros(5)), SamplingRows.empty(5), zeros, 0, zeros
     )
     assert tokens.tolist() == [0, 5, 130, 511, 990]
 
@@ -140,7 +144,8 @@ def test_a_row_keeps_its_draw_whatever_is_drawn_with_it(ops: Backend) -> None:
         temperature = (rows[:, 0].abs() % 1.5).clamp_min(0.1)
         stats = unfiltered_stats(rows, temperature)
         places = (rows[:, 1].abs() * 1000).int()
-        tokens, log_probs = ops.sample_rows(rows, stats, temperature, places.long() << 33, places, 0, places)
+        drawn = SamplingRows.empty(len(rows))._replace(temperature=temperature, seeds=places.long() << 33)
+        tokens, log_probs = ops.sample_rows(rows, stats, drawn, places, 0, places)
         return torch.stack((tokens.double(), log_probs.double()), dim=1)
 
     assert_row_invariant(op, logits)
@@ -158,15 +163,17 @@ def check_distribution(op) -> None:
     num_rows, vocab_size = 40000, 200
     row = random_logits(1, vocab_size, spread=1.5)
     logits = row.expand(num_rows, -1)
-    temperature = torch.full((num_rows,), 0.8)
-    one = NATIVE.filter_rows(
-        row, temperature[:1], torch.tensor([50], dtype=torch.int32), torch.tensor([0.97]), torch.zeros(1)
+    rows = SamplingRows.empty(num_rows)._replace(
+        temperature=torch.full((num_rows,), 0.8),
+        top_k=torch.full((num_rows,), 50, dtype=torch.int32),
+        top_p=torch.full((num_rows,), 0.97),
+        seeds=random_seeds(1).expand(num_rows),
     )
+    one = NATIVE.filter_rows(row, rows.take(slice(1)))
     scaled = (row[0] / 0.8).double()
     law = torch.where(scaled >= one[0, 1].double(), (scaled - one[0, 2].double()).exp(), 0.0)
     positions = torch.arange(num_rows).int()
-    seeds, bases = random_seeds(1).expand(num_rows), torch.zeros_like(positions)
-    tokens, _ = op(logits, one.expand(num_rows, -1), temperature, seeds, positions, 0, bases)
+    tokens, _ = op(logits, one.expand(num_rows, -1), rows, positions, 0, torch.zeros_like(positions))
     freedom = int((law > 0).sum()) - 1
     assert chi_square(tokens, law) < freedom + 6 * math.sqrt(2 * freedom)
 
@@ -177,14 +184,14 @@ def test_draws_follow_the_law() -> None:
 
 @pytest.mark.parametrize("fault", ["filter ignored", "temperature ignored", "noise shared by positions"])
 def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
-    def faulty(logits, stats, temperature, seeds, positions, stream, round_base):
+    def faulty(logits, stats, rows, positions, stream, round_base):
         if fault == "filter ignored":
             stats = stats * torch.tensor([1.0, 1e30, 1.0, 1.0])
         if fault == "temperature ignored":
-            temperature = torch.ones_like(temperature)
+            rows = rows._replace(temperature=torch.ones_like(rows.temperature))
         if fault == "noise shared by positions":
             positions = positions // 100
-        return NATIVE.sample_rows(logits, stats, temperature, seeds, positions, stream, round_base)
+        return NATIVE.sample_rows(logits, stats, rows, positions, stream, round_base)
 
     with pytest.raises(AssertionError):
         check_distribution(faulty)
@@ -194,7 +201,7 @@ def test_a_planted_fault_in_the_law_is_noticed(fault: str) -> None:
     "fault", ["stream", "round base", "position", "seed's high half", "row", "filter ignored"]
 )
 def test_a_planted_fault_in_the_draws_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(logits, stats, temperature, seeds, positions, stream, round_base):
+    def faulty(logits, stats, rows, positions, stream, round_base):
         if fault == "stream":
             stream = 0
         if fault == "round base":
@@ -202,12 +209,12 @@ def test_a_planted_fault_in_the_draws_is_noticed(ops: Backend, fault: str) -> No
         if fault == "position":
             positions = positions + 1
         if fault == "seed's high half":
-            seeds = seeds & 0xFFFFFFFF
+            rows = rows._replace(seeds=rows.seeds & 0xFFFFFFFF)
         if fault == "row":
             logits = logits.roll(1, dims=0)
         if fault == "filter ignored":
             stats = stats * torch.tensor([1.0, 1e30, 1.0, 1.0])
-        return ops.sample_rows(logits, stats, temperature, seeds, positions, stream, round_base)
+        return ops.sample_rows(logits, stats, rows, positions, stream, round_base)
 
     check_race(ops.sample_rows, 16, 200)
     with pytest.raises(AssertionError):
@@ -215,21 +222,25 @@ def test_a_planted_fault_in_the_draws_is_noticed(ops: Backend, fault: str) -> No
 
 
 def test_strided_rows_and_wrong_arguments(ops: Backend) -> None:
-    logits, stats, temperature, noise = mixed_case(5, 70)
+    logits, stats, rows, noise = mixed_case(5, 70)
     wide = torch.full((5, 100), 1e9)
     wide[:, :70] = logits
     for actual, expected in zip(
-        ops.sample_rows(wide[:, :70], stats, temperature, *noise),
-        ops.sample_rows(logits, stats, temperature, *noise),
+        ops.sample_rows(wide[:, :70], stats, rows, *noise),
+        ops.sample_rows(logits, stats, rows, *noise),
         strict=True,
     ):
         assert torch.equal(actual, expected)
-    seeds, positions, stream, round_base = noise
     wrong = {
-        "logits: expected": (logits.T, stats, temperature, *noise),
-        "stats: expected": (logits, stats[:-1], temperature, *noise),
-        "temperature: expected": (logits, stats, temperature.double(), *noise),
-        "seeds: expected": (logits, stats, temperature, seeds.int(), positions, stream, round_base),
+        "logits: expected": (logits.T, stats, rows, *noise),
+        "stats: expected": (logits, stats[:-1], rows, *noise),
+        "temperature: expected": (
+            logits,
+            stats,
+            rows._replace(temperature=rows.temperature.double()),
+            *noise,
+        ),
+        "seeds: expected": (logits, stats, rows._replace(seeds=rows.seeds.int()), *noise),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -257,12 +268,12 @@ def filled_memory() -> Iterator[None]:
 
 
 def check_padding(op, workspace: dict[torch.dtype, Tensor]) -> None:
-    logits, stats, temperature, noise = mixed_case(6, 8200)
-    whole = TRITON.sample_rows(logits, stats, temperature, *noise)
-    logits[4:], temperature[4:], stats[4:] = float("nan"), float("nan"), float("nan")
+    logits, stats, rows, noise = mixed_case(6, 8200)
+    whole = TRITON.sample_rows(logits, stats, rows, *noise)
+    logits[4:], rows.temperature[4:], stats[4:] = float("nan"), float("nan"), float("nan")
     num_rows = torch.tensor([4], dtype=torch.int32, device=DEVICE)
     for _ in range(2):
-        tokens, log_probs = op(logits, stats, temperature, *noise, num_rows=num_rows)
+        tokens, log_probs = op(logits, stats, rows, *noise, num_rows=num_rows)
         assert torch.equal(tokens[:4], whole[0][:4])
         assert torch.equal(log_probs[:4], whole[1][:4])
         assert (tokens[4:] == 2**31 - 1).all()
