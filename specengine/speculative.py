@@ -7,7 +7,7 @@ recorded once can be replayed (`specengine.engine.rounds`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +20,7 @@ from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.state import BatchState, RunningBatch
 
 
-@dataclass(frozen=True)
-class RoundOutcome:
+class RoundOutcome(NamedTuple):
     """What a round decided.
 
     tokens:       `[B, k + 1]` int32: the accepted drafts, then the target's own token
@@ -99,7 +98,7 @@ def judge(
         return match(target.backend, *target.draw(rows, batch), row_start, proposal, batch)
     judged = target.judge(rows, batch)
     outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
-    return replace(outcome, logits=judged.raw)
+    return outcome._replace(logits=judged.raw)
 
 
 def match(
@@ -139,7 +138,7 @@ def verify(
 def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> RoundOutcome:
     """Makes the outcome part of the sequences, and adds the record that the host reads."""
     decided = (outcome.tokens, outcome.num_accepted, outcome.num_draft, outcome.error)
-    return replace(outcome, record=state.commit(batch, *decided))
+    return outcome._replace(record=state.commit(batch, *decided))
 
 
 def _empty_outcome(proposal: DraftProposal, row_start: Tensor) -> RoundOutcome:

@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +141,16 @@ class EagerRecorder:
         self.report = GraphReport()
 
     def record(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-        results = dict(vars(run()))
+        results = run()._asdict()
         self.report.num_graphs += 1
 
         def replay() -> Any:
             outcome = run()
-            for field, value in vars(outcome).items():
+            for field, value in outcome._asdict().items():
                 old = results[field]
                 is_same_place = old is not None and value is not None and old.shape == value.shape
                 results[field] = old.copy_(value) if is_same_place else value
-            return replace(outcome, **results)
+            return outcome._replace(**results)
 
         return replay
 

@@ -386,7 +386,7 @@ class Listener(ScriptedDrafter):
 
     def propose(self, batch: RunningBatch) -> DraftProposal:
         for row, sequence_id in enumerate(batch.sequence_ids):
-            without_device: Any = replace(batch, tokens=None)
+            without_device: Any = batch._replace(tokens=None)
             assert self.texts[sequence_id] == without_device.committed(row)
         return super().propose(batch)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -396,7 +395,7 @@ def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
         is_dropped = batch.positions % block_size == 0
         starts = batch.q_start[:-1].long()
         is_dropped[starts[starts < len(is_dropped)]] = False
-        return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_dropped & (len(is_dropped) < 6), -1))
+        return batch._replace(kv_slots=batch.kv_slots.masked_fill(is_dropped & (len(is_dropped) < 6), -1))
 
     monkeypatch.setattr(model_runner, "build_forward_batch", faulty)
 
@@ -412,7 +411,7 @@ def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
         column = torch.arange(outcome.tokens.shape[1])
         is_extra = is_short[:, None] & (column == count[:, None] + 1)
         tokens = outcome.tokens.masked_fill(is_extra, 1)
-        return commit(replace(outcome, tokens=tokens, num_accepted=count + is_short.int()), batch, state)
+        return commit(outcome._replace(tokens=tokens, num_accepted=count + is_short.int()), batch, state)
 
     monkeypatch.setattr(speculative, "commit", faulty)
 

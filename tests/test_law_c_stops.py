@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -323,7 +323,7 @@ def keep_the_rest_of_the_accepted_run(monkeypatch: pytest.MonkeyPatch) -> None:
         settled = sequence.settled
         if settled.stop_reason is None and settled.finish_reason == "stop":
             sequence.output_ids += tokens[settled.num_tokens - before :] or tokens[-1:]
-            sequence.settled = replace(settled, num_tokens=len(sequence.output_ids))
+            sequence.settled = settled._replace(num_tokens=len(sequence.output_ids))
 
     monkeypatch.setattr(record, "extend", faulty)
 

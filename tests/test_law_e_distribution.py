@@ -567,7 +567,7 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
         reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))
         is_known = batch.positions < known.repeat_interleave(q_len)
-        return replace(batch, kv_slots=batch.kv_slots.masked_fill(is_known, -1))
+        return batch._replace(kv_slots=batch.kv_slots.masked_fill(is_known, -1))
 
     make = engine._target.build
 

@@ -6,7 +6,6 @@ The oracle is `transformers`, token by token in float64, with the processors tha
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -320,7 +319,7 @@ def test_a_draft_without_transforms_is_noticed(
     monkeypatch.setattr(
         draft_model.DraftModelDrafter,
         "propose",
-        lambda self, batch, state: propose(self, replace(batch, transforms=None), state),
+        lambda self, batch, state: propose(self, batch._replace(transforms=None), state),
     )
     result = spec(engine, PROMPTS[0], K, max_new_tokens=NUM_TOKENS, **TRANSFORMS["biases"])
     assert result.metrics.speculative_decoding.draft_acceptance_rate < 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,7 @@ def filter_with_the_neighbours_parameters(monkeypatch: pytest.MonkeyPatch) -> No
 
     def faulty(self: BatchState, *args: Any, **kwargs: Any) -> Any:
         batch = select(self, *args, **kwargs)
-        return replace(batch, rows=batch.rows._replace(top_k=batch.rows.top_k.roll(1)))
+        return batch._replace(rows=batch.rows._replace(top_k=batch.rows.top_k.roll(1)))
 
     monkeypatch.setattr(BatchState, "select", faulty)
 
@@ -261,7 +261,7 @@ def share_one_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     def faulty(self: BatchState, *args: Any, **kwargs: Any) -> Any:
         batch = select(self, *args, **kwargs)
         seeds = batch.rows.seeds[:1].expand(batch.slots.numel()).contiguous()
-        return replace(batch, rows=batch.rows._replace(seeds=seeds))
+        return batch._replace(rows=batch.rows._replace(seeds=seeds))
 
     monkeypatch.setattr(BatchState, "select", faulty)
 
@@ -296,7 +296,7 @@ def test_the_law_notices_draft_noise_of_a_neighbour(
     sample = draft_model._Draft._sample
 
     def faulty(self: Any, step: int, rows: Any, logits: Tensor, stats: Tensor) -> Any:
-        moved = replace(rows, positions=rows.positions + rows.slots[0])
+        moved = rows._replace(positions=rows.positions + rows.slots[0])
         return sample(self, step, moved, logits, stats)
 
     monkeypatch.setattr(draft_model._Draft, "_sample", faulty)

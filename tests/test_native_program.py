@@ -238,9 +238,7 @@ def test_a_batch_that_points_outside_is_refused(
     (name, values), *_ = change.items()
     broken = torch.tensor(values, dtype=getattr(batch, name).dtype)
     with pytest.raises(ValueError, match=message):
-        decoder.forward(
-            ForwardBatch(**{**vars(batch), name: broken}), new_kv_cache(decoder, torch.float32), VOCAB
-        )
+        decoder.forward(batch._replace(**{name: broken}), new_kv_cache(decoder, torch.float32), VOCAB)
 
 
 def test_a_step_that_reads_the_wrong_register_is_noticed(

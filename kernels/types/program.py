@@ -97,8 +97,7 @@ class Program:
     head: PackedLinear
 
 
-@dataclass(frozen=True)
-class ForwardBatch:
+class ForwardBatch(NamedTuple):
     """A ragged batch of B sequences and T tokens; a prompt chunk, one token or k + 1 tokens are all the same.
 
     token_ids:   `[T]` int32
@@ -127,8 +126,7 @@ class ForwardBatch:
     num_logit_rows: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class DrawKeys:
+class DrawKeys(NamedTuple):
     """What the draws of a batch depend on.
 
     rows:        `[B]`, by sequence

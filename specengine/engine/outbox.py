@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from specengine.engine.results import build_result
 from specengine.outputs import StreamEvent
 from specengine.runtime.sequence import Request, Sequence, Settled
 
 
-@dataclass(frozen=True)
-class News:
+class News(NamedTuple):
     """What became settled of a sequence since its caller was last told."""
 
     sequence: Sequence
@@ -56,9 +55,8 @@ class Outbox:
         for item in news:
             item.sequence.reported = item.after
         self._changed = {}
-        for request in {item.sequence.request for item in news}:
-            if request.is_finished:
-                self.discard(request)
+        for request in last_news(news):
+            self.discard(request)
 
     def retract(self, news: list[News]) -> None:
         """These were not told after all: an interruption came first."""
@@ -68,9 +66,18 @@ class Outbox:
             self.add(item.sequence.request)
 
 
+def last_news(news: list[News]) -> dict[Request, News]:
+    """The requests that end with these news, each with the last of them."""
+    return {
+        item.sequence.request: item
+        for item in news
+        if item.after.finish_reason is not None and item.sequence.request.is_finished
+    }
+
+
 def build_events(news: list[News]) -> list[StreamEvent]:
     """One event a sequence; a finished request's last one carries its result."""
-    last = {item.sequence.request: item for item in news if item.sequence.request.is_finished}
+    last = last_news(news)
     return [_build_event(item, is_last=last.get(item.sequence.request) is item) for item in news]
 
 

@@ -60,7 +60,7 @@ class Prompts:
         table = self._kv_cache.device_block_table()
         batch = self._state.plan(self._state.select(sequences, table, mode, k=0))
         decides = [chunk.decides_first for chunk in chunks]
-        batch = replace(batch, plan=batch.planned._replace(is_running=self._int32(list(map(int, decides)))))
+        batch = batch._replace(plan=batch.planned._replace(is_running=self._int32(list(map(int, decides)))))
         feed = self._feed(chunks, num_logits)
         last_rows = self._int32([max(0, end - 1) for end in row_ends])
         outcome = judge(NoDrafter().propose(batch, self._state), batch, self._target, feed, last_rows)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -155,8 +154,7 @@ def extend(
     if is_round:
         sequence.rounds.append(RoundCounts(result.num_draft, result.num_accepted, num_kept))
     text = sequence.text
-    sequence.settled = replace(
-        before,
+    sequence.settled = before._replace(
         num_tokens=num_tokens,
         num_rounds=before.num_rounds + is_round,
         num_forwards=before.num_forwards + is_round,
@@ -185,8 +183,8 @@ def finish(sequence: Sequence, reason: FinishReason) -> None:
     settled = sequence.settled
     ending = _close_text(sequence, Ending(reason), settled.num_tokens)
     text = sequence.text.text
-    sequence.settled = replace(
-        settled, text=text, num_final=len(text), finish_reason=ending.reason, stop_reason=ending.stop
+    sequence.settled = settled._replace(
+        text=text, num_final=len(text), finish_reason=ending.reason, stop_reason=ending.stop
     )
 
 
@@ -195,8 +193,7 @@ def fail(sequence: Sequence, error: str, *, is_round: bool = False) -> None:
     settled = sequence.settled
     _close_text(sequence, Ending("error"), settled.num_tokens)
     text = sequence.text.text
-    sequence.settled = replace(
-        settled,
+    sequence.settled = settled._replace(
         num_forwards=settled.num_forwards + is_round,
         text=text,
         num_final=len(text),

@@ -10,8 +10,8 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from specengine import ranges
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
@@ -31,8 +31,7 @@ from specengine.speculative import RoundOutcome, run_round
 _Key = tuple[int, int, RoundMode, Hashable]
 
 
-@dataclass(frozen=True)
-class Flight:
+class Flight(NamedTuple):
     """A round, or a prompt's first token, that is under way.
 
     drafter: whom to tell what became of it; None for a prompt

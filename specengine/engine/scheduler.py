@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -98,7 +98,7 @@ class Scheduler:
         for sequence in self.running:
             if sequence.slot is not None and sequence.slot == self._kv_cache.interrupted_slot:
                 self.waiting.appendleft(sequence)
-                sequence.place = replace(sequence.place, slot=None)
+                sequence.place = sequence.place._replace(slot=None)
                 lost.append(sequence)
         self.running = [sequence for sequence in self.running if sequence.slot is not None]
         self.waiting = deque(sequence for sequence in self.waiting if sequence.slot is None)
@@ -180,8 +180,8 @@ class Scheduler:
                 # It is in the queue that its place says whenever an interruption comes.
                 self.running.append(sequence)
                 cached = sequence.place.num_cached_tokens
-                sequence.place = replace(
-                    sequence.place, slot=slot, num_cached_tokens=computed if cached is None else cached
+                sequence.place = sequence.place._replace(
+                    slot=slot, num_cached_tokens=computed if cached is None else cached
                 )
                 self._state.admit(sequence)
                 self.waiting.remove(sequence)
@@ -224,7 +224,7 @@ class Scheduler:
         self.publish(sequence)
         is_preempted = not sequence.is_finished
         num_preemptions = sequence.place.num_preemptions + is_preempted
-        sequence.place = replace(sequence.place, slot=None, num_preemptions=num_preemptions)
+        sequence.place = sequence.place._replace(slot=None, num_preemptions=num_preemptions)
         self.running.remove(sequence)
         self._manager.free(slot)
         self._drafter.release(sequence.sequence_id)

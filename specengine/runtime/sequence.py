@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 from specengine import rng
@@ -19,8 +20,7 @@ from specengine.runtime.text import TextStream
 _sequence_ids = itertools.count()
 
 
-@dataclass(frozen=True)
-class Settled:
+class Settled(NamedTuple):
     """What is settled of a sequence, and may be told. Replaced as a whole: an interruption finds all of a round in it,
     or nothing.
 
@@ -40,8 +40,7 @@ class Settled:
     error: str | None = None
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a sequence stands. Replaced as a whole, too.
 
     slot:              set while it owns KV blocks
@@ -52,6 +51,9 @@ class Place:
     slot: int | None = None
     num_preemptions: int = 0
     num_cached_tokens: int | None = None
+
+
+_NOTHING, _NOWHERE = Settled(), Place()
 
 
 class RoundCounts(NamedTuple):
@@ -83,9 +85,9 @@ class Sequence:
     eos_token_ids: tuple[int, ...]
     banned_until: int
     sequence_id: int = field(default_factory=lambda: next(_sequence_ids))
-    settled: Settled = Settled()
-    reported: Settled = Settled()
-    place: Place = Place()
+    settled: Settled = _NOTHING
+    reported: Settled = _NOTHING
+    place: Place = _NOWHERE
     output_ids: list[int] = field(default_factory=list)
     token_source: list[TokenSource] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -108,7 +110,7 @@ class Sequence:
         """The bits of the seed, as rows of the state hold them."""
         return rng.signed_seed(self.seed)
 
-    @property
+    @cached_property
     def rule(self) -> Rule:
         """How the drafts are judged."""
         return Rule[self.params.rule.upper()]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,8 +40,7 @@ class RoundMode:
     has_transforms: bool = False
 
 
-@dataclass(frozen=True)
-class RunningBatch:
+class RunningBatch(NamedTuple):
     """B running sequences as one round sees them. Tensors are `[B]` unless said otherwise.
 
     Rows beyond the sequences are padding: they point at a row of the state where nothing ever runs.
@@ -114,7 +114,7 @@ class RunningBatch:
         """The batch of its sequences alone."""
         if self.size == self.slots.numel():
             return self
-        return replace(self, slots=self.slots[: self.size], rows=self.rows.take(slice(self.size)))
+        return self._replace(slots=self.slots[: self.size], rows=self.rows.take(slice(self.size)))
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included. Asks no device."""
@@ -229,7 +229,7 @@ class BatchState:
     def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
         """The batch with what its round feeds, as the state stands now."""
         where = (batch.slots, self.seq_len, self.length_limit, self.num_speculative)
-        return replace(batch, plan=self._backend.plan_round(*where, batch.k, draft_positions))
+        return batch._replace(plan=self._backend.plan_round(*where, batch.k, draft_positions))
 
     @property
     def transforms(self) -> Transforms:
