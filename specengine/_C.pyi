@@ -307,6 +307,9 @@ def expand_batch(
     num_tokens: int | None = None,
     num_logit_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+def row_keys(
+    rows: SamplingRows, q_start: Tensor, positions: Tensor, logit_rows: Tensor
+) -> tuple[list[Tensor], Tensor]: ...
 def plan_round(
     slots: Tensor,
     seq_len: Tensor,

@@ -24,6 +24,24 @@ struct SamplingRows {
 #undef COLUMN
 };
 
+struct WritableRows {
+#define COLUMN(type, name) type* name;
+  SPECENGINE_ROW_COLUMNS(COLUMN)
+#undef COLUMN
+
+  // Row r becomes row index[r] of `rows`.
+  void take(const SamplingRows& rows, const int32_t* index, int64_t count) const {
+#define COLUMN(type, name) \
+  for (int64_t r = 0; r < count; ++r) name[r] = rows.name[index[r]];
+    SPECENGINE_ROW_COLUMNS(COLUMN)
+#undef COLUMN
+  }
+
+#define COLUMN(type, name) name,
+  operator SamplingRows() const { return {SPECENGINE_ROW_COLUMNS(COLUMN)}; }
+#undef COLUMN
+};
+
 // Rows of a ragged batch: row r decides the position after token logit_rows[r], a token of sequence
 // owner(r).
 struct RaggedRows {
@@ -36,6 +54,14 @@ struct RaggedRows {
   int64_t owner(int64_t row) const {
     const int32_t* ends = q_start + 1;
     return std::upper_bound(ends, ends + num_sequences, logit_rows[row]) - ends;
+  }
+
+  // The owners of the first num_rows rows, and the positions that they decide.
+  void decide(int64_t num_rows, int32_t* owners, int32_t* decided) const {
+    for (int64_t r = 0; r < num_rows; ++r) {
+      owners[r] = static_cast<int32_t>(owner(r));
+      decided[r] = positions[logit_rows[r]] + 1;
+    }
   }
 };
 
@@ -55,18 +81,12 @@ class DecidedRowsBuilder {
     int32_t* owners = integers_.reserve(3 * num_rows);
     int32_t* slots = owners + num_rows;
     int32_t* positions = slots + num_rows;
-    for (int64_t r = 0; r < num_rows; ++r) {
-      owners[r] = static_cast<int32_t>(ragged.owner(r));
-      slots[r] = ragged.slots[owners[r]];
-      positions[r] = ragged.positions[ragged.logit_rows[r]] + 1;
-    }
-    SamplingRows rows;
-#define COLUMN(type, name)                                                      \
-  type* name = name##_.reserve(num_rows);                                       \
-  for (int64_t r = 0; r < num_rows; ++r) name[r] = by_sequence.name[owners[r]]; \
-  rows.name = name;
-    SPECENGINE_ROW_COLUMNS(COLUMN)
+    ragged.decide(num_rows, owners, positions);
+    for (int64_t r = 0; r < num_rows; ++r) slots[r] = ragged.slots[owners[r]];
+#define COLUMN(type, name) name##_.reserve(num_rows),
+    const WritableRows rows{SPECENGINE_ROW_COLUMNS(COLUMN)};
 #undef COLUMN
+    rows.take(by_sequence, owners, num_rows);
     return {num_rows, slots, positions, rows};
   }
 

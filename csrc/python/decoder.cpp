@@ -36,16 +36,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expand_batch_op(
   const IntInput wanted(num_logits, "num_logits", count);
   const BatchRequest request{history, table, rows, firsts, lengths, wanted, block_size};
   const BatchSize size = measure_batch(request);
-  const Tensor token_ids = at::empty({size.num_tokens}, at::kInt);
-  const Tensor positions = at::empty({size.num_tokens}, at::kInt);
-  const Tensor kv_slots = at::empty({size.num_tokens}, at::kLong);
-  const Tensor q_start = at::empty({count + 1}, at::kInt);
-  const Tensor context_len = at::empty({count}, at::kInt);
-  const Tensor logit_rows = at::empty({size.num_logit_rows}, at::kLong);
+  const Tensor token_ids = empty_small({size.num_tokens});
+  const Tensor positions = empty_small({size.num_tokens});
+  const Tensor kv_slots = empty_small({size.num_tokens}, at::kLong);
+  const Tensor q_start = empty_small({count + 1});
+  const Tensor context_len = empty_small({count});
+  const Tensor logit_rows = empty_small({size.num_logit_rows}, at::kLong);
   expand_batch(request, {token_ids.data_ptr<int32_t>(), positions.data_ptr<int32_t>(),
                          kv_slots.data_ptr<int64_t>(), q_start.data_ptr<int32_t>(),
                          context_len.data_ptr<int32_t>(), logit_rows.data_ptr<int64_t>()});
   return {token_ids, positions, kv_slots, q_start, context_len, logit_rows};
+}
+
+std::tuple<RowTensors, Tensor> row_keys_op(const RowTensors& rows, const Tensor& q_start,
+                                           const Tensor& positions, const Tensor& logit_rows) {
+  const IntInput starts(q_start, "q_start", -1), places(positions, "positions", -1);
+  if (starts.size() < 1) fail("q_start: expected a number more than there are sequences, got none");
+  const int64_t count = starts.size() - 1;
+  const RowInputs by_sequence(rows, count);
+  const Tensor chosen = small_input(logit_rows, "logit_rows", at::kLong, {-1});
+  const int64_t num_rows = chosen.size(0);
+  const RaggedRows ragged{count, nullptr, starts.data(), places.data(), chosen.data_ptr<int64_t>()};
+  check_range(ragged.logit_rows, num_rows, "logit_rows", 0,
+              std::min<int64_t>(places.size(), ragged.q_start[count]));
+  const Tensor owners = empty_small({num_rows}), decided = empty_small({num_rows});
+  ragged.decide(num_rows, owners.data_ptr<int32_t>(), decided.data_ptr<int32_t>());
+  const RowOutputs out(num_rows);
+  out.rows.take(*by_sequence, owners.data_ptr<int32_t>(), num_rows);
+  return {out.tensors, decided};
 }
 
 class PyDecoder {
@@ -158,8 +176,7 @@ class PyDecoder {
     check_vocab_size(vocab_size, program_.head.out_features);
     const int64_t num_rows = inputs.view.num_logit_rows;
     const RowInputs judged_by(rows, inputs.view.num_sequences);
-    Tensor tokens = at::empty({num_rows}, at::kInt);
-    Tensor error = at::empty({num_rows}, at::kInt);
+    Tensor tokens = empty_small({num_rows}), error = empty_small({num_rows});
     const auto tables = transform_tables(transforms);
     const ReleaseGil released;
     const ThreadsInUse in_use(*threads_);
@@ -317,6 +334,7 @@ void bind_decoder(pybind11::module_& m) {
         arg("slots"), arg("start"), arg("q_len"), arg("num_logits"), arg("block_size"),
         pybind11::kw_only(), arg("num_tokens") = pybind11::none(),
         arg("num_logit_rows") = pybind11::none());
+  m.def("row_keys", &specengine::row_keys_op);
   pybind11::class_<PyDecoder>(m, "Decoder")
       .def(pybind11::init<std::shared_ptr<specengine::Threads>, const at::Tensor&,
                           const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,

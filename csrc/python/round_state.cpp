@@ -1,8 +1,6 @@
 // The round's bookkeeping (core/round_state.h) on tensors.
 #include "core/round_state.h"
 
-#include <ATen/EmptyTensor.h>
-
 #include <optional>
 #include <tuple>
 
@@ -15,9 +13,6 @@
 namespace specengine {
 namespace {
 
-// Without a trip through PyTorch's dispatcher, which costs as much as the op itself.
-Tensor empty_ints(at::IntArrayRef shape) { return Tensor(at::detail::empty_cpu(shape, at::kInt)); }
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_round_op(
     const Tensor& slots, const Tensor& seq_len, const Tensor& length_limit,
     const Tensor& num_speculative, int64_t k, int64_t draft_positions) {
@@ -26,10 +21,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> plan_round_op
   const IntInput asked(num_speculative, "num_speculative", lengths.size());
   if (k < 0 || k > INT32_MAX) fail("k: ", k, " is outside 0 … 2^31 - 1");
   const int64_t count = slot.size();
-  const Tensor length = empty_ints({count}), is_running = empty_ints({count});
-  const Tensor num_draft = empty_ints({count}), last_position = empty_ints({count});
-  const Tensor draft_start = empty_ints({k, count}), draft_q_len = empty_ints({k, count});
-  const Tensor is_drafting = empty_ints({k, count});
+  const Tensor length = empty_small({count}), is_running = empty_small({count});
+  const Tensor num_draft = empty_small({count}), last_position = empty_small({count});
+  const Tensor draft_start = empty_small({k, count}), draft_q_len = empty_small({k, count});
+  const Tensor is_drafting = empty_small({k, count});
   plan_round(
       slot, lengths, limits, asked, k, draft_positions,
       {length.data_ptr<int32_t>(), is_running.data_ptr<int32_t>(), num_draft.data_ptr<int32_t>(),
@@ -114,7 +109,7 @@ Tensor commit_round_op(const Tensor& tokens, const Tensor& seq_len, const Tensor
   const auto fresh = matrix<const int32_t>(emitted, "emitted", count, -1);
   const IntInput accepted(num_accepted, "num_accepted", count);
   const IntInput drafted(num_draft, "num_draft", count), failed(error, "error", count);
-  const Tensor record = empty_ints({count, kNumResultColumns + fresh.width});
+  const Tensor record = empty_small({count, kNumResultColumns + fresh.width});
   commit_round({history, lengths, limits, slot, starts, running, accepted, drafted, failed, fresh,
                 record.data_ptr<int32_t>()});
   return record;

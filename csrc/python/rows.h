@@ -17,6 +17,21 @@ inline constexpr at::ScalarType kColumnType<int32_t> = at::kInt;
 template <>
 inline constexpr at::ScalarType kColumnType<int64_t> = at::kLong;
 
+// Memory for `count` rows.
+class RowOutputs {
+ public:
+  explicit RowOutputs(int64_t count) {
+#define COLUMN(type, name)                                    \
+  tensors.push_back(empty_small({count}, kColumnType<type>)); \
+  rows.name = tensors.back().data_ptr<type>();
+    SPECENGINE_ROW_COLUMNS(COLUMN)
+#undef COLUMN
+  }
+
+  RowTensors tensors;
+  WritableRows rows;
+};
+
 // `count` rows, checked and kept alive.
 class RowInputs {
  public:
@@ -27,6 +42,7 @@ class RowInputs {
 #undef COLUMN
     if (tensors.size() != num_columns)
       fail("rows: expected ", num_columns, " columns, got ", tensors.size());
+    kept_.reserve(num_columns);
 #define COLUMN(type, name)                                                                \
   kept_.push_back(small_input(tensors[kept_.size()], #name, kColumnType<type>, {count})); \
   rows_.name = kept_.back().data_ptr<type>();

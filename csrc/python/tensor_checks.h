@@ -11,12 +11,12 @@
 #pragma GCC diagnostic pop
 #endif
 
+#include <ATen/EmptyTensor.h>
+
 #include <optional>
 #include <sstream>
 #include <string>
 #include <type_traits>
-#include <utility>
-#include <vector>
 
 #include "core/ops.h"
 #include "core/views.h"
@@ -34,7 +34,7 @@ inline std::string shape_of(const Tensor& tensor) {
 
 // -1 stands for any size.
 inline void check_shape(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                        std::vector<int64_t> shape) {
+                        at::IntArrayRef shape) {
   bool is_right = tensor.defined() && tensor.device().is_cpu() && tensor.scalar_type() == dtype &&
                   tensor.dim() == static_cast<int64_t>(shape.size());
   for (size_t i = 0; is_right && i < shape.size(); ++i)
@@ -59,16 +59,21 @@ inline void check_contiguous(const Tensor& tensor, const char* name) {
     fail(name, ": expected a contiguous tensor, got strides ", tensor.strides());
 }
 
+// Without a trip through PyTorch's dispatcher, which costs as much as a small op itself.
+inline Tensor empty_small(at::IntArrayRef shape, at::ScalarType dtype = at::kInt) {
+  return Tensor(at::detail::empty_cpu(shape, dtype));
+}
+
 // A checked input, made contiguous (small tensors only).
 inline Tensor small_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                          std::vector<int64_t> shape) {
-  check_shape(tensor, name, dtype, std::move(shape));
+                          at::IntArrayRef shape) {
+  check_shape(tensor, name, dtype, shape);
   return tensor.contiguous();
 }
 
 inline Tensor dense_input(const Tensor& tensor, const char* name, at::ScalarType dtype,
-                          std::vector<int64_t> shape) {
-  check_shape(tensor, name, dtype, std::move(shape));
+                          at::IntArrayRef shape) {
+  check_shape(tensor, name, dtype, shape);
   check_contiguous(tensor, name);
   return tensor;
 }

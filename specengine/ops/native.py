@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from specengine import _C
-from specengine.kernels.reference.row_keys import row_keys
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import (
     DraftRows,
@@ -43,7 +42,6 @@ class NativeBackend:
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     expand_batch = staticmethod(_C.expand_batch)
-    row_keys = staticmethod(row_keys)
     match_draws = staticmethod(_C.match_draws)
     commit_round = staticmethod(_C.commit_round)
 
@@ -68,6 +66,13 @@ class NativeBackend:
 
     def set_num_threads(self, num_threads: int) -> None:
         self._ops.num_threads = num_threads
+
+    @staticmethod
+    def row_keys(
+        rows: SamplingRows, q_start: Tensor, positions: Tensor, logit_rows: Tensor
+    ) -> tuple[SamplingRows, Tensor]:
+        columns, decided = _C.row_keys(rows, q_start, positions, logit_rows)
+        return SamplingRows._make(columns), decided
 
     @staticmethod
     def plan_round(
@@ -212,7 +217,7 @@ class NativeExecutor:
         where = (batch.q_start, batch.positions, batch.logit_rows)
         if keys.transforms is not None:
             logits = self._ops.transform_rows(raw, keys.rows, batch.slots, *where, keys.transforms)
-        rows, _ = row_keys(keys.rows, *where)
+        rows, _ = NativeBackend.row_keys(keys.rows, *where)
         return JudgedLogits(raw, logits, self._ops.filter_rows(logits, rows))
 
     def draw(
