@@ -38,6 +38,7 @@ class Tokenizer:
             token_id: token.content for token_id, token in sorted(added.items()) if token.special
         }
         self.special_token_ids = frozenset(self.special_tokens)
+        self._whole_texts: dict[int, str] = {}
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the special tokens that the checkpoint's post-processor adds."""
@@ -75,6 +76,16 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def whole_text(self, token_id: int) -> str:
+        """What a token adds to any text that ends with a whole character; "" where that may depend on the text."""
+        text = self._whole_texts.get(token_id)
+        if text is None:
+            # Byte for byte, no decoder looks at more than the token.
+            is_bytes = isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+            text = self.decode((token_id,)) if is_bytes else ""
+            text = self._whole_texts[token_id] = "" if REPLACEMENT in text else text
+        return text
 
     @cached_property
     def vocabulary_fingerprint(self) -> str:
@@ -115,15 +126,21 @@ class IncrementalDetokenizer:
         # U+FFFD at the prompt's end: the prompt's own, unless the next id completes the character.
         self._prompt_tail = text[self._num_sent :]
         self._boundary = len(self._window)
+        # Whether all of the window's text is out, and ends with a whole character.
+        self._is_out = not self._prompt_tail
 
     def push(self, token_id: int) -> str:
         """The text that `token_id` settles, often its own, sometimes none or more."""
-        if not self._visible((token_id,)):
+        if token_id in self._tokenizer.special_token_ids:
             return ""
+        if self._is_out and (whole := self._tokenizer.whole_text(token_id)):
+            self._window, self._boundary, self._num_sent = [token_id], 1, len(whole)
+            return whole
         self._window.append(token_id)
         text = self._tokenizer.decode(self._window)
         delta = self._deliver(text, self._stable_length(text))
-        if delta and self._num_sent == len(text):
+        self._is_out = bool(delta) and self._num_sent == len(text)
+        if self._is_out:
             self._forget_before_boundary()
         elif len(self._window) % self._MAX_WINDOW == 0:
             self._forget_settled(text)
