@@ -129,12 +129,12 @@ class _DeviceTable:
 
     def current(self) -> Tensor:
         if self._snapshots and not torch.equal(self._snapshots[-1][0], self._table):
-            snapshot, is_sent = self._snapshots.popleft()
+            snapshot, is_sent = self._snapshots[0]
             wait_for(is_sent)  # queued some changes ago: done, as a rule
             snapshot.copy_(self._table)
             self._on_device.copy_(snapshot, non_blocking=True)
             is_sent.record()
-            self._snapshots.append((snapshot, is_sent))
+            self._snapshots.rotate(-1)  # last: an interruption leaves all of them here
         return self._on_device
 
 
