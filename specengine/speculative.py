@@ -29,7 +29,6 @@ class RoundOutcome(NamedTuple):
     error:        `[B]` int32, 1 where the target's logits were not a distribution (nothing of that row counts)
     logits:       `[R, V]` fp32, the target's raw logits; None where its draws decided
     row_start:    `[B]` int32, sequence b's first row of `logits`
-    record:       `[B, 3 + k + 1]` int32, what the host reads: see the `commit_round` op
     """
 
     tokens: Tensor
@@ -38,7 +37,6 @@ class RoundOutcome(NamedTuple):
     error: Tensor
     logits: Tensor | None
     row_start: Tensor
-    record: Tensor | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -53,10 +51,11 @@ def run_round(
     drafter: RoundDrafter,
     *,
     mark: Callable[[], None] = lambda: None,
-) -> RoundOutcome:
+) -> tuple[RoundOutcome, Tensor]:
     """One draft–verify–commit round over the running batch (Leviathan et al. 2023; Chen et al. 2023).
 
     mark: called at the end of each of the three
+    returns the outcome, and the record of it that the host reads (see `commit`)
     """
     size = {"batch_size": batch.slots.numel(), "k": batch.k}
     with ranges.span(ranges.DRAFT, **size):
@@ -67,9 +66,9 @@ def run_round(
         outcome = judge(proposal, batch, target)
         mark()
     with ranges.span(ranges.COMMIT, **size):
-        outcome = commit(outcome, batch, state)
+        record = commit(outcome, batch, state)
         mark()
-    return outcome
+    return outcome, record
 
 
 def judge(
@@ -135,10 +134,10 @@ def verify(
     return outcome
 
 
-def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> RoundOutcome:
-    """Makes the outcome part of the sequences, and adds the record that the host reads."""
-    decided = (outcome.tokens, outcome.num_accepted, outcome.num_draft, outcome.error)
-    return outcome._replace(record=state.commit(batch, *decided))
+def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> Tensor:
+    """Makes the outcome part of the sequences. Returns what the host reads, `[B, 3 + k + 1]` int32: see the
+    `commit_round` op."""
+    return state.commit(batch, outcome.tokens, outcome.num_accepted, outcome.num_draft, outcome.error)
 
 
 def _empty_outcome(proposal: DraftProposal, row_start: Tensor) -> RoundOutcome:

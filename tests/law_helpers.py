@@ -141,16 +141,17 @@ class EagerRecorder:
         self.report = GraphReport()
 
     def record(self, name: str, run: Callable[[], Any]) -> Callable[[], Any]:
-        results = run()._asdict()
+        outcome, record = run()
+        results = [*outcome, record]
         self.report.num_graphs += 1
 
         def replay() -> Any:
-            outcome = run()
-            for field, value in outcome._asdict().items():
-                old = results[field]
+            outcome, record = run()
+            for place, value in enumerate([*outcome, record]):
+                old = results[place]
                 is_same_place = old is not None and value is not None and old.shape == value.shape
-                results[field] = old.copy_(value) if is_same_place else value
-            return outcome._replace(**results)
+                results[place] = old.copy_(value) if is_same_place else value
+            return type(outcome)(*results[:-1]), results[-1]
 
         return replay
 

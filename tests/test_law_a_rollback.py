@@ -21,6 +21,7 @@ from law_helpers import (
     spec,
 )
 from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter, ScriptedDrafter
+from torch import Tensor
 
 from specengine import _C, speculative
 from specengine.config import SamplingParams
@@ -404,14 +405,14 @@ def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token more than was decided becomes part of every sequence that has room for it."""
     commit = speculative.commit
 
-    def faulty(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> RoundOutcome:
+    def faulty(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> Tensor:
         is_running = batch.planned.is_running != 0
         count = outcome.num_accepted.masked_fill(~is_running, 0)
         is_short = is_running & (count + 1 < outcome.tokens.shape[1])
         column = torch.arange(outcome.tokens.shape[1])
         is_extra = is_short[:, None] & (column == count[:, None] + 1)
-        tokens = outcome.tokens.masked_fill(is_extra, 1)
-        return commit(outcome._replace(tokens=tokens, num_accepted=count + is_short.int()), batch, state)
+        outcome.tokens.masked_fill_(is_extra, 1)
+        return commit(outcome._replace(num_accepted=count + is_short.int()), batch, state)
 
     monkeypatch.setattr(speculative, "commit", faulty)
 

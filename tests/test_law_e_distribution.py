@@ -289,7 +289,7 @@ def _sample_batch(
         batch = _build_batch(engine, running, seeds[rows], filters, acceptance, k=k)
         drafter = engine._drafter if k else none
         drafter.prepare(batch, state)
-        outcome = speculative.run_round(batch, state, engine._target, drafter)
+        outcome, _ = speculative.run_round(batch, state, engine._target, drafter)
         results = zip(running, lengths.tolist(), outcome.num_draft.tolist(), strict=True)
         drafter.observe(batch, [RowResult(*result, 0) for result in results])
         drafted, accepted = outcome.num_draft, outcome.num_accepted

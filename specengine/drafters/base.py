@@ -35,7 +35,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -203,8 +203,7 @@ class RoundDrafter(Protocol):
         target; None: it writes none. Blocks from there on are the sequence's own by then."""
 
 
-@dataclass(frozen=True)
-class RowResult:
+class RowResult(NamedTuple):
     """What a round did to one sequence: committed tokens before it, drafts judged and accepted."""
 
     slot: int

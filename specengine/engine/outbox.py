@@ -16,6 +16,11 @@ class News(NamedTuple):
     before: Settled
     after: Settled
 
+    @property
+    def ends_request(self) -> bool:
+        """Whether its request is over with these news, or others of the same step."""
+        return self.after.finish_reason is not None and self.sequence.request.is_finished
+
 
 class Outbox:
     """The requests of one caller: of one call of `stream`, or all those that `step` reports.
@@ -44,10 +49,10 @@ class Outbox:
     def news(self) -> list[News]:
         """What has not been told, until it is confirmed."""
         return [
-            News(sequence, sequence.reported, sequence.settled)
+            News(sequence, sequence.reported, settled)
             for request in list(self._changed.values())
             for sequence in request.sequences
-            if sequence.settled is not sequence.reported
+            if (settled := sequence.settled) is not sequence.reported
         ]
 
     def confirm(self, news: list[News]) -> None:
@@ -55,8 +60,9 @@ class Outbox:
         for item in news:
             item.sequence.reported = item.after
         self._changed = {}
-        for request in last_news(news):
-            self.discard(request)
+        for item in news:
+            if item.ends_request:
+                self.discard(item.sequence.request)
 
     def retract(self, news: list[News]) -> None:
         """These were not told after all: an interruption came first."""
@@ -66,18 +72,9 @@ class Outbox:
             self.add(item.sequence.request)
 
 
-def last_news(news: list[News]) -> dict[Request, News]:
-    """The requests that end with these news, each with the last of them."""
-    return {
-        item.sequence.request: item
-        for item in news
-        if item.after.finish_reason is not None and item.sequence.request.is_finished
-    }
-
-
 def build_events(news: list[News]) -> list[StreamEvent]:
     """One event a sequence; a finished request's last one carries its result."""
-    last = last_news(news)
+    last = {item.sequence.request: item for item in news if item.ends_request}
     return [_build_event(item, is_last=last.get(item.sequence.request) is item) for item in news]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,7 +55,7 @@ class Prompts:
         sequences = [chunk.sequence for chunk in chunks]
         mode = round_mode(sequences)
         if any(sequence.wants_prompt_logprobs for sequence in sequences):
-            mode = replace(mode, wants_logprobs=True)
+            mode = mode._replace(wants_logprobs=True)
         table = self._kv_cache.device_block_table()
         batch = self._state.plan(self._state.select(sequences, table, mode, k=0))
         decides = [chunk.decides_first for chunk in chunks]
@@ -66,7 +65,7 @@ class Prompts:
         outcome = judge(NoDrafter().propose(batch, self._state), batch, self._target, feed, last_rows)
         self._note_computed(chunks, outcome, num_logits, row_ends)
         if any(decides):
-            self._rounds.push(sequences, batch, commit(outcome, batch, self._state), None)
+            self._rounds.push(sequences, batch, outcome, commit(outcome, batch, self._state), None)
 
     def _feed(self, chunks: list[Chunk], num_logits: list[int]) -> Feed:
         lengths = [chunk.length for chunk in chunks]

@@ -16,7 +16,7 @@ from specengine.kernels.types.round import NUM_RESULT_COLUMNS, RESULT_EMITTED
 from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.kv_cache import TARGET, KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.sequence import RoundCounts, Sequence
+from specengine.runtime.sequence import RoundCounts, Sequence, Settled
 
 NOT_A_DISTRIBUTION = "the target's logits hold a NaN or nothing finite"
 
@@ -38,7 +38,6 @@ class Records:
         self._target = target
         self._on_settled = on_settled
 
-    @torch.inference_mode()
     def collect(self, flight: Flight) -> None:
         """Reads what has become of a flight, sequence by sequence: each gets all of it, or, interrupted, nothing."""
         is_round = flight.drafter is not None
@@ -56,9 +55,10 @@ class Records:
                         self._kv_cache.manager.set_computed(result.slot, TARGET, end)
                 flight.drafter.observe(flight.batch, results)
             logprobs = self._gather_logprobs(flight, results)
+            now = time.perf_counter()
             for sequence, row, result, entries in zip(flight.sequences, rows, results, logprobs, strict=True):
                 if result is not None:
-                    self._settle(sequence, row, result, entries, is_round=is_round)
+                    self._settle(sequence, row, result, entries, now, is_round=is_round)
 
     def _settle(
         self,
@@ -66,13 +66,14 @@ class Records:
         row: list[int],
         result: RowResult,
         logprobs: list[TokenLogprob],
+        now: float,
         *,
         is_round: bool,
     ) -> None:
         num_emitted, _, is_error = row[:NUM_RESULT_COLUMNS]
-        now = time.perf_counter()
-        sequence.request.first_token_time = sequence.request.first_token_time or now
-        sequence.request.last_token_time = now
+        request = sequence.request
+        request.first_token_time = request.first_token_time or now
+        request.last_token_time = now
         if is_error:
             fail(sequence, NOT_A_DISTRIBUTION, is_round=is_round)
         else:
@@ -129,6 +130,11 @@ class Ending(NamedTuple):
     stop: str | int | None = None
 
 
+_GOES_ON = Ending()
+_DRAFT: TokenSource = "draft"
+_TARGET: TokenSource = "target"
+
+
 def extend(
     sequence: Sequence,
     tokens: list[int],
@@ -138,30 +144,30 @@ def extend(
     is_round: bool,
 ) -> None:
     """Appends what a round emitted, as far as no stop is in it. The last line makes it count, all at once."""
-    before, ending, num_kept = sequence.settled, Ending(), 0
-    while ending.reason is None and num_kept < len(tokens):
-        num_kept += 1
-        ending = find_ending(sequence, tokens[num_kept - 1], before.num_tokens + num_kept)
-    num_tokens = before.num_tokens + num_kept
-    if ending.reason is not None:
-        ending = _close_text(sequence, ending, num_tokens)
+    before, ending = sequence.settled, _GOES_ON
+    num_tokens = before.num_tokens
+    for token in tokens:
+        num_tokens += 1
+        ending = find_ending(sequence, token, num_tokens)
+        if ending is not _GOES_ON:
+            ending = _close_text(sequence, ending, num_tokens)
+            break
+    num_kept = num_tokens - before.num_tokens
     num_drafts = min(result.num_accepted, num_kept)
     sequence.output_ids += tokens[:num_kept]
-    drafted: list[TokenSource] = ["draft"] * num_drafts
-    own: list[TokenSource] = ["target"] * (num_kept - num_drafts)
-    sequence.token_source += drafted + own
+    sequence.token_source += (_DRAFT,) * num_drafts + (_TARGET,) * (num_kept - num_drafts)
     sequence.logprobs += logprobs[:num_kept]
     if is_round:
         sequence.rounds.append(RoundCounts(result.num_draft, result.num_accepted, num_kept))
     text = sequence.text
-    sequence.settled = before._replace(
-        num_tokens=num_tokens,
-        num_rounds=before.num_rounds + is_round,
-        num_forwards=before.num_forwards + is_round,
-        text=text.text,
-        num_final=max(before.num_final, text.num_final),
-        finish_reason=ending.reason,
-        stop_reason=ending.stop,
+    sequence.settled = Settled(
+        num_tokens,
+        before.num_rounds + is_round,
+        before.num_forwards + is_round,
+        text.text,
+        max(before.num_final, text.num_final),
+        ending.reason,
+        ending.stop,
     )
 
 
@@ -175,7 +181,7 @@ def find_ending(sequence: Sequence, token: int, num_tokens: int) -> Ending:
     matched = sequence.text.push(token, may_stop=num_tokens >= params.min_new_tokens)
     if matched is not None:
         return Ending("stop", matched)
-    return Ending("length") if num_tokens >= sequence.max_new_tokens else Ending()
+    return Ending("length") if num_tokens >= sequence.max_new_tokens else _GOES_ON
 
 
 def finish(sequence: Sequence, reason: FinishReason) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Hashable
 from functools import partial
 from typing import NamedTuple
 
+from torch import Tensor
+
 from specengine import ranges
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
 from specengine.drafters.base import RoundDrafter
@@ -91,7 +93,7 @@ class Rounds:
         self.times: deque[RoundTimes] = deque(maxlen=NUM_TIMES)
         self._sizes = sizes(state.num_slots)
         self._recorded_transforms = state.transforms
-        self._recordings: dict[_Key, Callable[[], RoundOutcome]] = {}
+        self._recordings: dict[_Key, Callable[[], tuple[RoundOutcome, Tensor]]] = {}
         self._flights: deque[Flight] = deque()
         self._ring = ResultRing(
             # A step reads what it must after it has queued a prompt's first token and a round.
@@ -135,24 +137,24 @@ class Rounds:
                 batch = self._select(sequences, mode, k=k, size=size)
             replay = self._recordings.get(key)
         if replay is not None:
-            outcome = replay()
+            outcome, record = replay()
             watch.mark()
         else:
             batch = batch.without_padding()
-            outcome = run_round(batch, self._state, self._target, drafter, mark=watch.mark)
-        self.push(sequences, batch, outcome, drafter, watch)
+            outcome, record = run_round(batch, self._state, self._target, drafter, mark=watch.mark)
+        self.push(sequences, batch, outcome, record, drafter, watch)
 
     def push(
         self,
         sequences: list[Sequence],
         batch: RunningBatch,
         outcome: RoundOutcome,
+        record: Tensor,
         drafter: RoundDrafter | None,
         watch: Stopwatch | None = None,
     ) -> None:
         """Notes what is under way, and sends its record to the host."""
-        assert outcome.record is not None, "what is under way has been committed"
-        results = self._ring.push(outcome.record)
+        results = self._ring.push(record)
         self._flights.append(Flight(sequences, batch, outcome, results, drafter, watch))
         if drafter is not None:
             for sequence, limit in zip(sequences, batch.draft_limits, strict=True):

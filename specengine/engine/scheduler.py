@@ -118,8 +118,9 @@ class Scheduler:
 
     def num_computed(self, sequence: Sequence) -> int:
         """The target's watermark."""
-        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
-        return self._kv_cache.num_computed(sequence.slot, TARGET)
+        slot = sequence.slot
+        assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        return self._kv_cache.num_computed(slot, TARGET)
 
     def _is_prefilled(self, sequence: Sequence) -> bool:
         return bool(sequence.output_ids) and self.num_computed(sequence) >= sequence.num_tokens_to_compute
@@ -135,12 +136,13 @@ class Scheduler:
         return [sequence for sequence in reserved if sequence.slot is not None and sequence.may_run]
 
     def _try_reserve(self, sequence: Sequence) -> bool:
-        assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
-        first = self.num_computed(sequence)
+        slot = sequence.slot
+        assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
+        first = self._kv_cache.num_computed(slot, TARGET)
         drafted = self._drafter.first_written(sequence)
         first = first if drafted is None else min(first, drafted)
         try:
-            self._kv_cache.reserve(sequence.slot, first, sequence.max_num_computed)
+            self._kv_cache.reserve(slot, first, sequence.max_num_computed)
         except OutOfBlocksError:
             return False
         return True

@@ -49,6 +49,7 @@ class Stepper:
         self._records = Records(kv_cache, target, on_settled=self._after_round)
         self._prompts = Prompts(target, state, kv_cache, rounds, self.scheduler, on_scored=self._end_scored)
 
+    @torch.inference_mode()
     def step(self) -> None:
         """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
         try:
@@ -71,7 +72,6 @@ class Stepper:
                 if not sequence.is_finished:
                     cleanup.callback(self._end, sequence)
 
-    @torch.inference_mode()
     def _run(self, plan: Plan) -> None:
         scheduler = self.scheduler
         is_stuck = not (plan.chunks or plan.decoding or scheduler.running) and scheduler.has_work

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -17,8 +18,7 @@ NUM_TIMES = 256
 _NUM_PARTS = 3
 
 
-@dataclass(frozen=True, slots=True)
-class RoundTimes:
+class RoundTimes(NamedTuple):
     """Seconds that a round took.
 
     batch_size, k: its sequences, and the most drafts that any of them may have had

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -10,8 +10,7 @@ from specengine.kernels.types.program import ForwardBatch
 from specengine.ops.backend import Backend
 
 
-@dataclass(frozen=True)
-class Feed:
+class Feed(NamedTuple):
     """What a forward feeds: sequence b its q_len[b] tokens from start[b] on, for its last num_logits[b] logits.
 
     start, q_len, num_logits: `[B]` int32; the same tensor for the last two: every token's logits are wanted

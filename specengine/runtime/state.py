@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Collection
-from dataclasses import dataclass
 from operator import attrgetter
 from typing import NamedTuple
 
@@ -24,8 +23,7 @@ _FOREVER = 2**31 - 1
 _SOURCES = tuple(attrgetter(column.source) for column in COLUMNS.values())
 
 
-@dataclass(frozen=True)
-class RoundMode:
+class RoundMode(NamedTuple):
     """What kind of round a batch needs; rounds of one mode and size run the same operations.
 
     rules:          the rules that its rows ask for, ascending
@@ -56,8 +54,8 @@ class RunningBatch(NamedTuple):
     host_slots, lengths, draft_limits: slot, committed tokens and the most drafts of each sequence, as the host knows
                     them (`lengths` lags behind while earlier rounds have not been read)
     forced_acceptance: for timing only, see `EngineConfig`
-    plan:           what the round feeds, found on the device when it begins
     sequences:      the host's record of each sequence
+    plan:           what the round feeds, found on the device when it begins
     """
 
     sequence_ids: tuple[int, ...]
@@ -71,9 +69,9 @@ class RunningBatch(NamedTuple):
     lengths: tuple[int, ...]
     draft_limits: tuple[int, ...]
     forced_acceptance: float | None = None
-    plan: RoundPlan | None = None
-    sequences: tuple[Sequence, ...] = ()
     transforms: Transforms | None = None
+    sequences: tuple[Sequence, ...] = ()
+    plan: RoundPlan | None = None
 
     @property
     def size(self) -> int:
@@ -98,7 +96,9 @@ class RunningBatch(NamedTuple):
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The rules that judge the round. MATCH always: whoever drafts nothing is judged by it."""
-        return (Rule.MATCH, *(rule for rule in self.mode.rules if rule != Rule.MATCH and self.k > 0))
+        if not self.k:
+            return (Rule.MATCH,)
+        return (Rule.MATCH, *(rule for rule in self.mode.rules if rule != Rule.MATCH))
 
     @property
     def reads_law(self) -> bool:
@@ -109,6 +109,10 @@ class RunningBatch(NamedTuple):
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
         return not (self.mode.wants_logprobs or self.reads_law)
+
+    def with_plan(self, plan: RoundPlan) -> RunningBatch:
+        """The batch of a round that begins. (`_replace`, which asks for names, takes four times as long.)"""
+        return RunningBatch(*self[:-1], plan)
 
     def without_padding(self) -> RunningBatch:
         """The batch of its sequences alone."""
@@ -189,7 +193,7 @@ class BatchState:
                 self._set_num_speculative(slot, sequence.num_speculative_tokens)
         slots_and_padding, rows = self._select_rows(slots, size or len(slots))
         return RunningBatch(
-            sequence_ids=tuple(sequence.sequence_id for sequence in sequences),
+            sequence_ids=tuple([sequence.sequence_id for sequence in sequences]),
             slots=slots_and_padding,
             k=k,
             rows=rows,
@@ -198,8 +202,8 @@ class BatchState:
             transforms=self.transforms if mode.has_transforms else None,
             mode=mode,
             host_slots=tuple(slots),
-            lengths=tuple(sequence.num_tokens for sequence in sequences),
-            draft_limits=tuple(min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences),
+            lengths=tuple([sequence.num_tokens for sequence in sequences]),
+            draft_limits=tuple([min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences]),
             forced_acceptance=self._forced_acceptance,
             sequences=tuple(sequences),
         )
@@ -229,7 +233,7 @@ class BatchState:
     def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
         """The batch with what its round feeds, as the state stands now."""
         where = (batch.slots, self.seq_len, self.length_limit, self.num_speculative)
-        return batch._replace(plan=self._backend.plan_round(*where, batch.k, draft_positions))
+        return batch.with_plan(self._backend.plan_round(*where, batch.k, draft_positions))
 
     @property
     def transforms(self) -> Transforms:
@@ -254,10 +258,13 @@ class BatchState:
 
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:
     """The mode that a round of these sequences has."""
-    params = [sequence.params for sequence in sequences]
-    return RoundMode(
-        rules=tuple(sorted({sequence.rule for sequence in sequences})) or RoundMode.rules,
-        has_filters=any(each.has_filters for each in params),
-        wants_logprobs=any(each.logprobs is not None for each in params),
-        has_transforms=any(sequence.has_transforms for sequence in sequences),
-    )
+    rules: list[Rule] = []
+    has_filters = wants_logprobs = has_transforms = False
+    for sequence in sequences:
+        params = sequence.params
+        if sequence.rule not in rules:
+            rules.append(sequence.rule)
+        has_filters = has_filters or params.has_filters
+        wants_logprobs = wants_logprobs or params.logprobs is not None
+        has_transforms = has_transforms or sequence.has_transforms
+    return RoundMode(tuple(sorted(rules)) or (Rule.MATCH,), has_filters, wants_logprobs, has_transforms)
