@@ -172,7 +172,9 @@ def test_a_padded_row_that_runs_is_noticed(
     def mutant(*given: Any) -> Any:
         plan = plan_round(*given)
         plan.is_running.fill_(1)
-        plan.last_position.clamp_(min=0)  # padding has no last token: position -1 lies in somebody else's memory
+        plan.last_position.clamp_(
+            min=0
+        )  # padding has no last token: position -1 lies in somebody else's memory
         return plan
 
     monkeypatch.setattr(backend, "plan_round", mutant)
