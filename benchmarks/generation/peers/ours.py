@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch  # noqa: F401 - before specengine's extension, which needs its libraries
 
 from generation.protocol import Answer, Arrivals, Counts, Setup, Task, answer_one_by_one
-from specengine import Engine, GenerationResult, SamplingParams
+from specengine import Engine, GenerationResult, SamplingParams, SpecEngineError
 
 DISTRIBUTIONS = ("specengine", "torch")
 
@@ -73,6 +73,8 @@ class Ours:
             arrivals[event.index].add(len(event.token_ids))
             if event.result is not None:
                 results[event.index] = event.result
+        if errors := [result.outputs[0].error for result in results.values() if result.outputs[0].error]:
+            raise SpecEngineError(errors[0])
         return arrivals, [results[index] for index in range(len(prompts))]
 
 
