@@ -153,7 +153,10 @@ def tune(layer: Layer, capability: int, ops: Backend, device: Device) -> Tile:
 
 def write_table(capability: int, source: str) -> Path:
     path = tiles.table_path(capability)
-    entries = {key: asdict(tile) for key, tile in sorted(tiles.table(capability).items())}
+    entries = {
+        key: {name: value for name, value in asdict(tile).items() if value is not None}
+        for key, tile in sorted(tiles.table(capability).items())
+    }
     lines = ",\n".join(f"    {json.dumps(key)}: {json.dumps(values)}" for key, values in entries.items())
     text = f'{{\n  "source": {json.dumps(source)},\n  "tiles": {{\n{lines}\n  }}\n}}\n'
     path.write_text(text, encoding="utf-8")

@@ -106,7 +106,6 @@ def head(
         BLOCK_M=BLOCK_M,
         BLOCK_N=TILE_TOKENS,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return logits

@@ -127,7 +127,6 @@ def norm_linear(
         BLOCK_M=BLOCK_M,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return out

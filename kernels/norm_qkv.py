@@ -152,7 +152,6 @@ def norm_qkv(
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return query

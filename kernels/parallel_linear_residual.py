@@ -176,7 +176,6 @@ def parallel_linear_residual(
         BLOCK_M=BLOCK_M,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return out

@@ -216,7 +216,6 @@ def parallel_norm_linear(
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
     )
     return query, expanded

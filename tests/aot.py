@@ -87,6 +87,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         "num_stages": launch.num_stages,
         "enable_fp_fusion": False,
         "launch_pdl": launch.arguments.get("PDL", False),
+        "maxnreg": launch.max_registers,
     }
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):

@@ -208,7 +208,9 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
 
     def new(launches: list[Launch]) -> Iterator[Launch]:
         for launch in launches:
-            key = repr((launch.name, *specialise(launch), launch.num_warps, launch.num_stages))
+            key = repr(
+                (launch.name, *specialise(launch), launch.num_warps, launch.num_stages, launch.max_registers)
+            )
             if key not in seen:
                 seen.add(key)
                 yield launch

@@ -62,6 +62,7 @@ class Launch:
     arguments: dict[str, Any]
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
     @property
     def name(self) -> str:
@@ -84,7 +85,13 @@ def record() -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int,
+    num_stages: int = 2,
+    max_registers: int | None = None,
+    **constants: Any,
 ) -> None:
     """Runs `kernel` with positional arguments and constexprs on a grid; an empty grid is nothing.
 
@@ -100,9 +107,11 @@ def launch(
         names = kernel.arg_names
         given = {**dict(zip(names, arguments, strict=False)), **constants}
         ordered = {name: given[name] for name in names}
-        _recorders[-1].append(Launch(kernel, grid, ordered, num_warps, num_stages))
+        _recorders[-1].append(Launch(kernel, grid, ordered, num_warps, num_stages, max_registers))
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     kernel[grid](*arguments, **constants, **options, launch_pdl=constants.get("PDL", False))
 
 

@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,13 +28,26 @@ _BYTES_IN_FLIGHT = 24 << 10
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns and depth of a tile, into how many ranges of K a column tile is split, warps and pipeline stages."""
+    """Columns and depth of a tile, into how many ranges of K a column tile is split, and how its kernel is compiled.
+
+    max_registers: a thread's; None leaves it to the compiler
+    """
 
     block_n: int
     block_k: int
     split_k: int = 1
     num_warps: int = 4
     num_stages: int = 4
+    max_registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `launch` takes of it."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "max_registers": self.max_registers,
+        }
 
 
 @cache
@@ -73,6 +87,9 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
     if op == "head":
         if is_exact and capability == 80:
             block_k = 32  # deeper tiles spill there
+        if dtype == torch.int8 and capability == 90:
+            # Left to itself, ptxas keeps to 128 registers at the price of a spill (ragged widths: gpt2-xl).
+            return Tile(128, block_k, num_stages=3, max_registers=168)
         return Tile(128, block_k, num_warps=8 if is_exact and capability == 90 else 4, num_stages=3)
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
