@@ -129,8 +129,8 @@ class ModelOptions:
     draft_model: Any = option(
         None,
         Drafting(),
-        "what drafts for it: a directory or a name on the Hub; without one decoding is plain",
-        "or a `transformers` model, or a `Drafter`",
+        "what drafts for it: a directory, a Hub name or self:<layers>; without one decoding is plain",
+        "self:6 drafts with the target's own first six layers; also a `transformers` model, or a `Drafter`",
         aliases=("assistant_model",),
     )
 
@@ -293,7 +293,7 @@ class EngineConfig:
         AUTO,
         DtypeName(WEIGHT_DTYPE_NAMES),
         "storage of the draft's weights",
-        "int8 changes nothing there but the speed",
+        "int8 changes nothing there but the speed; auto is dtype, and for self:<layers> the target's own weights",
     )
     kv_dtype: str = option(
         AUTO,

@@ -12,7 +12,7 @@ class ModelNames(TypedDict, total=False):
     model: Any
     """the target: a directory or a name on the Hugging Face Hub; by default the bundled pair. Default: None."""
     draft_model: Any
-    """what drafts for it: a directory or a name on the Hub; without one decoding is plain. Default: None."""
+    """what drafts for it: a directory, a Hub name or self:<layers>; without one decoding is plain. Default: None."""
     assistant_model: Any
     """the same as draft_model."""
 

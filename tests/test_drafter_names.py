@@ -18,7 +18,7 @@ from specengine.engine import Engine
 
 VOCAB = 64
 PROMPT = make_prompt(6, 1, VOCAB)
-RESERVED = ("ngram", "suffix", "self:2")
+RESERVED = ("ngram", "suffix")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_named_drafter_drafts(
     assert_same(spec(engine, PROMPT, 4, max_new_tokens=60, ignore_eos=True), expected)
     tally.check(accepted=False)
     (context,) = named_drafters.contexts
-    assert (context.argument, context.draft) == ("", None)
+    assert (context.name, context.argument, context.draft) == (toy, "", None)
     assert (context.vocab_size, context.chunk_size, context.max_batch_size) == (VOCAB, 32, 8)
     assert context.kv_cache is engine._kv_cache
     assert context.num_bytes > 0
@@ -60,10 +60,10 @@ def test_a_named_drafter_may_draft_with_a_model(
 def test_call_and_engine_and_command_agree_on_what_a_name_is(
     toy: str, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (toy, "toy:3", *RESERVED):
+    for name in (toy, "toy:3", "self:2", "self", *RESERVED):
         assert registry.names_a_drafter(name)
         assert prepare_call("a", {"draft_model": name}).draft_model == name  # drafts for the bundled target
-    for other in ("self", "toys", "./toy", Path("toy"), None, ["toy"]):
+    for other in ("./self", "toys", "./toy", Path("toy"), None, ["toy"]):
         assert not registry.names_a_drafter(other)
     with pytest.raises(ValueError, match="needs a model"):
         prepare_call("a", {"draft_model": "toys"})
@@ -85,6 +85,12 @@ def test_names_that_are_promised_are_refused_in_the_same_words_everywhere(
     result = CliRunner().invoke(app, ["generate", "a", "--model", str(path), "--draft-model", name])
     assert result.exit_code != 0
     assert message in " ".join(result.output.split())
+
+
+def test_a_named_drafter_is_no_model_to_describe() -> None:
+    result = CliRunner().invoke(app, ["models", "--draft-model", "self:2", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "self:2" not in result.output
 
 
 def test_what_names_are_is_written_once() -> None:

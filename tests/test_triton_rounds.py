@@ -106,6 +106,26 @@ def test_a_draft_that_is_the_target_is_always_accepted(
         assert counts.mean_acceptance_length == 4
 
 
+def test_the_targets_layers_draft_on_its_cache(
+    checkpoint: CheckpointFactory, build_twins: BuildTwins, tally: Tally
+) -> None:
+    """One layer of two is right now and then, both always are; k apart from row to row."""
+    model = checkpoint("gpt2", num_layers=2, num_heads=2, seed=3)
+    prompts, given = (
+        [make_prompt(3, 3, VOCAB), make_prompt(6, 6, VOCAB)],
+        [params(3, 7), params(2, 5, **REJECTION)],
+    )
+    greedy = []
+    for layers in (1, 2):
+        _, replayed = build_twins(model, f"self:{layers}", max_batch_size=2)
+        results = replayed.generate(prompts, given)
+        for counts in (result.metrics.speculative_decoding for result in results):
+            assert layers == 1 or counts.num_accepted_draft_tokens == counts.num_draft_tokens
+        greedy.append(results[0].token_ids)
+    assert greedy == [plain(replayed, prompts[0], max_new_tokens=7, ignore_eos=True).token_ids] * 2
+    tally.check()
+
+
 def test_sequences_that_stop_run_on_unheard(
     checkpoint: CheckpointFactory, build_twins: BuildTwins, tally: Tally
 ) -> None:

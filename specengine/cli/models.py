@@ -13,11 +13,13 @@ from specengine.config import ModelOptions
 def models(options: dict[str, Any], as_json: AsJson = False) -> None:
     """List the bundled pair and the architectures, or describe models without loading them."""
     from specengine import bundled
+    from specengine.drafters.registry import names_a_drafter
     from specengine.models.describe import describe_model, supported_architectures
 
     chosen = ModelOptions(**options)
     drafts = chosen.draft_model if isinstance(chosen.draft_model, list) else [chosen.draft_model]
-    named = [name for name in (chosen.model, *drafts) if name is not None]
+    models_drafting = [name for name in drafts if not names_a_drafter(name)]
+    named = [name for name in (chosen.model, *models_drafting) if name is not None]
     if named:
         print_sections({name: describe_model(name) for name in named}, as_json=as_json)
         return

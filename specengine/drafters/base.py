@@ -32,7 +32,7 @@ prompts, and of rounds in which it did not draft, is a `ListeningDrafter`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -212,17 +212,26 @@ class RowResult(NamedTuple):
     num_accepted: int
 
 
-LoadModel = Callable[[str | Path | torch.nn.Module], LoadedModel]
+class LoadModel(Protocol):
+    """Loads what drafts, as the engine's configuration says of drafts."""
+
+    def __call__(self, source: str | Path | torch.nn.Module) -> LoadedModel:
+        """A model of its own, its tokenizer included."""
+
+    def first_layers(self, num_layers: int) -> LoadedModel | None:
+        """The target's first layers, final norm and head, read again and packed as `draft_weight_dtype` says; None
+        where that is how the target has them."""
 
 
 @dataclass(frozen=True)
 class DrafterContext:
     """What a drafter that is asked for by name may be built of.
 
-    argument:   what follows the colon in `draft_model="name:argument"`, or ""
+    name:       what was asked for, `name` or `name:argument`: what the drafter may be called
+    argument:   what follows the colon, or ""
     target:     the target, its tokenizer included
     draft:      what the drafter's module loaded (`load_draft`), its tokenizer included: its keys and values are the
-                cache's second tensor, in the target's blocks
+                cache's second tensor, in the target's blocks; None: there is one tensor, the target's
     load_model: loads another model as the engine's configuration says of drafts
     backend:    computes every op
     kv_cache:   keys and values of target and draft, and the blocks that sequences own
@@ -232,6 +241,7 @@ class DrafterContext:
     num_bytes:  memory that it may keep for itself
     """
 
+    name: str
     argument: str
     target: LoadedModel
     draft: LoadedModel | None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specengine.drafters.base import DraftProposal, RowResult
 from specengine.kernels.types.program import ForwardBatch
+from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rules import Rule
 from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
@@ -32,6 +33,7 @@ class DraftModelDrafter:
     """
 
     may_run_ahead = True
+    num_fed = _NUM_FED  # committed tokens, the last ones, that a round's first forward feeds: 1 or 2
 
     def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int) -> None:
         self.name = name
@@ -56,11 +58,11 @@ class DraftModelDrafter:
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
         if not batch.reads_law:
-            drafted = self.runner.draft(batch)
+            drafted = self.runner.draft(batch, _first_start(batch.planned, self.num_fed))
             if drafted is not None:
                 tokens, error = drafted
                 return DraftProposal(tokens, _up_to_errors(batch.planned.num_draft, error))
-        draft = _Draft(batch, self.runner)
+        draft = _Draft(batch, self.runner, num_fed=self.num_fed)
         for step in range(batch.k):
             draft.draw(step)
         return draft.proposal()
@@ -133,6 +135,11 @@ class _Gap(NamedTuple):
 _NO_GAP = _Gap(0, 0)
 
 
+def _first_start(plan: RoundPlan, num_fed: int) -> Tensor:
+    """Where the first forward of a round begins."""
+    return plan.last_position if num_fed == 1 else plan.draft_start[0]
+
+
 def _up_to_errors(num_draft: Tensor, error: Tensor) -> Tensor:
     """Rows stop before the first draft distribution that is not one (a NaN, say)."""
     return torch.minimum(num_draft, (error == 0).cumprod(dim=1).sum(dim=1, dtype=torch.int32))
@@ -141,9 +148,10 @@ def _up_to_errors(num_draft: Tensor, error: Tensor) -> Tensor:
 class _Draft:
     """The proposal under construction: tokens, and in rejection mode the rows they were drawn from."""
 
-    def __init__(self, batch: RunningBatch, runner: ModelRunner) -> None:
+    def __init__(self, batch: RunningBatch, runner: ModelRunner, *, num_fed: int) -> None:
         self._batch = batch
         self._runner = runner
+        self._num_fed = num_fed
         self._tokens = batch.slots.new_empty(batch.slots.numel(), batch.k)
         self._num_draft = batch.planned.num_draft
         self._law: _Law | None = None
@@ -152,11 +160,12 @@ class _Draft:
         """Draws token `step` of every sequence that still drafts, and stages it."""
         batch, plan, runner = self._batch, self._batch.planned, self._runner
         count = batch.slots.numel()
-        q_len = plan.draft_q_len[step]
-        if step == 0:
-            feed = Feed(plan.draft_start[0], q_len, plan.is_drafting[0], _NUM_FED * count, count)
+        wanted = plan.is_drafting[step]
+        if step == 0 and self._num_fed > 1:
+            feed = Feed(plan.draft_start[0], plan.draft_q_len[0], wanted, self._num_fed * count, count)
         else:
-            feed = Feed(plan.draft_start[step], q_len, q_len, count, count)
+            start = plan.draft_start[step] if step else plan.last_position
+            feed = Feed(start, wanted, wanted, count, count)
         rows = runner.build(batch, feed)
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return

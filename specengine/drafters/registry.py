@@ -6,9 +6,14 @@ A drafter's module has
 
 and, if it drafts with a model whose keys and values lie in the target's blocks,
 
-    def load_draft(argument: str, target: LoadedModel, load_model: LoadModel) -> LoadedModel
+    def load_draft(argument: str, target: LoadedModel, load_model: LoadModel) -> LoadedModel | None
 
-whose result `build` finds in its context. It is imported when an engine wants it.
+whose result `build` finds in its context, and, if not every argument can be,
+
+    def check(argument: str, target: DecoderSpec | None) -> None
+
+which raises `ValueError` with what is wrong: it is called before anything is read, and again when the target's config
+has been. A module is imported when an engine wants it.
 """
 
 from __future__ import annotations
@@ -18,12 +23,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from specengine.drafters.base import Drafter, DrafterContext, LoadModel, RoundDrafter
+    from specengine.models.decoder import DecoderSpec
     from specengine.models.loader import LoadedModel
 
 # Adding a drafter: one file, and its name here.
-DRAFTERS: dict[str, str] = {}
-# Not built yet, and no names of models: alone, or before a colon.
-_RESERVED = ("ngram", "suffix", "self:")
+DRAFTERS: dict[str, str] = {
+    "self": "specengine.drafters.self_layers",
+}
+# Not built yet, and no names of models.
+_RESERVED = ("ngram", "suffix")
 
 
 def names_a_drafter(draft_model: object) -> bool:
@@ -37,6 +45,21 @@ def check_available(draft_model: object) -> None:
         raise ValueError(
             f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
         )
+
+
+def check(draft_model: object, target: DecoderSpec | None = None) -> None:
+    """Raises `ValueError` for the argument of a named drafter that cannot be, as far as is known without the target or
+    with its config."""
+    if not isinstance(draft_model, str) or not names_a_drafter(draft_model):
+        return
+    name, argument = split(draft_model)
+    check_argument = getattr(importlib.import_module(DRAFTERS[name]), "check", None)
+    if check_argument is None:
+        return
+    try:
+        check_argument(argument, target)
+    except ValueError as error:
+        raise ValueError(f"draft_model={draft_model!r}: {error}") from None
 
 
 def split(draft_model: str) -> tuple[str, str]:
@@ -59,6 +82,4 @@ def build(draft_model: str, context: DrafterContext) -> Drafter | RoundDrafter:
 
 
 def _is_reserved(draft_model: object) -> bool:
-    return isinstance(draft_model, str) and any(
-        draft_model.startswith(name) if name.endswith(":") else draft_model == name for name in _RESERVED
-    )
+    return isinstance(draft_model, str) and draft_model in _RESERVED

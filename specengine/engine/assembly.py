@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import reprlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 from specengine.config import EngineConfig
 from specengine.drafters import registry
-from specengine.drafters.base import Drafter, DrafterContext, LoadModel, RoundDrafter
+from specengine.drafters.base import Drafter, DrafterContext, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
@@ -38,8 +39,9 @@ def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> 
 
 
 def check_draft_model(draft_model: object) -> None:
-    """Refuses what drafts nothing, and drafters that do not exist yet."""
+    """Refuses what drafts nothing, drafters that do not exist yet, and arguments that no drafter has."""
     registry.check_available(draft_model)
+    registry.check(draft_model)
     # A class that has a Drafter's methods is not a Drafter.
     if isinstance(draft_model, type) or not isinstance(
         draft_model, str | os.PathLike | torch.nn.Module | Drafter | None
@@ -113,6 +115,7 @@ def load(
     backend: Backend,
     progress: Callable[[int, int], None],
     tokenizer: Tokenizer | None = None,
+    num_layers: int | None = None,
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
     return load_model(
@@ -123,6 +126,7 @@ def load(
         backend=backend,
         progress=progress,
         tokenizer=tokenizer,
+        num_layers=num_layers,
     )
 
 
@@ -143,22 +147,43 @@ def build_kv_cache(
     return KVCache(specs, dtypes, config, max_seq_len=max_seq_len, device=device)
 
 
-def draft_loader(
-    config: EngineConfig, device: torch.device, backend: Backend, progress: Callable[[int, int], None]
-) -> LoadModel:
-    """What loads whatever drafts: from a directory, a Hub name or memory."""
+@dataclass(frozen=True)
+class DraftLoader:
+    """Loads whatever drafts: see `LoadModel`.
 
-    def load_model(source: Model) -> LoadedModel:
+    checkpoint, target: where the target was loaded from, and what came of it
+    """
+
+    checkpoint: Checkpoint
+    target: LoadedModel
+    config: EngineConfig
+    device: torch.device
+    backend: Backend
+    progress: Callable[[int, int], None]
+
+    def __call__(self, source: Model) -> LoadedModel:
+        """From a directory, a Hub name or memory."""
+        return self._load(open_model(source, self.config), None, None)
+
+    def first_layers(self, num_layers: int) -> LoadedModel | None:
+        """See `LoadModel`; `draft_weight_dtype="auto"` is how the target has them."""
+        if self.config.draft_weight_dtype in (AUTO, self.target.format.name):
+            return None
+        return self._load(self.checkpoint, self.target.tokenizer, num_layers)
+
+    def _load(
+        self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, num_layers: int | None
+    ) -> LoadedModel:
         return load(
-            open_model(source, config),
-            config,
-            weight_dtype=config.draft_weight_dtype,
-            device=device,
-            backend=backend,
-            progress=progress,
+            checkpoint,
+            self.config,
+            weight_dtype=self.config.draft_weight_dtype,
+            device=self.device,
+            backend=self.backend,
+            progress=self.progress,
+            tokenizer=tokenizer,
+            num_layers=num_layers,
         )
-
-    return load_model
 
 
 def build_drafter(given: Model | Drafter | None, context: DrafterContext) -> RoundDrafter:

@@ -94,6 +94,7 @@ class Engine:
         recorder = assembly.build_recorder(self.config, self.device, backend.name)
         # Whatever a config says is checked before anything is loaded.
         checkpoint = assembly.open_model(model, self.config)
+        registry.check(draft_model, checkpoint.spec)
         draft_checkpoint = assembly.open_draft(draft_model, self.config)
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
@@ -117,11 +118,15 @@ class Engine:
             forced_acceptance=self.config.forced_acceptance,
         )
         self._target = ModelRunner(target.decoder, kv_cache, model_index=TARGET, vocab_size=vocab_size)
+        asked_for = draft_model if isinstance(draft_model, str) else ""
         context = DrafterContext(
-            argument=registry.split(draft_model)[1] if isinstance(draft_model, str) else "",
+            name=asked_for,
+            argument=registry.split(asked_for)[1],
             target=target,
             draft=draft,
-            load_model=assembly.draft_loader(self.config, self.device, backend, lambda *_: None),
+            load_model=assembly.DraftLoader(
+                checkpoint, target, self.config, self.device, backend, lambda *_: None
+            ),
             backend=backend,
             kv_cache=kv_cache,
             vocab_size=vocab_size,
@@ -196,8 +201,8 @@ class Engine:
 
             loaded = load(target, config.weight_dtype, tokenizer)
             if isinstance(draft_model, str) and registry.names_a_drafter(draft_model):
-                load_model = assembly.draft_loader(config, self.device, backend, update)
-                return loaded, registry.load_draft(draft_model, loaded, load_model)
+                loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
+                return loaded, registry.load_draft(draft_model, loaded, loader)
             return loaded, None if draft is None else load(draft, config.draft_weight_dtype)
 
     @torch.inference_mode()
@@ -227,9 +232,12 @@ class Engine:
 
     @property
     def weights(self) -> dict[str, object]:
-        """The loaded tensors, in dataclasses: of the "target" and, if a model drafts, the "draft"."""
-        runners = {"target": self._target, "draft": getattr(self._drafter, "runner", None)}
-        return {name: runner.decoder.weights for name, runner in runners.items() if runner is not None}
+        """The loaded tensors, in dataclasses: of the "target" and, if a model of its own drafts, the "draft"."""
+        weights: dict[str, object] = {"target": self._target.decoder.weights}
+        draft = getattr(self._drafter, "runner", None)
+        if draft is not None and draft.model_index != TARGET:
+            weights["draft"] = draft.decoder.weights
+        return weights
 
     def kv_bytes(self, num_tokens: int | None = None) -> int:
         """Memory of the KV cache, all models together: what this many tokens of one sequence take, or all of it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -89,10 +89,15 @@ class Decoder:
         self.backend = backend
         self._executor = backend.compile(build_program(spec, weights))
 
+    def first_layers(self, num_layers: int) -> Decoder:
+        """The first layers, then the final norm and the head: on the same tensors, and on the cache's first layers."""
+        spec = replace(self.spec, num_layers=num_layers)
+        return Decoder(spec, replace(self.weights, layers=self.weights.layers[:num_layers]), self.backend)
+
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         """Writes the batch's keys and values and returns the logits of `batch.logit_rows`.
 
-        kv_cache:   `[layers, 2, N, Hkv, block_size, head_dim]`
+        kv_cache:   `[layers, 2, N, Hkv, block_size, head_dim]`; layers beyond the decoder's are left alone
         vocab_size: ids from here on get -inf
         returns     `[R, V]` fp32, V = vocab_size rounded up to a multiple of 128
         """

@@ -48,6 +48,7 @@ def load_model(
     backend: Backend,
     progress: Progress | None = None,
     tokenizer: Tokenizer | None = None,
+    num_layers: int | None = None,
 ) -> LoadedModel:
     """Loads a model and packs its weights for a backend.
 
@@ -57,11 +58,12 @@ def load_model(
                   included, and `dtype` is the tables'
     progress:     called with (bytes read, bytes in all) after every tensor
     tokenizer:    instead of the checkpoint's, which is then not read
+    num_layers:   only so many of the first layers, and what surrounds them; None: all
 
     Raises `ModelLoadError` naming file and field for a malformed, unsafe or unsupported checkpoint, before
     anything of its size is allocated, and `ValueError` for a dtype that the backend lacks.
     """
-    model = checkpoint.model
+    model = checkpoint.model if num_layers is None else checkpoint.model.first_layers(num_layers)
     if tokenizer is None:
         tokenizer = checkpoint.tokenizer
     checkpoint_dtype = _main_dtype(checkpoint.tensors)

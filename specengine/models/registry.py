@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -30,6 +30,10 @@ class ConfiguredModel:
     architecture: Architecture
     config: Any
     spec: DecoderSpec
+
+    def first_layers(self, num_layers: int) -> ConfiguredModel:
+        """The same model without its later layers."""
+        return replace(self, spec=replace(self.spec, num_layers=num_layers))
 
 
 def configure(values: Mapping[str, Any], generation: Mapping[str, Any], where: str) -> ConfiguredModel:

@@ -53,15 +53,17 @@ class ModelRunner:
         """
         return self.decoder.draw(rows, *self._where(), draw_keys(batch))
 
-    def draft(self, batch: RunningBatch) -> tuple[Tensor, Tensor] | None:
+    def draft(self, batch: RunningBatch, start: Tensor) -> tuple[Tensor, Tensor] | None:
         """All the draws that the batch's plan asks for in one call, where the backend has it, else None.
+
+        start: `[B]` int32, the first position that each sequence feeds
 
         Draws are staged behind the committed tokens, where the next forward reads them. Returns tokens and error
         flags, `[B, the most that any sequence drafts]` int32 each, 0 beyond a sequence's limit.
         """
         plan = batch.planned
         tables = (batch.tokens, batch.block_table, batch.slots)
-        rows = DraftRows(*tables, plan.draft_start[0], plan.seq_len, plan.num_draft)
+        rows = DraftRows(*tables, start, plan.seq_len, plan.num_draft)
         return self.decoder.draft(rows, *self._where(), draw_keys(batch))
 
     def _where(self) -> tuple[Tensor, int]:
