@@ -20,6 +20,7 @@ from specengine.drafters import draft_model
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
+from specengine.drafters.self_layers import SelfDrafter
 from specengine.kernels.device.launch import record
 from specengine.kernels.types.rules import Rule
 from specengine.runtime.model_runner import ModelRunner
@@ -88,6 +89,10 @@ def run(
     drafter: Any = NoDrafter()
     if k:
         drafter = DraftModelDrafter(runners[1], name="draft", chunk_size=512)
+    if drafts == "layers":
+        decoder = runners[0].decoder.first_layers(NUM_LAYERS)
+        runner = ModelRunner(decoder, kv_cache, model_index=0, vocab_size=shape.vocab_size)
+        drafter = SelfDrafter(runner, name="layers", chunk_size=512)
     if drafts == "upload":
         drafter = HostDrafter(SimpleNamespace(name="scripted"), vocab_size=shape.vocab_size)
     batch = state.select([], integers(9, 64), mode, k=k, size=2)
@@ -97,11 +102,11 @@ def run(
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("drafts", "k"), [("none", 0), ("model", K), ("upload", K)])
+@pytest.mark.parametrize(("drafts", "k"), [("none", 0), ("model", K), ("layers", K), ("upload", K)])
 def test_a_round_asks_the_host_nothing(mode: str, drafts: str, k: int) -> None:
     ours, _ = run(MODES[mode], k, drafts)
     assert ours["spec_plan_round"] == ours["spec_commit_round"] == 1
-    num_forwards = 1 + (k if drafts == "model" else 0)
+    num_forwards = 1 + (k if drafts in ("model", "layers") else 0)
     assert ours["spec_paged_attention"] == NUM_LAYERS * num_forwards
     assert ours["spec_expand_batch"] == ours["spec_embed"] == num_forwards
 

@@ -330,6 +330,15 @@ def test_the_draft_writes_the_targets_own_bits(
 
 
 @promises_bits
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_on_every_instruction_set_all_layers_are_always_accepted(
+    instruction_set: str, precision: str, build: Build
+) -> None:
+    """One row drafted, then as many as k + 1 verified: the same bits."""
+    check_everything_is_accepted(build(NUM_LAYERS, weight_dtype=precision), 31)
+
+
+@promises_bits
 def test_a_draft_of_other_weights_is_noticed(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exact all the same: the target's forward has the last word."""
     engine = build(2)

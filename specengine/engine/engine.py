@@ -66,7 +66,7 @@ class Engine:
     """Loads a target, and optionally something that drafts for it, and generates exactly what the target would.
 
     model:       a directory, a name on the Hub, or a `transformers` model in memory
-    draft_model: the same, or a `Drafter` object, or None for plain decoding
+    draft_model: the same, a drafter's name ("self:6"), a `Drafter` object, or None for plain decoding
     config:      an `EngineConfig`; its fields can also be given one by one
 
     Safe to call from several threads: whoever waits for a result moves everybody's requests on. A forked process
