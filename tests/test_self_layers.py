@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import drafters
 import pytest
 import tiny_models
 import torch
@@ -465,3 +466,24 @@ def test_on_the_reference_it_gives_the_same_text(build: Build, tally: Tally) -> 
         result.token_ids for result in spec(engine, prompts, 3, max_new_tokens=20, ignore_eos=True)
     ] == expected
     tally.check()
+
+
+# -- how it is measured -------------------------------------------------------------------------------------------
+
+
+def test_the_benchmark_compares_it_with_plain_decoding(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All eight layers of the bundled target: a token of the prompt, and two rounds of four drafts."""
+    arguments = ["self:8", "--prompts", "1", "--max-new-tokens", "11", "--repetitions", "1"]
+    drafters.main(arguments)
+    assert "| self:8 | 100.0% | 5.00 |" in capsys.readouterr().out
+    generate = Engine.generate
+
+    def of_less(engine: Engine, prompt: list[int], *, num_speculative_tokens: int, **sampling: Any) -> Any:
+        """A planted fault: with drafts, the text is another."""
+        return generate(engine, prompt[: len(prompt) - num_speculative_tokens], **sampling)
+
+    monkeypatch.setattr(Engine, "generate", of_less)
+    with pytest.raises(AssertionError, match="self:8: not the tokens of plain decoding"):
+        drafters.main(arguments)
