@@ -35,6 +35,9 @@ def spec_transform_rows(
     position_ptr,
     logit_row_ptr,
     penalty_ptr,
+    presence_ptr,
+    frequency_ptr,
+    prompt_length_ptr,
     history_ptr,
     history_stride,
     num_entries_ptr,
@@ -88,6 +91,17 @@ def spec_transform_rows(
         tl.debug_barrier()
         logits = tl.load(out_ptr + tokens, is_token)
 
+    presence, frequency = tl.load(presence_ptr + owner), tl.load(frequency_ptr + owner)
+    if (presence != 0.0) | (frequency != 0.0):
+        count = tl.zeros((TILE,), tl.int32)
+        for block in range(tl.load(prompt_length_ptr + owner), position, BLOCK_H):
+            generated = block + tl.arange(0, BLOCK_H)
+            at = history_ptr + slot.to(tl.int64) * history_stride + generated
+            token = tl.load(at, generated < position, -1) - first_token
+            is_own = (token >= 0) & (token < TILE)
+            count += tl.histogram(tl.where(is_own, token, 0), TILE, is_own)
+        logits = tl.where(count > 0, logits - count * frequency - presence, logits)
+
     # The slot's entries are in order of their tokens: those of this tile are begin … end - 1.
     num_entries, entries = tl.load(num_entries_ptr + slot), slot * entry_stride
     begin, end = 0, 0
@@ -138,6 +152,9 @@ def transform_rows(
         check_small("positions", positions, (num_tokens,), torch.int32),
         check_small("logit_rows", logit_rows, (num_logit_rows,), torch.int64),
         check_small("repetition_penalty", rows.repetition_penalty, (count,), torch.float32),
+        check_small("presence_penalty", rows.presence_penalty, (count,), torch.float32),
+        check_small("frequency_penalty", rows.frequency_penalty, (count,), torch.float32),
+        check_small("prompt_length", rows.prompt_length, (count,), torch.int32),
         check_table("history", transforms.history),
         transforms.history.stride(0),
         check_small("num_entries", transforms.num_entries, (num_slots,), torch.int32),

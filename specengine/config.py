@@ -45,6 +45,7 @@ MAX_NUM_LOGPROBS = 20
 MAX_NEW_TOKENS = 2**31 - 1
 MAX_ROUNDS_AHEAD = 4
 MIN_TEMPERATURE = 1e-4
+MAX_PENALTY = 100.0
 DTYPE_NAMES = (AUTO, *FLOAT_NAMES)
 BACKEND_NAMES = (AUTO, "native", "triton", "reference")
 WEIGHT_DTYPE_NAMES = (AUTO, *WEIGHT_FORMATS)
@@ -179,10 +180,15 @@ class SamplingParams:
         "before any bias, their logits are divided by it where they are positive and multiplied where negative",
     )
     presence_penalty: float = option(
-        0.0, Unavailable(Number(-1e9, 1e9), 0.0), "is taken from the logits of tokens that occurred"
+        0.0,
+        Number(-MAX_PENALTY, MAX_PENALTY),
+        "is taken from the logits of tokens that the output has",
+        "the prompt does not count; after the repetition penalty, before any bias",
     )
     frequency_penalty: float = option(
-        0.0, Unavailable(Number(-1e9, 1e9), 0.0), "is taken from a token's logit for each time it occurred"
+        0.0,
+        Number(-MAX_PENALTY, MAX_PENALTY),
+        "is taken from a token's logit for each time that the output has it",
     )
     logit_bias: Any = option(None, LogitBias(), "token ids, and what is added to the logit of each")
     logits_processor: Callable[..., Any] | None = option(
@@ -260,7 +266,8 @@ class SamplingParams:
     @property
     def has_transforms(self) -> bool:
         """Whether something is done to the logits of every token, whatever its position."""
-        return bool(self.logit_bias) or self.repetition_penalty != 1.0
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias) or any(penalties)
 
     @property
     def rule(self) -> str:

@@ -35,9 +35,9 @@ class SamplingOptions(TypedDict, total=False):
     repetition_penalty: float
     """above 1, tokens that the prompt or the output has grow rarer. Default: 1.0."""
     presence_penalty: float
-    """is taken from the logits of tokens that occurred. Default: 0.0."""
+    """is taken from the logits of tokens that the output has. Default: 0.0."""
     frequency_penalty: float
-    """is taken from a token's logit for each time it occurred. Default: 0.0."""
+    """is taken from a token's logit for each time that the output has it. Default: 0.0."""
     logit_bias: Mapping[int, float] | None
     """token ids, and what is added to the logit of each. Default: None."""
     logits_processor: Callable[..., Any] | None

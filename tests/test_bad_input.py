@@ -87,8 +87,8 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("acceptance", "typical", "typical"),
     ("acceptance", "threshold", "threshold"),
     *[("repetition_penalty", value, f"{value:g}") for value in (0, -1.2, 0.009, 101)],
-    ("presence_penalty", 0.5, "0.5"),
-    ("frequency_penalty", 0.5, "0.5"),
+    ("presence_penalty", -100.5, "-100.5"),
+    ("frequency_penalty", 101, "101"),
     ("logits_processor", print, "print"),
 ]
 BAD_TYPES: list[tuple[str, Any, str]] = [

@@ -19,6 +19,7 @@ import tiny_models
 import torch
 from scipy.stats import chi2
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
 from specengine.drafters.base import RowResult
@@ -50,9 +51,16 @@ class Filters:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def __str__(self) -> str:
-        return f"T{self.temperature:g}-k{self.top_k}-p{self.top_p:g}-m{self.min_p:g}"
+        penalties = "-penalties" if self.has_penalties else ""
+        return f"T{self.temperature:g}-k{self.top_k}-p{self.top_p:g}-m{self.min_p:g}{penalties}"
 
 
 # -- the law -----------------------------------------------------------------------------------------------------
@@ -82,7 +90,10 @@ def exact_law(model: torch.nn.Module, filters: Filters) -> np.ndarray:
             logits = model(tokens).logits[:, -1]
             seen = logits.gather(1, tokens)
             seen = torch.where(seen < 0, seen * filters.repetition_penalty, seen / filters.repetition_penalty)
-            probs = filtered_probs(logits.scatter(1, tokens, seen), filters)
+            logits = logits.scatter(1, tokens, seen)
+            count = one_hot(tokens[:, len(PROMPT) :], VOCAB).sum(dim=1)
+            logits = logits - count * filters.frequency_penalty - (count > 0) * filters.presence_penalty
+            probs = filtered_probs(logits, filters)
         law = (law[:, None] * probs).flatten()
         following = torch.arange(VOCAB).repeat(len(tokens))[:, None]
         tokens = torch.cat((tokens.repeat_interleave(VOCAB, dim=0), following), dim=1)
@@ -324,11 +335,15 @@ def _build_batch(
             min_p=torch.full((len(slots),), filters.min_p),
             seeds=seeds,
             rule=torch.full((len(slots),), rule, dtype=torch.int32),
-            repetition_penalty=torch.ones(len(slots)),
+            repetition_penalty=torch.full((len(slots),), filters.repetition_penalty),
+            presence_penalty=torch.full((len(slots),), filters.presence_penalty),
+            frequency_penalty=torch.full((len(slots),), filters.frequency_penalty),
+            prompt_length=torch.full((len(slots),), len(PROMPT), dtype=torch.int32),
         ),
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),
-        mode=RoundMode(rules=(rule,), has_filters=True),
+        mode=RoundMode(rules=(rule,), has_filters=True, has_transforms=filters.has_penalties),
+        transforms=engine._state.transforms if filters.has_penalties else None,
         host_slots=tuple(slots),
         lengths=tuple(lengths),
         draft_limits=tuple(min(k, len(PROMPT) + NUM_TOKENS - 1 - length) for length in lengths),
@@ -355,6 +370,7 @@ SOURCES = [
         ("model", "rejection", Filters(1.3, 6, 0.9, 0.05)),
         ("point", "coupled", Filters(0.8, 5, 0.95, 0.0)),
         ("markov", "rejection", Filters(1.0, 7, 0.97, 0.02)),
+        ("model", "rejection", Filters(1.1, 0, 0.98, 0.0, 1.3, 0.8, -0.5)),
     ],
     ids=str,
 )
@@ -369,7 +385,7 @@ def test_rounds_sample_the_targets_law(
 
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
 def test_the_engine_samples_the_targets_law(target: torch.nn.Module, acceptance: str) -> None:
-    filters = Filters(0.9, 6, 0.95, 0.03, repetition_penalty=1.5)
+    filters = Filters(0.9, 6, 0.95, 0.03, repetition_penalty=1.5, frequency_penalty=0.9)
     with build_engine(target, "model") as engine:
         samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 10)
     check_tally(samples)

@@ -45,8 +45,10 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": {9: 2.5, 14: 4.0, 30: -10_000.0}, "ignore_eos": True},
     "minimum": {"min_new_tokens": 11, "stop_token_ids": list(range(0, VOCAB, 5))},
     "penalty": {"repetition_penalty": 1.4, "ignore_eos": True},
+    "counted": {"presence_penalty": 0.6, "frequency_penalty": 0.8, "ignore_eos": True},
     "all": {
         "repetition_penalty": 1.2,
+        "frequency_penalty": -0.2,
         "logit_bias": {0: 3.0, 10: 2.0, 41: 4.0},
         "min_new_tokens": 9,
         "stop_token_ids": list(range(0, VOCAB, 4)),
@@ -70,6 +72,10 @@ def judge_by_hand(oracle: GreedyOracle, prompt: list[int], asked: dict[str, Any]
         if (penalty := asked.get("repetition_penalty", 1.0)) != 1.0:
             logits = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
         logits = logits[0]
+        count = torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.int64), minlength=VOCAB)
+        logits -= count * asked.get("frequency_penalty", 0.0) + (count > 0) * asked.get(
+            "presence_penalty", 0.0
+        )
         for token, bias in asked.get("logit_bias", {}).items():
             logits[token] += bias
         if len(ids) - len(prompt) < asked.get("min_new_tokens", 0):
@@ -133,7 +139,7 @@ def test_a_draft_model_changes_nothing(
     num_free = engine.num_free_blocks
     asked = [*TRANSFORMS.values(), {"ignore_eos": True}]
     params = [SamplingParams(**{**each, **sampling}, max_new_tokens=NUM_TOKENS) for each in asked]
-    prompts = [*PROMPTS, PROMPTS[0]]
+    prompts = [*PROMPTS, *PROMPTS][: len(asked)]
     alone = [
         plain(engine, prompt, max_new_tokens=NUM_TOKENS, **each, **sampling)
         for prompt, each in zip(prompts, asked, strict=True)
@@ -145,7 +151,7 @@ def test_a_draft_model_changes_nothing(
 
 
 @pytest.mark.parametrize("acceptance", ["greedy", "coupled", "rejection"])
-@pytest.mark.parametrize("name", ["biases", "penalty"])
+@pytest.mark.parametrize("name", ["biases", "penalty", "counted"])
 def test_a_draft_that_is_the_target_is_always_accepted(
     name: str, acceptance: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
 ) -> None:
@@ -265,6 +271,10 @@ def slots_keep_their_entries(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(TransformTables, "admit", mutant)
 
 
+def prompts_are_counted(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(sequence_module.Sequence, "prompt_length", 0)
+
+
 def only_committed_tokens_are_penalised(patch: pytest.MonkeyPatch) -> None:
     """This round's drafts are overlooked."""
     tables = BatchState.transforms
@@ -276,7 +286,7 @@ def only_committed_tokens_are_penalised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchState, "transforms", property(mutant))
 
 
-@pytest.mark.parametrize("plant", [bans_end_early, slots_keep_their_entries])
+@pytest.mark.parametrize("plant", [bans_end_early, slots_keep_their_entries, prompts_are_counted])
 def test_the_law_notices(
     plant: Callable[[pytest.MonkeyPatch], None],
     checkpoint: CheckpointFactory,
@@ -287,11 +297,11 @@ def test_the_law_notices(
     plant(monkeypatch)
     engine = build_engine(checkpoint(seed=3))
     half = {"stop_token_ids": list(range(0, VOCAB, 2))}
-    biased = TRANSFORMS["biases"]
+    biased, counted = TRANSFORMS["biases"], TRANSFORMS["counted"]
     minima = [[{**half, "min_new_tokens": count}] for count in range(1, 5)]
 
     def check() -> None:
-        for batch in ([biased, biased], [{"ignore_eos": True}, biased], *minima):
+        for batch in ([biased, biased], [counted, counted], [{"ignore_eos": True}, biased], *minima):
             params = [SamplingParams(max_new_tokens=NUM_TOKENS, **asked) for asked in batch]
             for result, asked in zip(engine.generate(PROMPTS[: len(batch)], params), batch, strict=True):
                 assert result.token_ids == judge_by_hand(oracle(seed=3), result.prompt_token_ids, asked)
@@ -300,11 +310,15 @@ def test_the_law_notices(
         check()
 
 
+@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.4}, {"frequency_penalty": 0.8}])
 def test_the_law_notices_drafts_that_are_overlooked(
-    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+    penalty: dict[str, float],
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     engine = build_engine(checkpoint(seed=3), checkpoint(seed=3), rounds_ahead=0, cuda_graphs=False)
-    asked = {"repetition_penalty": 1.4, "ignore_eos": True, "max_new_tokens": 60}
+    asked = {**penalty, "ignore_eos": True, "max_new_tokens": 60}
     expected = plain(engine, PROMPTS, **asked)
     only_committed_tokens_are_penalised(monkeypatch)
     results = spec(engine, PROMPTS, K, **asked)

@@ -40,7 +40,7 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
     "coupled": {"temperature": 0.9, "seed": 11},
     "filtered": {"temperature": 0.9, "seed": 11, "top_k": 20, "top_p": 0.9, "min_p": 0.01},
     "biased": {"temperature": 0.9, "seed": 11, "logit_bias": {3: 2.0, 30: -5.0}},
-    "penalised": {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.4},
+    "penalised": {"temperature": 0.9, "seed": 11, "repetition_penalty": 1.4, "frequency_penalty": 0.6},
     "minimum": {"min_new_tokens": 7, "stop_token_ids": list(range(1, VOCAB, 9))},
 }
 
@@ -108,6 +108,9 @@ def test_one_call_gives_the_bits_of_single_ops(
             seeds=torch.tensor([-5, 2**62, 7]),
             rule=torch.zeros(3, dtype=torch.int32),
             repetition_penalty=torch.tensor([1.2, 1.0, 0.8]),
+            presence_penalty=torch.tensor([0.0, 1.5, -0.5]),
+            frequency_penalty=torch.tensor([0.0, 0.0, 0.7]),
+            prompt_length=torch.tensor([1, 2, 0], dtype=torch.int32),
         )
         for transforms in (None, random_transforms(batch.block_table.shape[0])):
             keys = DrawKeys(by_sequence.take(slice(count)), True, transforms)

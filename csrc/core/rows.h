@@ -14,7 +14,10 @@
   COLUMN(float, min_p)                 \
   COLUMN(int64_t, seeds)               \
   COLUMN(int32_t, rule)                \
-  COLUMN(float, repetition_penalty)
+  COLUMN(float, repetition_penalty)    \
+  COLUMN(float, presence_penalty)      \
+  COLUMN(float, frequency_penalty)     \
+  COLUMN(int32_t, prompt_length)
 
 namespace specengine {
 

@@ -32,8 +32,12 @@ struct RowTransform {
   const int32_t* end;
   int64_t num_entries;
   int32_t position;
-  float penalty;
+  float repetition, presence, frequency;
   const uint64_t* seen;  // a bit a token of the vocabulary; null where nothing is penalised
+  // Where tokens are counted, else null: how many marked ones come before each 64 of the
+  // vocabulary, and how often each of them was generated.
+  const int32_t* num_before;
+  const int32_t* num_generated;
 
   // Changes the logits of tokens first_token … first_token + count - 1, `logits[0]` being the
   // first's; first_token is a multiple of 64.
@@ -60,12 +64,19 @@ struct RowTransform {
   friend class RowTransforms;
   RowTransform() = default;
 
+  bool is_counting() const { return presence != 0.0f || frequency != 0.0f; }
+
   void penalise(int64_t first_token, int64_t count, float* logits) const {
     if (seen == nullptr) return;
     for (int64_t base = 0; base < count; base += 64) {
-      for (uint64_t bits = seen[(first_token + base) / 64]; bits != 0; bits &= bits - 1) {
+      const int64_t word = (first_token + base) / 64;
+      const int32_t* count = num_before == nullptr ? nullptr : num_generated + num_before[word];
+      for (uint64_t bits = seen[word]; bits != 0; bits &= bits - 1) {
         float& z = logits[base + std::countr_zero(bits)];
-        z = z < 0.0f ? z * penalty : z / penalty;
+        z = z < 0.0f ? z * repetition : z / repetition;
+        if (count == nullptr) continue;
+        if (*count > 0) z = z - static_cast<float>(*count) * frequency - presence;
+        ++count;
       }
     }
   }
@@ -82,8 +93,7 @@ class RowTransforms {
   const RowTransform* build(const TransformTables& tables, const DecidedRows& decided,
                             int64_t vocab) {
     RowTransform* rows = rows_.reserve(decided.num_rows);
-    const int64_t num_words = (vocab + 63) / 64;
-    uint64_t* seen = seen_.reserve(decided.num_rows * num_words);
+    int64_t num_counted = 0;
     for (int64_t r = 0; r < decided.num_rows; ++r) {
       check_index(decided.slots[r], 0, tables.history.num_rows, "slots", r);
       check_index(decided.positions[r], 0, tables.history.width + 1, "positions", r);
@@ -96,28 +106,73 @@ class RowTransforms {
       rows[r].end = tables.end + at;
       rows[r].num_entries = tables.num_entries[decided.slots[r]];
       rows[r].position = decided.positions[r];
-      rows[r].penalty = decided.rows.repetition_penalty[r];
-      rows[r].seen = nullptr;
-      if (rows[r].penalty == 1.0f) continue;
-      const int32_t* history = tables.history[decided.slots[r]];
-      rows[r].seen = mark_seen(history, decided.positions[r], vocab, seen + r * num_words);
+      rows[r].repetition = decided.rows.repetition_penalty[r];
+      rows[r].presence = decided.rows.presence_penalty[r];
+      rows[r].frequency = decided.rows.frequency_penalty[r];
+      if (rows[r].is_counting()) num_counted += decided.positions[r];
     }
+    mark(tables, decided, vocab, num_counted);
     return rows;
   }
 
  private:
-  static const uint64_t* mark_seen(const int32_t* history, int64_t length, int64_t vocab,
-                                   uint64_t* seen) {
+  // What each row penalises: a repetition penalty whatever stands before the position, the others
+  // what was generated. num_counted: at most so many tokens are counted in all.
+  void mark(const TransformTables& tables, const DecidedRows& decided, int64_t vocab,
+            int64_t num_counted) {
+    RowTransform* rows = rows_.reserve(decided.num_rows);
+    const int64_t num_words = (vocab + 63) / 64;
+    uint64_t* seen = seen_.reserve(decided.num_rows * num_words);
+    int32_t* num_before = num_before_.reserve(num_counted > 0 ? decided.num_rows * num_words : 0);
+    int32_t* num_generated = num_generated_.reserve(num_counted);
+    for (int64_t r = 0; r < decided.num_rows; ++r, seen += num_words) {
+      RowTransform& row = rows[r];
+      row.seen = nullptr;
+      row.num_before = row.num_generated = nullptr;
+      if (row.repetition == 1.0f && !row.is_counting()) continue;
+      const int32_t* history = tables.history[decided.slots[r]];
+      const int64_t length = decided.positions[r];
+      const int64_t prompt_length = std::max(decided.rows.prompt_length[r], 0);
+      mark_seen(history, row.repetition == 1.0f ? prompt_length : 0, length, vocab, seen);
+      row.seen = seen;
+      if (!row.is_counting() || length == 0) continue;
+      row.num_before = num_before + r * num_words;
+      row.num_generated = num_generated;
+      count_generated(history, prompt_length, length, vocab, seen, num_before + r * num_words,
+                      num_generated);
+      num_generated += length;
+    }
+  }
+
+  static void mark_seen(const int32_t* history, int64_t begin, int64_t end, int64_t vocab,
+                        uint64_t* seen) {
     std::memset(seen, 0, sizeof(uint64_t) * ((vocab + 63) / 64));
-    for (int64_t i = 0; i < length; ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const int64_t token = history[i];
       if (token >= 0 && token < vocab) seen[token / 64] |= uint64_t{1} << token % 64;
     }
-    return seen;
+  }
+
+  // Tokens from `begin` on, which are marked, by their rank among the marked ones.
+  static void count_generated(const int32_t* history, int64_t begin, int64_t end, int64_t vocab,
+                              const uint64_t* seen, int32_t* num_before, int32_t* counts) {
+    int32_t num_marked = 0;
+    for (int64_t word = 0; word < (vocab + 63) / 64; ++word) {
+      num_before[word] = num_marked;
+      num_marked += std::popcount(seen[word]);
+    }
+    std::fill_n(counts, num_marked, 0);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t token = history[i];
+      if (token < 0 || token >= vocab) continue;
+      const uint64_t lower = (uint64_t{1} << token % 64) - 1;
+      ++counts[num_before[token / 64] + std::popcount(seen[token / 64] & lower)];
+    }
   }
 
   Scratch<RowTransform> rows_;
   Scratch<uint64_t> seen_;
+  Scratch<int32_t> num_before_, num_generated_;
 };
 
 }  // namespace specengine

@@ -21,7 +21,8 @@ def transform_rows(
     """z'_v = z_v + the sum of the entries for v that hold at the position that the row decides, in their order.
 
     Before that, of tokens that stand anywhere before this position z becomes z / p where z >= 0, else z p, with p the
-    sequence's repetition penalty (Keskar et al., 2019).
+    sequence's repetition penalty (Keskar et al., 2019); then of tokens that stand n > 0 times between the prompt and
+    this position z becomes z - n f - s, with f and s the frequency and presence penalties (as in OpenAI's API).
 
     logits:     `[R, V]` fp32; not written. Row r decides the position after token logit_rows[r] of a ragged batch
     rows:       `[B]`, what each sequence is judged by
@@ -37,12 +38,17 @@ def transform_rows(
     num_entries, vocab_size = transforms.num_entries[slot], logits.shape[1]
     penalty = rows.repetition_penalty[owner][:, None]
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
-    history = transforms.history[slot].long()
-    is_before = torch.arange(history.shape[1], device=logits.device) < position[:, None]
-    seen = torch.where(is_before & (history < vocab_size), history, vocab_size)
-    is_seen = torch.zeros(len(slot), vocab_size + 1, dtype=torch.bool, device=logits.device)
-    is_seen = is_seen.scatter_(1, seen, True)[:, :vocab_size]
-    result = torch.where(is_seen & (penalty != 1), penalised, logits)
+    history, place = (
+        transforms.history[slot].long(),
+        torch.arange(transforms.history.shape[1], device=logits.device),
+    )
+    is_before = place < position[:, None]
+    is_generated = is_before & (place >= rows.prompt_length[owner][:, None])
+    result = torch.where((_count(history, is_before, vocab_size) > 0) & (penalty != 1), penalised, logits)
+    count = _count(history, is_generated, vocab_size)
+    frequency, presence = rows.frequency_penalty[owner][:, None], rows.presence_penalty[owner][:, None]
+    is_lowered = (count > 0) & ((frequency != 0) | (presence != 0))
+    result = torch.where(is_lowered, result - count * frequency - presence, result)
     for entry in range(transforms.token.shape[1]):
         token, value, first, end = (each[slot, entry] for each in transforms[2:])
         holds = (entry < num_entries) & (first <= position) & (position < end) & (token < vocab_size)
@@ -50,3 +56,10 @@ def transform_rows(
         before = result.gather(1, place)
         result.scatter_(1, place, torch.where(holds[:, None], before + value[:, None], before))
     return result
+
+
+def _count(history: Tensor, is_counted: Tensor, vocab_size: int) -> Tensor:
+    """How often each token of the vocabulary stands in a row's `history`, both `[R, L]`, where it counts: `[R, V]`."""
+    tokens = torch.where(is_counted & (history < vocab_size), history, vocab_size)
+    counts = torch.zeros(len(history), vocab_size + 1, device=history.device)
+    return counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=torch.float32))[:, :vocab_size]

@@ -31,7 +31,9 @@ class SamplingRows(NamedTuple):
     top_k, top_p, min_p: int32, fp32, fp32: the filters, see `specengine.kernels.reference.filter_rows`
     seeds:       int64, the bits of the 64-bit seeds
     rule:        int32, the `Rule` that drafts are judged by (MATCH for greedy rows)
-    repetition_penalty: fp32, > 0; 1 = none, see `specengine.kernels.reference.transform_rows`
+    repetition_penalty, presence_penalty, frequency_penalty: fp32; 1, 0 and 0 = none, see
+                 `specengine.kernels.reference.transform_rows`
+    prompt_length: int32, tokens of the prompt: those from there on are generated
     """
 
     temperature: Annotated[Tensor, Column(torch.float32, "params.temperature")]
@@ -41,6 +43,9 @@ class SamplingRows(NamedTuple):
     seeds: Annotated[Tensor, Column(torch.int64, "signed_seed")]
     rule: Annotated[Tensor, Column(torch.int32, "rule")]
     repetition_penalty: Annotated[Tensor, Column(torch.float32, "params.repetition_penalty", default=1)]
+    presence_penalty: Annotated[Tensor, Column(torch.float32, "params.presence_penalty")]
+    frequency_penalty: Annotated[Tensor, Column(torch.float32, "params.frequency_penalty")]
+    prompt_length: Annotated[Tensor, Column(torch.int32, "prompt_length")]
 
     @classmethod
     def empty(cls, count: int, device: torch.device | str = "cpu") -> SamplingRows:

@@ -120,6 +120,10 @@ class Sequence:
         return self.request.params
 
     @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
     def num_tokens(self) -> int:
         """Committed tokens, the prompt's included."""
         return len(self.request.prompt_ids) + self.settled.num_tokens

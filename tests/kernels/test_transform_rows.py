@@ -88,6 +88,9 @@ def mixed_case(vocab_size: int, logit_rows: tuple[int, ...] | None = None) -> Ca
 
 def penalised(case: Case) -> Case:
     case.rows.repetition_penalty[:] = torch.tensor([1.3, 1.0, 0.7, 30.0])
+    case.rows.presence_penalty[:] = torch.tensor([0.0, -0.3, 0.0, 1.7])
+    case.rows.frequency_penalty[:] = torch.tensor([0.0, 0.0, 0.9, -0.13])
+    case.rows.prompt_length[:] = torch.tensor([1, 3, 5, 8])
     return case
 
 
@@ -164,6 +167,27 @@ def test_what_a_penalty_says(ops: Backend) -> None:
     assert torch.equal(ops.transform_rows(*case), expected)
 
 
+def test_what_counting_penalties_say(ops: Backend) -> None:
+    """What was generated before the position is counted, the prompt is not; a repetition penalty comes before, and
+    sees both."""
+    tables = build_tables({0: [(3, 10.0, 0, FOREVER)]})
+    tables.history[0, :7] = torch.tensor([250, 3, 8, 3, 8, 3, 299])
+    case = build_case(300, tables, slots=(0, 0), q_len=(3, 2))
+    case = case._replace(positions=torch.tensor([1, 4, 5, 0, 5], dtype=torch.int32))
+    case.rows.repetition_penalty[:] = torch.tensor([1.0, 2.0])
+    case.rows.presence_penalty[:] = torch.tensor([0.25, 0.0])
+    case.rows.frequency_penalty[:] = torch.tensor([2.0, -1.0])
+    case.rows.prompt_length[:] = torch.tensor([2, 4])
+    case.logits[:] = -3.0
+    expected = case.logits.clone()
+    expected[1, [3, 8]] = torch.tensor([-5.25, -7.25])  # position 5: generated 8, 3, 8
+    expected[2, [3, 8]] = torch.tensor([-7.25, -7.25])
+    expected[3:, 250] = -6.0
+    expected[4, [3, 8]] = torch.tensor([-5.0, -5.0])
+    expected[:, 3] += 10.0
+    assert torch.equal(ops.transform_rows(*case), expected)
+
+
 @pytest.mark.parametrize("vocab_size", [1, 129, 5000])
 def test_penalties_over_long_histories(ops: Backend, vocab_size: int) -> None:
     """Tokens that repeat, of every tile, and some that the vocabulary does not have."""
@@ -224,6 +248,11 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
         "repetition_penalty": {
             "rows": case.rows._replace(repetition_penalty=case.rows.repetition_penalty.double())
         },
+        "presence_penalty": {"rows": case.rows._replace(presence_penalty=case.rows.presence_penalty[1:])},
+        "frequency_penalty": {
+            "rows": case.rows._replace(frequency_penalty=case.rows.frequency_penalty.int())
+        },
+        "prompt_length": {"rows": case.rows._replace(prompt_length=case.rows.prompt_length.long())},
         "history": {"transforms": tables._replace(history=tables.history.long())},
         "q_start": {"q_start": case.q_start[:-1]},
         "positions": {"positions": case.positions.long()},
@@ -262,6 +291,9 @@ FAULTS: dict[str, Callable[[Case], Case]] = {
     "a position too late": lambda case: case._replace(positions=case.positions + 1),
     "the sequence's own penalty is another's": lambda case: case._replace(
         rows=case.rows._replace(repetition_penalty=case.rows.repetition_penalty.roll(1))
+    ),
+    "the prompt counts as well": lambda case: case._replace(
+        rows=case.rows._replace(prompt_length=torch.zeros_like(case.rows.prompt_length))
     ),
     "the slot's index in the batch": lambda case: case._replace(slots=torch.arange(4, dtype=torch.int32)),
     "an entry too few": lambda case: case._replace(
