@@ -33,6 +33,9 @@ def test_gpu(benchmark: BenchmarkFixture, report: Report, gpu: Gpu, batch: int, 
         value=torch.randn(batch, num_entries, generator=generator).to(gpu.device),
         first=zeros,
         end=zeros + 2**31 - 1,
+        prefix_start=zeros,
+        prefix_length=zeros,
+        prefix=zeros,
     )
     positions = torch.arange(num_rows, dtype=torch.int32, device=gpu.device) % (k + 1) + 500
     q_start = torch.arange(0, num_rows + 1, k + 1, dtype=torch.int32, device=gpu.device)

@@ -23,6 +23,8 @@ from specengine.kernels.types.transforms import Transforms
 TILE = 1024
 BLOCK_E = 64
 BLOCK_H = 512
+# Tokens of a prefix that are compared together.
+BLOCK_P = 16
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_tokens"])
@@ -45,7 +47,11 @@ def spec_transform_rows(
     value_ptr,
     first_ptr,
     end_ptr,
+    prefix_start_ptr,
+    prefix_length_ptr,
+    prefix_ptr,
     entry_stride,
+    prefix_stride,
     num_sequences,
     num_tokens,
     num_rows_ptr,
@@ -54,6 +60,7 @@ def spec_transform_rows(
     BLOCK_B: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     PDL: tl.constexpr,
 ):
     wait(PDL)
@@ -111,7 +118,16 @@ def spec_transform_rows(
         begin += tl.sum((token < first_token).to(tl.int32))
         end += tl.sum((token < first_token + TILE).to(tl.int32))
     for entry in range(entries + begin, entries + end):
+        length = tl.load(prefix_length_ptr + entry)
         holds = (tl.load(first_ptr + entry) <= position) & (position < tl.load(end_ptr + entry))
+        holds &= length <= position
+        wanted = prefix_ptr + slot.to(tl.int64) * prefix_stride + tl.load(prefix_start_ptr + entry)
+        found = history_ptr + slot.to(tl.int64) * history_stride + position - length
+        for block in range(0, tl.where(holds, length, 0), BLOCK_P):
+            offset = block + tl.arange(0, BLOCK_P)
+            is_part = offset < length
+            differs = tl.load(wanted + offset, is_part, 0) != tl.load(found + offset, is_part, 0)
+            holds &= tl.sum(differs.to(tl.int32)) == 0
         is_changed = (tokens == tl.load(token_ptr + entry)) & holds
         logits = tl.where(is_changed, logits + tl.load(value_ptr + entry), logits)
     tl.store(out_ptr + tokens, logits, is_token)
@@ -137,7 +153,7 @@ def transform_rows(
     num_logit_rows, vocab_size = logits.shape
     count, num_tokens = slots.numel(), positions.numel()
     num_slots, capacity = transforms.token.shape
-    table = (num_slots, capacity)
+    table, prefix_capacity = (num_slots, capacity), transforms.prefix.shape[-1]
     if num_logit_rows and not (count and num_tokens):
         raise ValueError(f"logit_rows: {num_logit_rows} rows of {count} sequences with {num_tokens} tokens")
     out = torch.empty(num_logit_rows, vocab_size, device=logits.device)
@@ -162,7 +178,11 @@ def transform_rows(
         check_small("value", transforms.value, table, torch.float32),
         check_small("first", transforms.first, table, torch.int32),
         check_small("end", transforms.end, table, torch.int32),
+        check_small("prefix_start", transforms.prefix_start, table, torch.int32),
+        check_small("prefix_length", transforms.prefix_length, table, torch.int32),
+        check_small("prefix", transforms.prefix, (num_slots, prefix_capacity), torch.int32),
         capacity,
+        prefix_capacity,
         count,
         num_tokens,
         num_rows,
@@ -171,6 +191,7 @@ def transform_rows(
         BLOCK_B=triton.next_power_of_2(max(count, 1)),
         BLOCK_E=BLOCK_E,
         BLOCK_H=BLOCK_H,
+        BLOCK_P=BLOCK_P,
         num_warps=4,
     )
     return out

@@ -16,6 +16,7 @@ from typing import Any, TypeVar, cast
 
 from specengine.kinds import (
     AUTO,
+    BadWords,
     Choice,
     DeviceName,
     Drafting,
@@ -191,6 +192,15 @@ class SamplingParams:
         "is taken from a token's logit for each time that the output has it",
     )
     logit_bias: Any = option(None, LogitBias(), "token ids, and what is added to the logit of each")
+    bad_words: Any = option(
+        None,
+        BadWords(),
+        "strings, or lists of token ids, that are never completed",
+        "the last id is banned wherever the others stand right before it, in the prompt or the output; a string is "
+        "banned as the tokenizer writes it, alone and after a space: other tokens may still spell it",
+        flags=("--bad-word",),
+        aliases=("bad_words_ids",),
+    )
     logits_processor: Callable[..., Any] | None = option(
         None, Unavailable(Function(), None), "a function of the logits"
     )
@@ -267,7 +277,7 @@ class SamplingParams:
     def has_transforms(self) -> bool:
         """Whether something is done to the logits of every token, whatever its position."""
         penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
-        return bool(self.logit_bias) or any(penalties)
+        return bool(self.logit_bias or self.bad_words) or any(penalties)
 
     @property
     def rule(self) -> str:

@@ -19,6 +19,8 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_NUM_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_LOGIT_BIAS = 1e4
+MAX_NUM_BAD_WORDS = 1024
+MAX_BAD_WORD_LENGTH = 256
 _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
 _ESCAPE = re.compile(r"\\(?:([nrt\\])|x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|)")
 _CONTROLS = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
@@ -357,6 +359,41 @@ class StopStrings(Repeated):
                 )
             check_text(f"{name}[{place}]", string)
         return strings
+
+    def parse(self, text: str) -> Any:
+        return unescape(text)
+
+
+@dataclass(frozen=True)
+class BadWords(Repeated):
+    """Strings, or lists of token ids; a string alone is one. A command line gives strings, as `unescape` reads them."""
+
+    accepts: ClassVar[str] = "str | Sequence[str | Sequence[int]] | None"
+
+    @property
+    def range(self) -> str:
+        return f"up to {MAX_NUM_BAD_WORDS} of up to {MAX_BAD_WORD_LENGTH} characters or ids"
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None:
+            return ()
+        if not isinstance(value, Sequence):
+            raise TypeError(f"{name} must be strings or lists of token ids, got {value!r}")
+        words = (value,) if isinstance(value, str) else tuple(value)
+        if len(words) > MAX_NUM_BAD_WORDS:
+            raise ValueError(f"{name} must hold at most {MAX_NUM_BAD_WORDS} words, got {len(words)}")
+        return tuple(self._check_word(f"{name}[{place}]", word) for place, word in enumerate(words))
+
+    def _check_word(self, name: str, word: Any) -> str | tuple[int, ...]:
+        if not isinstance(word, Sequence):
+            raise TypeError(f"{name} must be a string or a list of token ids, got {word!r}")
+        if not 0 < len(word) <= MAX_BAD_WORD_LENGTH:
+            raise ValueError(
+                f"{name} must have 1 to {MAX_BAD_WORD_LENGTH} characters or ids, got {len(word)}"
+            )
+        if isinstance(word, str):
+            return check_text(name, word)
+        return tuple(check_int(f"{name} token id", token_id, 0, MAX_TOKEN_ID) for token_id in word)
 
     def parse(self, text: str) -> Any:
         return unescape(text)

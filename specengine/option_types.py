@@ -40,6 +40,8 @@ class SamplingOptions(TypedDict, total=False):
     """is taken from a token's logit for each time that the output has it. Default: 0.0."""
     logit_bias: Mapping[int, float] | None
     """token ids, and what is added to the logit of each. Default: None."""
+    bad_words: str | Sequence[str | Sequence[int]] | None
+    """strings, or lists of token ids, that are never completed. Default: None."""
     logits_processor: Callable[..., Any] | None
     """a function of the logits. Default: None."""
     seed: int | None
@@ -64,6 +66,8 @@ class SamplingOptions(TypedDict, total=False):
     """how drafts are judged; auto is coupled if a seed is given, else rejection. Default: 'auto'."""
     max_tokens: int
     """the same as max_new_tokens."""
+    bad_words_ids: str | Sequence[str | Sequence[int]] | None
+    """the same as bad_words."""
     stop_strings: str | Sequence[str] | None
     """the same as stop."""
     num_assistant_tokens: int | str

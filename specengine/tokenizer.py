@@ -47,6 +47,10 @@ class Tokenizer:
         # A batch is cut without holding the interpreter's lock: other threads go on.
         return list(self._tokenizer.encode_batch([text])[0].ids)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Ids of `text` as a part of another: without the special tokens that a text begins or ends with."""
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
     def token(self, token_id: int) -> str:
         """A token as the vocabulary spells it."""
         return str(self._tokenizer.id_to_token(token_id))

@@ -179,7 +179,7 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
         plan = TRITON.plan_round(of_sequence, *state, NUM_DRAFT, 1024)
         rows = (integers(num_sequences + 1), integers(num_rows), meta(num_rows, dtype=torch.int64))
         table = integers(num_slots, 16)
-        transforms = Transforms(tokens, integers(num_slots), table, meta(num_slots, 16), table, table)
+        transforms = Transforms(tokens, integers(num_slots), table, meta(num_slots, 16), *[table] * 5)
         logits = meta(num_rows, row_length)
         asked = SamplingRows.empty(num_sequences, "meta")
         TRITON.transform_rows(logits, asked, of_sequence, *rows, transforms, num_rows=integers(1))

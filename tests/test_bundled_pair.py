@@ -184,3 +184,14 @@ def test_a_text_that_parts_from_transformers_is_noticed(
     result.token_ids[5] = (result.token_ids[5] + 1) % engine.vocab_size
     with pytest.raises(AssertionError, match="token 5"):
         check_against_transformers([result], oracle, 16)
+
+
+def test_a_bad_word_is_banned_alone_and_after_a_space() -> None:
+    prompt = "class Stack:\n    def push(self, item):\n"
+    with Engine(bundled.target_path(), bundled.draft_path()) as engine:
+        asked = {"max_new_tokens": 40, "num_speculative_tokens": 3}
+        assert "self" in engine.generate(prompt, **asked).text
+        result = engine.generate(prompt, bad_words=["self"], **asked)
+        plain = engine.generate(prompt, bad_words=["self"], **{**asked, "num_speculative_tokens": 0})
+    assert result.token_ids == plain.token_ids
+    assert "self" not in result.text

@@ -103,13 +103,25 @@ def strip_colors(text: str) -> str:
 
 def test_every_sampling_option_is_passed_on() -> None:
     given = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_p": 0.01, "seed": 11, "min_new_tokens": 2}
-    given["repetition_penalty"] = 1.2
+    given |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "frequency_penalty": -0.1}
     flags = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    more = ["--logit-bias", "14=-50", "--logit-bias", "15=1.5", "--stop", r"\n\n", "--stop", "xyz"]
+    more = [
+        "--bad-word",
+        "self",
+        "--logit-bias",
+        "14=-50",
+        "--logit-bias",
+        "15=1.5",
+        "--stop",
+        r"\n\n",
+        "--stop",
+        "xyz",
+    ]
     more += ["--stop-token-id", "3", "--include-stop", "--ignore-eos", "--acceptance", "coupled"]
     result = specengine.generate(
         PROMPT,
         max_new_tokens=20,
+        bad_words="self",
         logit_bias={14: -50, 15: 1.5},
         stop=["\n\n", "xyz"],
         stop_token_ids=[3],
@@ -378,6 +390,7 @@ GIVEN: dict[str, tuple[list[str], Any]] = {
     "biases": (["--logit-bias", "3=-1.5", "--logit-bias", "4=2"], {"logit_bias": ((3, -1.5), (4, 2.0))}),
     "stops": (["--stop", r"\n", "--stop", r"a\\b\x41\u00e9"], {"stop": ("\n", "a\\bAé")}),
     "stop ids": (["--stop-token-id", "3", "--stop-token-ids", "4"], {"stop_token_ids": (3, 4)}),
+    "bad words": (["--bad-word", r"a\n", "--bad-words", "b"], {"bad_words": ("a\n", "b")}),
     "flags": (
         ["--ignore-eos", "--include-stop", "--no-enable-prefix-cache", "--no-cuda-graphs"],
         {

@@ -24,7 +24,7 @@ from law_helpers import (
     spec,
 )
 from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter, RandomDrafter
-from transformers.generation.logits_process import RepetitionPenaltyLogitsProcessor
+from transformers.generation.logits_process import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from specengine.config import SamplingParams
 from specengine.drafters import draft_model
@@ -40,13 +40,17 @@ VOCAB = 64
 K = 4
 NUM_TOKENS = 28
 PROMPTS = [make_prompt(length, length, VOCAB) for length in (5, 12, 3, 9)]
+# Of what the model writes, unasked, to PROMPTS; one begins in a prompt.
+BAD_WORDS = [[17, 17, 17], [43], [27, 27, 27, 27], [60, 60], [11, 61, 61], [63, 42]]
 # Biases that the model would not have chosen itself, and endings that it would soon have chosen.
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "biases": {"logit_bias": {9: 2.5, 14: 4.0, 30: -10_000.0}, "ignore_eos": True},
     "minimum": {"min_new_tokens": 11, "stop_token_ids": list(range(0, VOCAB, 5))},
     "penalty": {"repetition_penalty": 1.4, "ignore_eos": True},
     "counted": {"presence_penalty": 0.6, "frequency_penalty": 0.8, "ignore_eos": True},
+    "words": {"bad_words": BAD_WORDS, "ignore_eos": True},
     "all": {
+        "bad_words": BAD_WORDS[::2],
         "repetition_penalty": 1.2,
         "frequency_penalty": -0.2,
         "logit_bias": {0: 3.0, 10: 2.0, 41: 4.0},
@@ -71,6 +75,8 @@ def judge_by_hand(oracle: GreedyOracle, prompt: list[int], asked: dict[str, Any]
         logits = oracle.model(torch.tensor([ids])).logits[:, -1].double()
         if (penalty := asked.get("repetition_penalty", 1.0)) != 1.0:
             logits = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([ids]), logits)
+        if words := asked.get("bad_words"):
+            logits = NoBadWordsLogitsProcessor(words)(torch.tensor([ids]), logits)
         logits = logits[0]
         count = torch.bincount(torch.tensor(ids[len(prompt) :], dtype=torch.int64), minlength=VOCAB)
         logits -= count * asked.get("frequency_penalty", 0.0) + (count > 0) * asked.get(
@@ -151,7 +157,7 @@ def test_a_draft_model_changes_nothing(
 
 
 @pytest.mark.parametrize("acceptance", ["greedy", "coupled", "rejection"])
-@pytest.mark.parametrize("name", ["biases", "penalty", "counted"])
+@pytest.mark.parametrize("name", ["biases", "penalty", "counted", "words"])
 def test_a_draft_that_is_the_target_is_always_accepted(
     name: str, acceptance: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
 ) -> None:
@@ -222,7 +228,7 @@ def test_tables_that_grow_take_their_recordings_along(
 def listed(tables: Transforms, slot: int) -> list[tuple[float, ...]]:
     """A slot's entries as the device has them."""
     count = int(tables.num_entries[slot])
-    return list(zip(*(table[slot, :count].tolist() for table in tables[2:]), strict=True))
+    return list(zip(*(table[slot, :count].tolist() for table in tables[2:6]), strict=True))
 
 
 def test_entries_are_in_order_of_their_tokens_and_as_given() -> None:
@@ -236,6 +242,22 @@ def test_entries_are_in_order_of_their_tokens_and_as_given() -> None:
     tables.admit(1, [])
     assert tables.tables is before
     assert tables.tables.num_entries.tolist() == [0, 0, 0]
+
+
+def test_prefixes_lie_one_behind_the_other() -> None:
+    tables = TransformTables(torch.zeros(3, 8, dtype=torch.int32))
+    assert tables.tables.prefix.shape[1] == 0
+    tables.admit(0, build_entries([], (), 0, [(4, 5, 2)]))
+    tables.admit(1, build_entries([(1, 0.5)], (), 0, [(7, 8, 9), (3,), (5, 6, 7, 2)]))
+    table = tables.tables
+    assert table.token[1, :4].tolist() == [1, 2, 3, 9]
+    assert table.prefix_length[1, :4].tolist() == [0, 3, 0, 2]
+    assert table.prefix_start[1, :4].tolist() == [0, 0, 3, 3]
+    assert table.prefix[1, :5].tolist() == [5, 6, 7, 7, 8]
+    assert table.prefix[0, :2].tolist() == [4, 5]
+    assert table.prefix.shape[1] == 8
+    tables.admit(1, build_entries([(1, 0.5)], (), 0))
+    assert tables.tables.prefix_length[1, 0] == 0
 
 
 def test_tables_grow_by_powers_of_two_and_forget_nothing() -> None:
@@ -255,8 +277,15 @@ def test_tables_grow_by_powers_of_two_and_forget_nothing() -> None:
 
 
 def bans_end_early(patch: pytest.MonkeyPatch) -> None:
-    def mutant(bias: Any, banned: Any, until: int) -> list[LogitEntry]:
-        return build_entries(bias, banned, until - 1)
+    def mutant(bias: Any, banned: Any, until: int, words: Any) -> list[LogitEntry]:
+        return build_entries(bias, banned, until - 1, words)
+
+    patch.setattr(sequence_module, "build_entries", mutant)
+
+
+def prefixes_are_ignored(patch: pytest.MonkeyPatch) -> None:
+    def mutant(bias: Any, banned: Any, until: int, words: Any) -> list[LogitEntry]:
+        return build_entries(bias, banned, until, [word[-1:] for word in words])
 
     patch.setattr(sequence_module, "build_entries", mutant)
 
@@ -286,7 +315,9 @@ def only_committed_tokens_are_penalised(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(BatchState, "transforms", property(mutant))
 
 
-@pytest.mark.parametrize("plant", [bans_end_early, slots_keep_their_entries, prompts_are_counted])
+@pytest.mark.parametrize(
+    "plant", [prefixes_are_ignored, bans_end_early, slots_keep_their_entries, prompts_are_counted]
+)
 def test_the_law_notices(
     plant: Callable[[pytest.MonkeyPatch], None],
     checkpoint: CheckpointFactory,
@@ -297,11 +328,11 @@ def test_the_law_notices(
     plant(monkeypatch)
     engine = build_engine(checkpoint(seed=3))
     half = {"stop_token_ids": list(range(0, VOCAB, 2))}
-    biased, counted = TRANSFORMS["biases"], TRANSFORMS["counted"]
+    biased, counted, words = (TRANSFORMS[name] for name in ("biases", "counted", "words"))
     minima = [[{**half, "min_new_tokens": count}] for count in range(1, 5)]
 
     def check() -> None:
-        for batch in ([biased, biased], [counted, counted], [{"ignore_eos": True}, biased], *minima):
+        for batch in ([biased, biased], [counted, words], [{"ignore_eos": True}, biased], *minima):
             params = [SamplingParams(max_new_tokens=NUM_TOKENS, **asked) for asked in batch]
             for result, asked in zip(engine.generate(PROMPTS[: len(batch)], params), batch, strict=True):
                 assert result.token_ids == judge_by_hand(oracle(seed=3), result.prompt_token_ids, asked)
@@ -310,9 +341,11 @@ def test_the_law_notices(
         check()
 
 
-@pytest.mark.parametrize("penalty", [{"repetition_penalty": 1.4}, {"frequency_penalty": 0.8}])
+@pytest.mark.parametrize(
+    "penalty", [{"repetition_penalty": 1.4}, {"frequency_penalty": 0.8}, {"bad_words": BAD_WORDS}]
+)
 def test_the_law_notices_drafts_that_are_overlooked(
-    penalty: dict[str, float],
+    penalty: dict[str, Any],
     checkpoint: CheckpointFactory,
     build_engine: EngineFactory,
     monkeypatch: pytest.MonkeyPatch,

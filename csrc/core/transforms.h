@@ -17,11 +17,15 @@ namespace specengine {
 struct TransformTables {
   Matrix<const int32_t> history;  // [S, L]
   const int32_t* num_entries;     // [S]
-  const int32_t* token;           // [S, entry_stride], as the other three
+  const int32_t* token;           // [S, entry_stride], as the next five
   const float* value;
   const int32_t* first;
   const int32_t* end;
+  const int32_t* prefix_start;
+  const int32_t* prefix_length;
   int64_t entry_stride;
+  const int32_t* prefix;  // [S, prefix_stride]
+  int64_t prefix_stride;
 };
 
 // What one row asks for at the position that it decides.
@@ -30,7 +34,11 @@ struct RowTransform {
   const float* value;
   const int32_t* first;
   const int32_t* end;
+  const int32_t* prefix_start;
+  const int32_t* prefix_length;
+  const int32_t* prefix;
   int64_t num_entries;
+  const int32_t* history;
   int32_t position;
   float repetition, presence, frequency;
   const uint64_t* seen;  // a bit a token of the vocabulary; null where nothing is penalised
@@ -45,7 +53,7 @@ struct RowTransform {
     penalise(first_token, count, logits);
     for (int64_t entry = first_entry(first_token);
          entry < num_entries && token[entry] < first_token + count; ++entry) {
-      if (first[entry] <= position && position < end[entry])
+      if (first[entry] <= position && position < end[entry] && follows(entry))
         logits[token[entry] - first_token] += value[entry];
     }
   }
@@ -81,6 +89,14 @@ struct RowTransform {
     }
   }
 
+  // Whether the entry's prefix stands right before the position.
+  bool follows(int64_t entry) const {
+    const int64_t length = prefix_length[entry];
+    if (length > position) return false;
+    const int32_t* wanted = prefix + prefix_start[entry];
+    return std::equal(wanted, wanted + length, history + position - length);
+  }
+
   int64_t first_entry(int64_t first_token) const {
     return std::lower_bound(token, token + num_entries, first_token) - token;
   }
@@ -104,7 +120,13 @@ class RowTransforms {
       rows[r].value = tables.value + at;
       rows[r].first = tables.first + at;
       rows[r].end = tables.end + at;
+      rows[r].prefix_start = tables.prefix_start + at;
+      rows[r].prefix_length = tables.prefix_length + at;
+      rows[r].prefix = tables.prefix + decided.slots[r] * tables.prefix_stride;
       rows[r].num_entries = tables.num_entries[decided.slots[r]];
+      if (r == 0 || decided.slots[r] != decided.slots[r - 1])
+        check_prefixes(rows[r], tables.prefix_stride);
+      rows[r].history = tables.history[decided.slots[r]];
       rows[r].position = decided.positions[r];
       rows[r].repetition = decided.rows.repetition_penalty[r];
       rows[r].presence = decided.rows.presence_penalty[r];
@@ -116,6 +138,15 @@ class RowTransforms {
   }
 
  private:
+  static void check_prefixes(const RowTransform& row, int64_t stride) {
+    for (int64_t entry = 0; entry < row.num_entries; ++entry) {
+      const int64_t length = row.prefix_length[entry];
+      if (length == 0) continue;
+      check_index(length, 0, stride + 1, "prefix_length", entry);
+      check_index(row.prefix_start[entry], 0, stride - length + 1, "prefix_start", entry);
+    }
+  }
+
   // What each row penalises: a repetition penalty whatever stands before the position, the others
   // what was generated. num_counted: at most so many tokens are counted in all.
   void mark(const TransformTables& tables, const DecidedRows& decided, int64_t vocab,
@@ -130,7 +161,7 @@ class RowTransforms {
       row.seen = nullptr;
       row.num_before = row.num_generated = nullptr;
       if (row.repetition == 1.0f && !row.is_counting()) continue;
-      const int32_t* history = tables.history[decided.slots[r]];
+      const int32_t* history = row.history;
       const int64_t length = decided.positions[r];
       const int64_t prompt_length = std::max(decided.rows.prompt_length[r], 0);
       mark_seen(history, row.repetition == 1.0f ? prompt_length : 0, length, vocab, seen);

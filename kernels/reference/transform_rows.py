@@ -50,12 +50,23 @@ def transform_rows(
     is_lowered = (count > 0) & ((frequency != 0) | (presence != 0))
     result = torch.where(is_lowered, result - count * frequency - presence, result)
     for entry in range(transforms.token.shape[1]):
-        token, value, first, end = (each[slot, entry] for each in transforms[2:])
+        token, value, first, end = (each[slot, entry] for each in transforms[2:6])
         holds = (entry < num_entries) & (first <= position) & (position < end) & (token < vocab_size)
+        holds &= _follows(transforms, slot, entry, position)
         place = token.long().clamp_max(vocab_size - 1)[:, None]
         before = result.gather(1, place)
         result.scatter_(1, place, torch.where(holds[:, None], before + value[:, None], before))
     return result
+
+
+def _follows(transforms: Transforms, slot: Tensor, entry: int, position: Tensor) -> Tensor:
+    """Whether each row's entry has its prefix right before the row's position, `[R]` bool."""
+    start, length = (each[slot, entry, None] for each in (transforms.prefix_start, transforms.prefix_length))
+    offset = torch.arange(transforms.prefix.shape[1], device=slot.device)
+    is_part = (offset < length) & (length <= position[:, None])
+    wanted = transforms.prefix[slot[:, None], torch.where(is_part, start + offset, 0)]
+    found = transforms.history[slot[:, None], torch.where(is_part, position[:, None] - length + offset, 0)]
+    return (length[:, 0] <= position) & ((wanted == found) | ~is_part).all(dim=1)
 
 
 def _count(history: Tensor, is_counted: Tensor, vocab_size: int) -> Tensor:

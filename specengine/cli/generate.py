@@ -52,8 +52,8 @@ def generate(
 ) -> None:
     """Continue a prompt. The text on stdout is the continuation and a newline.
 
-    In --stop, \\n, \\t, \\r, \\xNN, \\uNNNN and \\UNNNNNNNN stand for characters, and a backslash is written twice; a
-    prompt is taken as it is.
+    In --stop and --bad-word, \\n, \\t, \\r, \\xNN, \\uNNNN and \\UNNNNNNNN stand for characters, and a backslash is
+    written twice; a prompt is taken as it is.
     """
     text = read_prompt(prompt, prompt_option)
 

@@ -87,6 +87,7 @@ class Intake:
             params=params,
             seed=rng.random_seed() if params.seed is None else params.seed,
             is_lossless=self._is_lossless,
+            bad_words=self._bad_words(params),
         )
         request.sequences = [
             self._build_sequence(request, sample, max_new_tokens) for sample in range(params.n)
@@ -101,6 +102,10 @@ class Intake:
         for name, token_ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias token id", [token for token, _ in params.logit_bias]),
+            (
+                "bad_words token id",
+                [token for word in params.bad_words if not isinstance(word, str) for token in word],
+            ),
         ):
             for token_id in token_ids:
                 if token_id >= self._vocab_size:
@@ -108,13 +113,32 @@ class Intake:
                         f"{name} must be below the vocabulary size {self._vocab_size}, got {token_id}"
                     )
         needs_logits = params.rule != "match" or params.logprobs is not None or params.logit_bias
-        if not self._is_lossless and (needs_logits or params.min_new_tokens):
+        if not self._is_lossless and (needs_logits or params.min_new_tokens or params.bad_words):
             raise ValueError(
                 "forced_acceptance times greedy and coupled decoding: it goes with no acceptance='rejection', "
-                "logprobs, logit_bias or min_new_tokens"
+                "logprobs, logit_bias, bad_words or min_new_tokens"
             )
-        if params.stop and self._tokenizer is None:
-            raise ValueError(f"stop={list(params.stop)!r} needs a tokenizer, and {self._no_tokenizer}")
+        texts = {
+            "stop": params.stop,
+            "bad_words": [word for word in params.bad_words if isinstance(word, str)],
+        }
+        for name, strings in texts.items():
+            if strings and self._tokenizer is None:
+                raise ValueError(f"{name}={list(strings)!r} needs a tokenizer, and {self._no_tokenizer}")
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """The token sequences that are banned: a string's own, and those of the string after a space."""
+        words: dict[tuple[int, ...], None] = {}
+        for word in params.bad_words:
+            if not isinstance(word, str):
+                words[word] = None
+                continue
+            assert self._tokenizer is not None, "strings have been refused"
+            for text in (word, f" {word}"):
+                # Where the tokenizer has a token that the model has not, the text cannot come about in that way.
+                if (ids := tuple(self._tokenizer.encode_part(text))) and max(ids) < self._vocab_size:
+                    words[ids] = None
+        return tuple(words)
 
     def _check_fits(self, prompt_length: int, max_new_tokens: int) -> None:
         needed = self._kv_cache.blocks_for(prompt_length + max_new_tokens)

@@ -184,7 +184,7 @@ class Sequence:
     def logit_entries(self) -> list[LogitEntry]:
         """What is added to the sequence's logits."""
         banned = self.ending_ids if self.params.min_new_tokens else ()
-        return build_entries(self.params.logit_bias, banned, self.banned_until)
+        return build_entries(self.params.logit_bias, banned, self.banned_until, self.request.bad_words)
 
     @property
     def has_transforms(self) -> bool:
@@ -216,6 +216,7 @@ class Request:
     """One prompt and what was asked for it.
 
     on_news:         called with the request when more of it is settled than its caller knows
+    bad_words:       sequences of tokens that are never completed
     prompt_logprobs: entry i is of prompt token i; the first has none. Complete as far as its KV is computed
     """
 
@@ -227,6 +228,7 @@ class Request:
     seed: int
     on_news: Callable[[Request], object] = lambda _: None
     is_lossless: bool = True
+    bad_words: tuple[tuple[int, ...], ...] = ()
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=lambda: [None])
     arrival_time: float = field(default_factory=time.perf_counter)

@@ -17,7 +17,7 @@ from specengine.ops.backend import Backend
 
 NUM_SLOTS = 5
 FOREVER = 2**31 - 1
-Entry = tuple[int, float, int, int]
+Entry = tuple[int, float, int, int] | tuple[int, float, int, int, tuple[int, ...]]
 
 
 class Case(NamedTuple):
@@ -32,20 +32,27 @@ class Case(NamedTuple):
     transforms: Transforms
 
 
-def build_tables(entries: dict[int, list[Entry]], capacity: int | None = None, seed: int = 5) -> Transforms:
+HISTORY = torch.randint(
+    0, 100, (NUM_SLOTS, 64), generator=torch.Generator().manual_seed(5), dtype=torch.int32
+)
+
+
+def build_tables(entries: dict[int, list[Entry]], capacity: int | None = None) -> Transforms:
     """Tables of these entries by slot; what is beyond a slot's number of entries would be noticed."""
     capacity = capacity or max(1, *map(len, entries.values()))
-    generator = torch.Generator().manual_seed(seed)
-    history = torch.randint(0, 100, (NUM_SLOTS, 64), generator=generator, dtype=torch.int32)
     shape = (NUM_SLOTS, capacity)
-    token, first, end = (torch.zeros(shape, dtype=torch.int32) for _ in range(3))
+    token, first, end, start, length = (torch.zeros(shape, dtype=torch.int32) for _ in range(5))
+    prefix = torch.zeros(NUM_SLOTS, 64, dtype=torch.int32)
     value, count = torch.full(shape, 1e9), torch.zeros(NUM_SLOTS, dtype=torch.int32)
     end += FOREVER
     for slot, listed in entries.items():
         count[slot] = len(listed)
         for at, entry in enumerate(sorted(listed, key=lambda each: each[0])):
-            token[slot, at], value[slot, at], first[slot, at], end[slot, at] = entry
-    return Transforms(history, count, token, value, first, end)
+            token[slot, at], value[slot, at], first[slot, at], end[slot, at] = entry[:4]
+            words = entry[4] if len(entry) > 4 else ()
+            start[slot, at], length[slot, at] = length[slot, :at].sum(), len(words)
+            prefix[slot, start[slot, at] :][: len(words)] = torch.tensor(words, dtype=torch.int32)
+    return Transforms(HISTORY.clone(), count, token, value, first, end, start, length, prefix)
 
 
 def build_case(
@@ -80,10 +87,15 @@ def random_entries(vocab_size: int, count: int, seed: int) -> list[Entry]:
 
 
 def mixed_case(vocab_size: int, logit_rows: tuple[int, ...] | None = None) -> Case:
-    """Slots with hundreds of entries, with a few, with none; penalties beside none."""
+    """Slots with hundreds of entries, with a few, with none; entries after prefixes; penalties beside none."""
     counts = {0: 130, 1: 7, 3: 1, 4: 0}
-    tables = build_tables({slot: random_entries(vocab_size, n, slot) for slot, n in counts.items()})
-    return penalised(build_case(vocab_size, tables, logit_rows=logit_rows))
+    entries = {slot: random_entries(vocab_size, n, slot) for slot, n in counts.items()}
+    for slot, position, length in ((1, 22, 1), (1, 22, 3), (1, 24, 20), (1, 23, 0), (3, 2, 2), (4, 33, 17)):
+        before = tuple(HISTORY[slot, position - length : position].tolist())
+        wrong = (*before[:-1], 101) if length == 3 else before
+        entries[slot].append((len(before) % vocab_size, 7.0, 0, FOREVER, before))
+        entries[slot].append((vocab_size - 1, 3.0, 0, FOREVER, wrong))
+    return penalised(build_case(vocab_size, build_tables(entries), logit_rows=logit_rows))
 
 
 def penalised(case: Case) -> Case:
@@ -138,6 +150,27 @@ def test_what_it_says(ops: Backend) -> None:
     expected[0, 9] = NEGATIVE_INFINITY
     expected[2, 128] = 1.0 + two - huge  # decides position 21
     expected[3:, 128] = torch.tensor(1.0) + huge + two - huge
+    assert torch.equal(ops.transform_rows(*case), expected)
+
+
+def test_what_a_prefix_says(ops: Backend) -> None:
+    """An entry holds where its prefix stands right before the position: all of it, and nowhere else."""
+    tables = build_tables(
+        {
+            0: [
+                (5, NEGATIVE_INFINITY, 0, FOREVER, (7, 8)),
+                (6, 1.0, 0, 4, (8,)),
+                (6, 1.0, 0, FOREVER, (1, 7, 8)),
+                (200, 2.0, 0, FOREVER, (0, 7, 8)),
+            ]
+        }
+    )
+    tables.history[0, :6] = torch.tensor([7, 8, 7, 9, 7, 8])
+    case = build_case(300, tables, slots=(0,), q_len=(6,))
+    case.logits[:] = 0.0
+    expected = torch.zeros(6, 300)
+    expected[[1, 5], 5] = NEGATIVE_INFINITY  # positions 2 and 6
+    expected[1, 6] = 1.0
     assert torch.equal(ops.transform_rows(*case), expected)
 
 
@@ -262,6 +295,9 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
         "value": {"transforms": tables._replace(value=tables.value.double())},
         "first": {"transforms": tables._replace(first=tables.first[:, 1:])},
         "end": {"transforms": tables._replace(end=tables.end[1:])},
+        "prefix_start": {"transforms": tables._replace(prefix_start=tables.prefix_start[1:])},
+        "prefix_length": {"transforms": tables._replace(prefix_length=tables.prefix_length.long())},
+        "prefix": {"transforms": tables._replace(prefix=tables.prefix[1:])},
     }
     for name, change in wrong.items():
         with pytest.raises(ValueError, match=f"{name}: expected"):
@@ -280,6 +316,12 @@ def test_numbers_that_index_memory_are_checked() -> None:
         f"num_entries: {capacity + 1} at index 2": {
             "transforms": tables._replace(num_entries=torch.tensor([capacity + 1, 0, 0, 0, 0]).int())
         },
+        "prefix_length: 65 at index 0": {
+            "transforms": tables._replace(prefix_length=torch.full_like(tables.prefix_length, 65))
+        },
+        "prefix_start: -65 at index 0": {
+            "transforms": tables._replace(prefix_start=tables.prefix_start - 65)
+        },
     }
     for message, change in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -296,6 +338,9 @@ FAULTS: dict[str, Callable[[Case], Case]] = {
         rows=case.rows._replace(prompt_length=torch.zeros_like(case.rows.prompt_length))
     ),
     "the slot's index in the batch": lambda case: case._replace(slots=torch.arange(4, dtype=torch.int32)),
+    "a prefix too short": lambda case: case._replace(
+        transforms=case.transforms._replace(prefix_length=(case.transforms.prefix_length - 1).clamp_min(0))
+    ),
     "an entry too few": lambda case: case._replace(
         transforms=case.transforms._replace(num_entries=(case.transforms.num_entries - 1).clamp_min(0))
     ),
