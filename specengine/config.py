@@ -10,7 +10,6 @@ Both classes are frozen, refuse unknown names, and check every value when they a
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, cast
 
@@ -23,7 +22,7 @@ from specengine.kinds import (
     DtypeName,
     Flag,
     FlagOrAuto,
-    Function,
+    Functions,
     Integer,
     IntegerOrAuto,
     Kind,
@@ -201,8 +200,13 @@ class SamplingParams:
         flags=("--bad-word",),
         aliases=("bad_words_ids",),
     )
-    logits_processor: Callable[..., Any] | None = option(
-        None, Unavailable(Function(), None), "a function of the logits"
+    logits_processor: Any = option(
+        None,
+        Functions(),
+        "a function of (token ids so far, next token's logits) that returns logits, or a list of them",
+        "after penalties, bias and bans, before the temperature; a list of ids, the prompt's included, and an fp32 "
+        "tensor `[vocabulary]`; called as in plain decoding, once for each token, in order, never with a rejected "
+        "draft. Drafts are made without it. Rounds with one run from Python: none is recorded, none runs ahead",
     )
     seed: int | None = option(
         None,

@@ -314,22 +314,27 @@ class Drafting(Model):
 
 
 @dataclass(frozen=True)
-class Function(Kind):
-    """Something to call: nothing that a command line could give."""
-
-    is_written: ClassVar[bool] = False
-
-    def check(self, name: str, value: Any) -> Any:
-        if not callable(value):
-            raise TypeError(f"{name} must be a function, got {value!r}")
-        return value
-
-
-@dataclass(frozen=True)
 class Repeated(Kind):
     """Several values, None for none of them; what `check` gives is a tuple."""
 
     is_repeated: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Functions(Repeated):
+    """Something to call, or several: nothing that a command line could give."""
+
+    accepts: ClassVar[str] = "Callable[..., Any] | Sequence[Callable[..., Any]] | None"
+    is_written: ClassVar[bool] = False
+
+    def check(self, name: str, value: Any) -> Any:
+        if value is None:
+            return ()
+        functions = tuple(value) if isinstance(value, list | tuple) else (value,)
+        for function in functions:
+            if not callable(function):
+                raise TypeError(f"{name} must be a function or a list of them, got {function!r}")
+        return functions
 
 
 @dataclass(frozen=True)

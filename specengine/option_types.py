@@ -42,8 +42,8 @@ class SamplingOptions(TypedDict, total=False):
     """token ids, and what is added to the logit of each. Default: None."""
     bad_words: str | Sequence[str | Sequence[int]] | None
     """strings, or lists of token ids, that are never completed. Default: None."""
-    logits_processor: Callable[..., Any] | None
-    """a function of the logits. Default: None."""
+    logits_processor: Callable[..., Any] | Sequence[Callable[..., Any]] | None
+    """a function of (token ids so far, next token's logits) that returns logits, or a list of them. Default: None."""
     seed: int | None
     """same seed, same text; by default one is drawn, and the result reports it. Default: None."""
     stop: str | Sequence[str] | None

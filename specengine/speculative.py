@@ -6,17 +6,24 @@ recorded once can be replayed (`specengine.engine.rounds`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
 from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.program import JudgedLogits
+from specengine.kernels.types.rows import SamplingRows
+from specengine.logits.processors import process
 from specengine.ops.backend import Backend
+from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
-from specengine.runtime.model_runner import ModelRunner
+from specengine.runtime.model_runner import ModelRunner, draw_keys
+from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
 
 
@@ -96,7 +103,11 @@ def judge(
     if batch.is_decided_by_draws:
         return match(target.backend, *target.draw(rows, batch), row_start, proposal, batch)
     judged = target.judge(rows, batch)
-    outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
+    if batch.mode.has_processors:
+        by_row, _ = row_keys(target.backend, draw_keys(batch), rows)
+        outcome = verify_processed(target, judged, by_row, row_start, proposal, batch)
+    else:
+        outcome = verify(target.backend, judged.logits, judged.stats, row_start, proposal, batch)
     return outcome._replace(logits=judged.raw)
 
 
@@ -132,6 +143,52 @@ def verify(
         judge_by_rule = getattr(backend, rule.op)
         judge_by_rule(logits, stats, drafts, batch.rows, plan.is_running, outcome.verdict)
     return outcome
+
+
+def verify_processed(
+    target: ModelRunner,
+    judged: JudgedLogits,
+    by_row: SamplingRows,
+    row_start: Tensor,
+    proposal: DraftProposal,
+    batch: RunningBatch,
+) -> RoundOutcome:
+    """`verify` where code of requests' own comes between logits and judgement.
+
+    Rows are processed in order, and one only after the draft before it was accepted: the code is called as in plain
+    decoding, once for each token that is emitted. by_row: what each logit row is judged by.
+    """
+    backend = target.backend
+    logits = judged.logits.clone() if judged.logits is judged.raw else judged.logits
+    stats, starts, drafts = judged.stats, row_start.tolist(), proposal.tokens.tolist()
+    is_running, processed = batch.planned.is_running.tolist(), logits[:, : target.vocab_size]
+    texts = [batch.committed(index) for index in range(batch.size)]
+    asks = [sequence.params.logits_processor != () for sequence in batch.sequences]
+    going = [index for index in range(batch.size) if asks[index] and is_running[index]]
+    for step in itertools.count():
+        for index in going:
+            row, processors = processed[starts[index] + step], batch.sequences[index].params.logits_processor
+            row.copy_(process(processors, texts[index] + drafts[index][:step], row))
+        if going:
+            changed = torch.tensor([starts[index] + step for index in going], device=logits.device)
+            stats[changed] = backend.filter_rows(logits[changed], by_row.take(changed))
+        outcome = verify(backend, logits, stats, row_start, proposal, batch)
+        num_drafts, accepted = outcome.num_draft.tolist(), outcome.num_accepted.tolist()
+        going = [
+            index
+            for index in going
+            if step < num_drafts[index]
+            and _needs_next(batch.sequences[index], accepted[index], drafts[index][step], step)
+        ]
+        if not going:
+            break
+    return outcome
+
+
+def _needs_next(sequence: Sequence, num_accepted: int, draft: int, step: int) -> bool:
+    """Whether the row after `draft`, the step-th, is needed once that has been judged."""
+    is_over = num_accepted <= step or draft in sequence.ending_ids
+    return not (sequence.rule.judges_in_order and is_over)
 
 
 def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> Tensor:

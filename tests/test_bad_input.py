@@ -95,7 +95,6 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     *[("repetition_penalty", value, f"{value:g}") for value in (0, -1.2, 0.009, 101)],
     ("presence_penalty", -100.5, "-100.5"),
     ("frequency_penalty", 101, "101"),
-    ("logits_processor", print, "print"),
 ]
 BAD_TYPES: list[tuple[str, Any, str]] = [
     *[("max_new_tokens", value, repr(value)) for value in (2.5, "8", None, True)],
@@ -118,6 +117,8 @@ BAD_TYPES: list[tuple[str, Any, str]] = [
     ("logit_bias", {"a": 1.0}, "a"),
     ("logit_bias", {3: "b"}, "b"),
     ("logit_bias", [3], "3"),
+    ("logits_processor", 5, "5"),
+    ("logits_processor", [print, "f"], "f"),
     ("bad_words", 5, "5"),
     ("bad_words", [3, 4], "3"),
     ("bad_words", [["a"]], "a"),

@@ -220,9 +220,10 @@ def build_engine(target: torch.nn.Module, draft: str) -> Engine:
     )
 
 
-def sample_params(filters: Filters, acceptance: str, *, seed: int, n: int) -> SamplingParams:
+def sample_params(filters: Filters, acceptance: str, *, seed: int, n: int, **asked: Any) -> SamplingParams:
     return SamplingParams(
         **vars(filters),
+        **asked,
         acceptance=acceptance,
         seed=seed,
         n=n,
@@ -232,12 +233,14 @@ def sample_params(filters: Filters, acceptance: str, *, seed: int, n: int) -> Sa
     )
 
 
-def sample_engine(engine: Engine, filters: Filters, acceptance: str, num_samples: int) -> Samples:
+def sample_engine(
+    engine: Engine, filters: Filters, acceptance: str, num_samples: int, **asked: Any
+) -> Samples:
     """Through `Engine.generate`, every queue included; one request in 16 asks for two samples."""
     samples = Samples(np.zeros((VOCAB,) * NUM_TOKENS, dtype=np.int64), 0, 0)
     for first in range(0, num_samples, 272):
         params = [
-            sample_params(filters, acceptance, seed=first + index, n=2 if index < 16 else 1)
+            sample_params(filters, acceptance, seed=first + index, n=2 if index < 16 else 1, **asked)
             for index in range(256)
         ]
         for result in engine.generate([PROMPT] * len(params), params):
@@ -390,6 +393,22 @@ def test_the_engine_samples_the_targets_law(target: torch.nn.Module, acceptance:
         samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 10)
     check_tally(samples)
     check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
+def test_a_processors_logits_are_the_law(target: torch.nn.Module, acceptance: str) -> None:
+    """A frequency penalty by hand, which the draft knows nothing of."""
+
+    def penalise(token_ids: list[int], logits: Tensor) -> Tensor:
+        for token in token_ids[len(PROMPT) :]:
+            logits[token] -= 0.9
+        return logits
+
+    with build_engine(target, "model") as engine:
+        given = Filters(0.9, 6, 0.95, 0.03)
+        samples = sample_engine(engine, given, acceptance, NUM_SAMPLES // 50, logits_processor=penalise)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, replace(given, frequency_penalty=0.9)))
 
 
 @pytest.mark.slow

@@ -31,3 +31,8 @@ class Rule(IntEnum):
     def reads_law(self) -> bool:
         """Whether it judges by the law that a draft was drawn from."""
         return self.draft_stream != STREAM_TARGET
+
+    @property
+    def judges_in_order(self) -> bool:
+        """Whether what becomes of a draft depends on its own row and earlier ones only, not on rows behind it."""
+        return self in (Rule.MATCH, Rule.REJECTION)

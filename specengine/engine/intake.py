@@ -113,10 +113,11 @@ class Intake:
                         f"{name} must be below the vocabulary size {self._vocab_size}, got {token_id}"
                     )
         needs_logits = params.rule != "match" or params.logprobs is not None or params.logit_bias
-        if not self._is_lossless and (needs_logits or params.min_new_tokens or params.bad_words):
+        is_changed = params.min_new_tokens or params.bad_words or params.logits_processor
+        if not self._is_lossless and (needs_logits or is_changed):
             raise ValueError(
                 "forced_acceptance times greedy and coupled decoding: it goes with no acceptance='rejection', "
-                "logprobs, logit_bias, bad_words or min_new_tokens"
+                "logprobs, logit_bias, bad_words, logits_processor or min_new_tokens"
             )
         texts = {
             "stop": params.stop,

@@ -51,7 +51,7 @@ class Flight(NamedTuple):
     def is_needed_now(self) -> bool:
         """Whether the next round would overwrite what the host has yet to read, or (as likely as not) needs to know."""
         runs_ahead = self.drafter is None or self.drafter.may_run_ahead
-        return self.batch.mode.wants_logprobs or not runs_ahead
+        return self.batch.mode.wants_logprobs or self.batch.mode.has_processors or not runs_ahead
 
     def read(self) -> list[list[int]]:
         """The rows of its record: waits for them. What the host makes of them is timed from here on."""
@@ -111,16 +111,21 @@ class Rounds:
                 self._record((size, k, mode, who), drafter)
 
     def must_read(self, running: list[Sequence]) -> bool:
-        """Whether a round of these has to wait for a result: its drafter wants to know what was accepted."""
-        if not self._flights or self.drafter.may_run_ahead:
+        """Whether a round of these has to wait for a result: its drafter wants to know what was accepted, or code of
+        a request's own which tokens there are."""
+        if not self._flights:
             return False
-        return any(sequence.max_draft_tokens > 0 for sequence in running)
+        knows = self.drafter.may_run_ahead
+        return any(
+            sequence.params.logits_processor or (not knows and sequence.max_draft_tokens > 0)
+            for sequence in running
+        )
 
     def launch(self, sequences: list[Sequence]) -> None:
         """Queues a round of these sequences; reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
         drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
-        is_recordable = self.recorder is not None
+        is_recordable = self.recorder is not None and not mode.has_processors
         if is_recordable:
             k, size = draft_bucket(k), bucket(size, self._sizes)
         batch = self._select(sequences, mode, k=k, size=size)

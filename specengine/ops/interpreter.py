@@ -71,8 +71,7 @@ class Interpreter:
         return None
 
     def _judge(self, raw: Tensor, batch: ForwardBatch, keys: DrawKeys, rows: SamplingRows) -> JudgedLogits:
-        """What is done to logits between the head and whoever draws from them. Code of a request's own (a processor,
-        a grammar) would be called here, in rounds that run from Python."""
+        """What is done to logits between the head and whoever draws from them."""
         ops, padding = self._backend, _padding(batch.num_logit_rows)
         logits = raw
         if keys.transforms is not None:

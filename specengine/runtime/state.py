@@ -30,12 +30,14 @@ class RoundMode(NamedTuple):
     has_filters:    whether any row has top-k, top-p or min-p
     wants_logprobs: whether any row's log-probabilities are wanted
     has_transforms: whether any row asks for something to be done to its logits
+    has_processors: whether any row's logits go through code of its request's own: such a round runs from Python
     """
 
     rules: tuple[Rule, ...] = (Rule.MATCH,)
     has_filters: bool = False
     wants_logprobs: bool = False
     has_transforms: bool = False
+    has_processors: bool = False
 
 
 class RunningBatch(NamedTuple):
@@ -108,7 +110,7 @@ class RunningBatch(NamedTuple):
     @property
     def is_decided_by_draws(self) -> bool:
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
-        return not (self.mode.wants_logprobs or self.reads_law)
+        return not (self.mode.wants_logprobs or self.mode.has_processors or self.reads_law)
 
     def with_plan(self, plan: RoundPlan) -> RunningBatch:
         """The batch of a round that begins. (`_replace`, which asks for names, takes four times as long.)"""
@@ -259,7 +261,7 @@ class BatchState:
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:
     """The mode that a round of these sequences has."""
     rules: list[Rule] = []
-    has_filters = wants_logprobs = has_transforms = False
+    has_filters = wants_logprobs = has_transforms = has_processors = False
     for sequence in sequences:
         params = sequence.params
         if sequence.rule not in rules:
@@ -267,4 +269,6 @@ def round_mode(sequences: Collection[Sequence]) -> RoundMode:
         has_filters = has_filters or params.has_filters
         wants_logprobs = wants_logprobs or params.logprobs is not None
         has_transforms = has_transforms or sequence.has_transforms
-    return RoundMode(tuple(sorted(rules)) or (Rule.MATCH,), has_filters, wants_logprobs, has_transforms)
+        has_processors = has_processors or params.logits_processor != ()
+    asked = (has_filters, wants_logprobs, has_transforms, has_processors)
+    return RoundMode(tuple(sorted(rules)) or (Rule.MATCH,), *asked)
