@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,20 @@ from specengine.json_file import shorten
 REPLACEMENT = "\ufffd"
 # Characters from which on a text takes long enough that others should not wait for it.
 _LONG_TEXT = 4096
+
+
+_SPACE = "\u2581"  # how SentencePiece spells it
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Which byte a character of a byte-level spelling is: itself where it can be seen, else one from U+0100 on."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_of_character()
 
 
 class Tokenizer:
@@ -76,6 +91,45 @@ class Tokenizer:
         )
         # Each byte is a character of the spelling; an added token's may be of several bytes.
         return max(len(token.encode()) for token in self._vocabulary) if is_bytes else None
+
+    def encode_piece(self, text: str) -> tuple[int, ...]:
+        """Ids of a part of a text, without the special tokens that go around a whole one; empty where this vocabulary
+        cannot spell it."""
+        try:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception:  # the library's own, bare: a word that is unknown, and no token for unknown words
+            return ()
+
+    @cached_property
+    def _decoder_state(self) -> str:
+        decoder = self._tokenizer.decoder
+        return "" if decoder is None else decoder.__getstate__().decode()
+
+    @property
+    def spells_bytes(self) -> bool:
+        """Whether its decoder says which bytes a spelling stands for."""
+        return '"ByteLevel"' in self._decoder_state or _SPACE in self._decoder_state
+
+    def spellings(self, *, as_bytes: bool) -> dict[int, tuple[bool, bytes]]:
+        """By id, whether a token is special, and its spelling, or the bytes that it stands for (`spells_bytes`)."""
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {
+            token_id: (
+                token_id in self.special_token_ids,
+                token.encode("utf-8", "surrogatepass")
+                if token_id in added or not as_bytes
+                else self._bytes_of(token),
+            )
+            for token, token_id in sorted(self._vocabulary.items(), key=lambda item: -item[1])
+        }
+
+    def _bytes_of(self, token: str) -> bytes:
+        if '"ByteLevel"' in self._decoder_state:
+            known = all(character in _BYTE_OF for character in token)
+            return bytes(_BYTE_OF[character] for character in token) if known else token.encode()
+        if '"ByteFallback"' in self._decoder_state and (byte := _BYTE_TOKEN.fullmatch(token)):
+            return bytes([int(byte[1], 16)])
+        return token.replace(_SPACE, " ").encode("utf-8", "surrogatepass")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""

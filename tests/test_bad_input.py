@@ -329,7 +329,7 @@ def test_a_refused_allocation_says_what_to_lower(
 
 def test_a_draft_of_another_vocabulary_is_refused_with_both_names(checkpoint: CheckpointFactory) -> None:
     target = checkpoint(seed=1, with_tokenizer=True)
-    draft = checkpoint(seed=2, with_tokenizer=True, vocab_size=300)
+    draft = checkpoint(seed=2, vocab_size=300)
     check_refused(lambda: Engine(target, draft), str(target), str(draft), error=VocabularyMismatchError)
 
 

@@ -10,12 +10,14 @@ import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny_models
+import tokenizers
 import torch
 from scipy.stats import chi2
 from torch import Tensor
@@ -194,6 +196,21 @@ class PointMassDrafter(MarkovDrafter):
 
 
 @pytest.fixture(scope="module")
+def foreign(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The target, and a draft of whose eight tokens six are the target's, under other ids."""
+    directory = tmp_path_factory.mktemp("foreign")
+    words = [
+        tokenizers.Tokenizer(tokenizers.models.WordLevel({word: index for index, word in enumerate(spelled)}))
+        for spelled in ("abcdefgh", "fxbdyaec")
+    ]
+    target, draft = (
+        tiny_models.save_checkpoint(directory / name, build_tiny(seed), tokenizer=tokenizer)
+        for name, seed, tokenizer in zip(("target", "draft"), (1, 2), words, strict=True)
+    )
+    return target, draft
+
+
+@pytest.fixture(scope="module")
 def target() -> torch.nn.Module:
     return build_tiny(seed=1)
 
@@ -210,9 +227,13 @@ def build_engine(target: torch.nn.Module, draft: str) -> Engine:
         "markov": MarkovDrafter(),
         "point": PointMassDrafter(target),
     }
+    return build_pair(target, drafters[draft])
+
+
+def build_pair(target: torch.nn.Module | Path, drafter: Any) -> Engine:
     return Engine(
         target,
-        drafters[draft],
+        drafter,
         backend="native",
         max_batch_size=BATCH,
         block_size=8,
@@ -382,6 +403,18 @@ def test_rounds_sample_the_targets_law(
 ) -> None:
     with build_engine(target, draft) as engine:
         samples = sample_rounds(engine, filters, acceptance, NUM_SAMPLES)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize(
+    "filters", [Filters(), pytest.param(Filters(1.3, 6, 0.9, 0.05), marks=pytest.mark.slow)], ids=str
+)
+def test_a_draft_of_another_vocabulary_samples_the_targets_law(
+    target: torch.nn.Module, foreign: tuple[Path, Path], filters: Filters
+) -> None:
+    with build_pair(*foreign) as engine:
+        samples = sample_rounds(engine, filters, "rejection", NUM_SAMPLES // 2)
     check_tally(samples)
     check_distribution(samples, exact_law(target, filters))
 

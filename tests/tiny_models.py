@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -111,6 +112,27 @@ def perturbed(
                 step = torch.randn(parameter.shape, generator=generator) * parameter.float().std()
                 parameter.add_((noise * step).to(parameter.dtype))
     return result
+
+
+def renumbered(
+    model: transformers.PreTrainedModel, tokenizer: tokenizers.Tokenizer, *, seed: int = 0
+) -> tuple[transformers.PreTrainedModel, tokenizers.Tokenizer]:
+    """The same model and the same tokens, every one of them under another id."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    new_ids = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for old, new in (
+            (model.get_input_embeddings(), result.get_input_embeddings()),
+            (model.get_output_embeddings(), result.get_output_embeddings()),
+        ):
+            new.weight[new_ids] = old.weight
+    content = json.loads(tokenizer.to_str())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {token: int(new_ids[index]) for token, index in vocabulary.items()}
+    for token in content["added_tokens"]:
+        token["id"] = int(new_ids[token["id"]])
+    return result, tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
 def save_checkpoint(

@@ -26,7 +26,8 @@ from specengine.ops.backend import Backend
 from specengine.runtime.graphs import CudaRecorder, Recorder
 from specengine.runtime.kv_cache import DRAFT, KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.tokenizer import Tokenizer, check_compatible, num_usable_ids
+from specengine.tokenizer import Tokenizer, Vocabulary, check_compatible, num_usable_ids
+from specengine.translation import Translation, translate
 
 Model = str | Path | torch.nn.Module
 
@@ -99,6 +100,23 @@ def open_draft(draft_model: Model | Drafter | None, config: EngineConfig) -> Che
     return open_model(draft_model, config)
 
 
+def plan_translation(
+    target: Checkpoint, tokenizer: Tokenizer | None, draft: Checkpoint | None
+) -> Translation | None:
+    """What makes a draft model speak the target's vocabulary, if it has another; refuses a pair that cannot work.
+
+    tokenizer: the target's, where it is not its checkpoint's
+    """
+    if draft is None:
+        return None
+    vocabulary = Vocabulary(target.name, target.spec.vocab_size, tokenizer or target.tokenizer)
+    draft_vocabulary = Vocabulary(draft.name, draft.spec.vocab_size, draft.tokenizer)
+    translation = translate(vocabulary, draft_vocabulary)
+    if translation is None:
+        check_compatible(vocabulary, draft_vocabulary)
+    return translation
+
+
 def open_given_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that the configuration names; None leaves the target its own."""
     if config.tokenizer is None:
@@ -116,6 +134,7 @@ def load(
     progress: Callable[[int, int], None],
     tokenizer: Tokenizer | None = None,
     num_layers: int | None = None,
+    translation: Translation | None = None,
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
     return load_model(
@@ -127,6 +146,7 @@ def load(
         progress=progress,
         tokenizer=tokenizer,
         num_layers=num_layers,
+        translation=translation,
     )
 
 

@@ -41,6 +41,7 @@ from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.tokenizer import Tokenizer
+from specengine.translation import Translation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,10 +185,14 @@ class Engine:
         progress: bool | None,
     ) -> tuple[LoadedModel, LoadedModel | None]:
         config = self.config
+        translation = assembly.plan_translation(target, tokenizer, draft)
         with progress_bar("loading", "bytes", enabled=progress) as update:
 
             def load(
-                checkpoint: Checkpoint, weight_dtype: str, tokenizer: Tokenizer | None = None
+                checkpoint: Checkpoint,
+                weight_dtype: str,
+                tokenizer: Tokenizer | None = None,
+                translation: Translation | None = None,
             ) -> LoadedModel:
                 return assembly.load(
                     checkpoint,
@@ -197,13 +202,17 @@ class Engine:
                     backend=backend,
                     progress=update,
                     tokenizer=tokenizer,
+                    translation=translation,
                 )
 
             loaded = load(target, config.weight_dtype, tokenizer)
             if isinstance(draft_model, str) and registry.names_a_drafter(draft_model):
                 loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
                 return loaded, registry.load_draft(draft_model, loaded, loader)
-            return loaded, None if draft is None else load(draft, config.draft_weight_dtype)
+            if draft is None:
+                return loaded, None
+            speaks = None if translation is None else loaded.tokenizer
+            return loaded, load(draft, config.draft_weight_dtype, speaks, translation)
 
     @torch.inference_mode()
     def _record_rounds(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,6 +14,7 @@ from specengine.models.decoder import Decoder
 from specengine.models.weights import Progress, read_weights
 from specengine.ops.backend import Backend
 from specengine.tokenizer import Tokenizer, Vocabulary
+from specengine.translation import Translation
 from specengine.weight_formats import WEIGHT_FORMATS, WeightFormat
 
 
@@ -49,6 +50,7 @@ def load_model(
     progress: Progress | None = None,
     tokenizer: Tokenizer | None = None,
     num_layers: int | None = None,
+    translation: Translation | None = None,
 ) -> LoadedModel:
     """Loads a model and packs its weights for a backend.
 
@@ -59,6 +61,7 @@ def load_model(
     progress:     called with (bytes read, bytes in all) after every tensor
     tokenizer:    instead of the checkpoint's, which is then not read
     num_layers:   only so many of the first layers, and what surrounds them; None: all
+    translation:  makes its ids those of another vocabulary, whose tokenizer is `tokenizer`
 
     Raises `ModelLoadError` naming file and field for a malformed, unsafe or unsupported checkpoint, before
     anything of its size is allocated, and `ValueError` for a dtype that the backend lacks.
@@ -80,8 +83,10 @@ def load_model(
         device=device,
         backend=backend,
         progress=progress,
+        translation=translation,
     )
-    decoder = Decoder(model.spec, weights, backend)
+    spec = model.spec if translation is None else replace(model.spec, vocab_size=len(translation.shared))
+    decoder = Decoder(spec, weights, backend)
     return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, format)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ from torch import Tensor
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
 from specengine.kernels.types.packed import Norm, PackedLinear
-from specengine.models.architecture import LayerTensors, LinearTensors, NormTensors
+from specengine.models.architecture import LayerTensors, LinearTensors, NormTensors, OuterTensors
 from specengine.models.checkpoints.tensors import TensorSource
 from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
 from specengine.models.registry import ConfiguredModel
 from specengine.ops.backend import Backend
+from specengine.translation import Translation
 from specengine.weight_formats import WeightFormat
 
 Progress = Callable[[int, int], None]
@@ -36,8 +38,11 @@ def read_weights(
     device: torch.device,
     backend: Backend,
     progress: Progress | None,
+    translation: Translation | None = None,
 ) -> DecoderWeights:
     """Converts and packs a checkpoint: linear layers to `format`, tables to `dtype`.
+
+    translation: gives token table and head the ids of another vocabulary
 
     No more than one layer is ever held twice.
     Every name and shape is checked before the first tensor is loaded: raises `ModelLoadError` naming the
@@ -51,6 +56,7 @@ def read_weights(
         model,
         _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress),
         _Packer(model.spec, dtype, format, device, backend),
+        translation,
     )
 
 
@@ -159,15 +165,21 @@ class _LoadingReader(CheckpointReader):
         return tensor
 
 
-def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> DecoderWeights:
+def _build(
+    model: ConfiguredModel, read: CheckpointReader, pack: _Packer, translation: Translation | None
+) -> DecoderWeights:
     outer = model.architecture.read_outer(read, model.config)
+    head_bias = None if translation is None else translation.head_bias()
+    if translation is not None:
+        outer = _renumbered(outer, translation)
     token_table = pack.table(outer.token_table)
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
     if outer.head is None and not pack.format.has_scales:
         # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
-        head = pack.backend.pack_linear(token_table, None)
+        bias = None if head_bias is None else head_bias.to(token_table.device)
+        head = pack.backend.pack_linear(token_table, bias)
     else:
-        head = pack.linear(LinearTensors(outer.token_table if outer.head is None else outer.head, None))
+        head = pack.linear(LinearTensors(outer.token_table if outer.head is None else outer.head, head_bias))
     final_norm = pack.norm(outer.final_norm)
     del outer
     layers = tuple(
@@ -175,6 +187,13 @@ def _build(model: ConfiguredModel, read: CheckpointReader, pack: _Packer) -> Dec
         for index in range(model.spec.num_layers)
     )
     return DecoderWeights(token_table, position_table, layers, final_norm, head)
+
+
+def _renumbered(outer: OuterTensors, translation: Translation) -> OuterTensors:
+    """Table and head by the ids of another vocabulary. A tied head stays tied: where the table's row is not the
+    head's, the bias leaves nothing of it."""
+    head = None if outer.head is None else translation.head(outer.head)
+    return replace(outer, token_table=translation.table(outer.token_table), head=head)
 
 
 class _Packer:

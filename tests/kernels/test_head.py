@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_cases import (
@@ -15,7 +17,9 @@ from kernel_cases import (
     random_rows,
 )
 
+from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 
@@ -52,6 +56,28 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
         random_rows(64 if every_ops is NATIVE else 18, 130),
         is_thorough=every_ops is NATIVE,
     )
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_a_bias_takes_tokens_out_and_leaves_the_others_bits(every_ops: Backend, dtype: torch.dtype) -> None:
+    """What a draft of another vocabulary never proposes; the heads that draw and judge see it too."""
+    layer, hidden = random_layer(48, 300, dtype, has_bias=False, ops=every_ops), random_rows(5, 48)
+    without = torch.zeros(300)
+    without[torch.randperm(300, generator=torch.Generator().manual_seed(0))[:200]] = float("-inf")
+    packed = replace(layer.packed, bias=every_ops.pack_linear(torch.zeros(300, 48), without).bias)
+    expected = every_ops.head(hidden, layer.norm, layer.packed, 299)
+    expected[:, :299] += without[:299]
+    assert torch.equal(every_ops.head(hidden, layer.norm, packed, 299), expected)
+    rows = SamplingRows.empty(5)._replace(temperature=torch.tensor([0.0, 1.0, 0.5, 0.0, 2.0]))
+    logits, stats = every_ops.head_stats(hidden, layer.norm, packed, 299, rows)
+    assert torch.equal(logits, expected)
+    assert torch.equal(stats, every_ops.filter_rows(expected, rows))
+    positions = torch.arange(5, dtype=torch.int32)
+    drawn = every_ops.head_draw(hidden, layer.norm, packed, 299, rows, positions)
+    zero = torch.zeros_like(positions)
+    tokens, _ = every_ops.sample_rows(expected, stats, rows, positions, rng.STREAM_TARGET, zero)
+    assert torch.equal(drawn[0], tokens)
+    assert not drawn[1].any()
 
 
 @pytest.mark.triton
