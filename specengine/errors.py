@@ -10,7 +10,7 @@ class ModelLoadError(SpecEngineError, ValueError):
 
 
 class VocabularyMismatchError(SpecEngineError, ValueError):
-    """The draft model and the target do not share a vocabulary. Names both models."""
+    """No token of the draft model's vocabulary is known to be one of the target's. Names both models."""
 
 
 class InsufficientMemoryError(SpecEngineError, ValueError):
