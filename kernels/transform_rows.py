@@ -19,10 +19,11 @@ from specengine.kernels.device.race import check_logits, check_small, check_tabl
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 
-# Logits of a program, and entries and tokens of the past that it looks at together to find its own.
+# Logits of a program, and entries and tokens of the past that it looks at together to find its own. (With 512 tokens
+# registers are spilled on sm_90.)
 TILE = 1024
 BLOCK_E = 64
-BLOCK_H = 512
+BLOCK_H = 256
 # Tokens of a prefix that are compared together.
 BLOCK_P = 16
 
@@ -73,6 +74,7 @@ def spec_transform_rows(
     owner = tl.minimum(tl.sum((ends <= place).to(tl.int32)), num_sequences - 1)
     place = tl.minimum(tl.maximum(place, 0), num_tokens - 1)
     slot, position = tl.load(slot_ptr + owner), tl.load(position_ptr + place) + 1
+    history_ptr += slot.to(tl.int64) * history_stride
 
     first_token = tl.program_id(1) * TILE
     tokens = first_token + tl.arange(0, TILE)
@@ -88,7 +90,7 @@ def spec_transform_rows(
         end_token = tl.minimum(first_token + TILE, VOCAB)
         for block in range(0, position, BLOCK_H):
             earlier = block + tl.arange(0, BLOCK_H)
-            at = history_ptr + slot.to(tl.int64) * history_stride + earlier
+            at = history_ptr + earlier
             token = tl.load(at, earlier < position, -1)
             is_own = (token >= first_token) & (token < end_token)
             # Of a token that was seen twice, the same is written twice.
@@ -103,7 +105,7 @@ def spec_transform_rows(
         count = tl.zeros((TILE,), tl.int32)
         for block in range(tl.load(prompt_length_ptr + owner), position, BLOCK_H):
             generated = block + tl.arange(0, BLOCK_H)
-            at = history_ptr + slot.to(tl.int64) * history_stride + generated
+            at = history_ptr + generated
             token = tl.load(at, generated < position, -1) - first_token
             is_own = (token >= 0) & (token < TILE)
             count += tl.histogram(tl.where(is_own, token, 0), TILE, is_own)
@@ -121,8 +123,8 @@ def spec_transform_rows(
         length = tl.load(prefix_length_ptr + entry)
         holds = (tl.load(first_ptr + entry) <= position) & (position < tl.load(end_ptr + entry))
         holds &= length <= position
-        wanted = prefix_ptr + slot.to(tl.int64) * prefix_stride + tl.load(prefix_start_ptr + entry)
-        found = history_ptr + slot.to(tl.int64) * history_stride + position - length
+        wanted = prefix_ptr + slot * prefix_stride + tl.load(prefix_start_ptr + entry)
+        found = history_ptr + position - length
         for block in range(0, tl.where(holds, length, 0), BLOCK_P):
             offset = block + tl.arange(0, BLOCK_P)
             is_part = offset < length
