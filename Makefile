@@ -74,7 +74,7 @@ sanitize: $(SANITIZED_BUILT)  ## The C++ tests under AddressSanitizer and UBSan
 	@libraries="$$($(or $(CXX),c++) -print-file-name=libasan.so) $$($(or $(CXX),c++) -print-file-name=libstdc++.so)"; \
 	export PYTHONPATH=$(CURDIR)/$(SANITIZED)/tree LD_PRELOAD="$$libraries" ASAN_OPTIONS=detect_leaks=0; \
 	(cd build && ../$(BIN)/python -c "import torch; from specengine import _C; assert 'sanitized' in _C.__file__, _C.__file__") && \
-	$(PYTEST) -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/test_native_program.py tests/test_native_threads.py tests/kernels
+	$(PYTEST) -p no:cacheprovider -m "not triton and not slow and not gpu" tests/test_paged_kv_cache.py tests/test_native_program.py tests/test_native_threads.py tests/test_suffix_automaton.py tests/kernels
 
 rehearse-gpu:  ## A visit to a GPU machine without network, rehearsed here (5 GB, once)
 	@PYTHON=$(if $(filter file,$(origin PYTHON)),,$(PYTHON)) PIP_FLAGS="$(PIP_FLAGS)" bash tools/rehearse_gpu.sh

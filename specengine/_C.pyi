@@ -1,6 +1,8 @@
 # Types of the C++ extension (csrc/python): the ops (meanings in specengine.kernels.reference), a whole decoder
-# (meanings in specengine.kernels.types.program) and the KV cache manager (meanings in csrc/core/paged_kv_cache.h).
+# (meanings in specengine.kernels.types.program), the KV cache manager (meanings in csrc/core/paged_kv_cache.h) and the
+# suffix automaton (meanings in csrc/core/suffix_automaton.h).
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -45,6 +47,16 @@ class PagedKVCache:
     def reference_count(self, block: int) -> int: ...
     def sequence_blocks(self, slot: int) -> list[int]: ...
     def check_invariants(self) -> None: ...
+
+class SuffixAutomaton:
+    MAX_BYTES_PER_TOKEN: ClassVar[int]
+    num_seen: int
+    num_tokens: int
+    num_bytes: int
+    def __init__(self, max_tokens: int) -> None: ...
+    def append(self, tokens: Sequence[int]) -> None: ...
+    def draft(self, limit: int) -> tuple[int, list[int]]: ...
+    def draft_after(self, context: Sequence[int], limit: int) -> tuple[int, list[int]]: ...
 
 class Ops:
     """The ops that several threads share, and how many may."""

@@ -14,6 +14,7 @@
 
 void bind_paged_kv_cache(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
+void bind_suffix_automaton(pybind11::module_& m);
 void bind_round_state(pybind11::module_& m, specengine::OpsClass& ops);
 
 namespace specengine {
@@ -395,11 +396,13 @@ void bind_tools(py::module_& m) {
 }  // namespace specengine
 
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native parts of specengine: CPU ops and the paged KV cache manager.";
+  m.doc() =
+      "Native parts of specengine: CPU ops, the paged KV cache manager, the suffix automaton.";
   specengine::OpsClass ops(m, "Ops");
   specengine::bind_ops(ops);
   specengine::bind_tools(m);
   bind_paged_kv_cache(m);
   bind_decoder(m);
+  bind_suffix_automaton(m);
   bind_round_state(m, ops);
 }
