@@ -234,7 +234,7 @@ def test_engine_arguments_that_contradict_or_do_not_exist_are_named(checkpoint: 
         lambda: Engine(path, config=EngineConfig(), block_size=8), "config", "block_size", error=TypeError
     )
     check_refused(lambda: Engine(path, num_blocks=9, kv_cache_bytes=99), "num_blocks=9", "kv_cache_bytes=99")
-    for draft in ("ngram", "suffix", "self:x", "self:9", ["ngram", "suffix"]):
+    for draft in ("ngram:0", "suffix:2", "self:x", "self:9", ["ngram", "suffix"]):
         check_refused(lambda draft=draft: Engine(path, draft), "draft_model", repr(draft))
     if not torch.cuda.is_available():
         check_refused(lambda: Engine(path, device="cuda"), "device", "cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 
 import named_drafters
@@ -18,7 +19,6 @@ from specengine.engine import Engine
 
 VOCAB = 64
 PROMPT = make_prompt(6, 1, VOCAB)
-RESERVED = ("ngram", "suffix")
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_named_drafter_may_draft_with_a_model(
 def test_call_and_engine_and_command_agree_on_what_a_name_is(
     toy: str, checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in (toy, "toy:3", "self:2", "self", *RESERVED):
+    for name in (toy, "toy:3", "self:2", "self", "ngram", "ngram:3", "suffix"):
         assert registry.names_a_drafter(name)
         assert prepare_call("a", {"draft_model": name}).draft_model == name  # drafts for the bundled target
     for other in ("./self", "toys", "./toy", Path("toy"), None, ["toy"]):
@@ -69,23 +69,6 @@ def test_call_and_engine_and_command_agree_on_what_a_name_is(
         prepare_call("a", {"draft_model": "toys"})
 
 
-@pytest.mark.parametrize("name", RESERVED)
-def test_names_that_are_promised_are_refused_in_the_same_words_everywhere(
-    name: str, checkpoint: CheckpointFactory
-) -> None:
-    path = checkpoint(seed=1, with_tokenizer=True)
-    message = f"draft_model={name!r} is not available in this version; give a model or a Drafter object"
-    for call in (
-        lambda: Engine(path, name),
-        lambda: specengine.generate("a", model=str(path), draft_model=name),
-    ):
-        with pytest.raises(ValueError) as caught:
-            call()
-        assert str(caught.value) == message
-    result = CliRunner().invoke(app, ["generate", "a", "--model", str(path), "--draft-model", name])
-    assert result.exit_code != 0
-    assert message in " ".join(result.output.split())
-
 
 def test_a_named_drafter_is_no_model_to_describe() -> None:
     result = CliRunner().invoke(app, ["models", "--draft-model", "self:2", "--json"])
@@ -93,9 +76,43 @@ def test_a_named_drafter_is_no_model_to_describe() -> None:
     assert "self:2" not in result.output
 
 
+@pytest.mark.parametrize("name", ["ngram:0", "ngram:4-2", "ngram:1-33", "ngram:two", "ngram:2-", "suffix:2"])
+def test_arguments_that_cannot_be_are_refused_in_the_same_words_everywhere(
+    name: str,
+) -> None:
+    """And before a model is opened: there is none here."""
+    messages = []
+    for call in (
+        lambda: Engine("nowhere", name),
+        lambda: specengine.generate("a", model="nowhere", draft_model=name),
+    ):
+        with pytest.raises(ValueError, match=f"^draft_model='{name}': ") as caught:
+            call()
+        messages.append(str(caught.value))
+    result = CliRunner().invoke(app, ["generate", "a", "--model", "nowhere", "--draft-model", name])
+    assert result.exit_code == 2
+    assert messages[0] == messages[1]
+    assert messages[0] in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("name", ["ngram", "ngram:3", "ngram:1-5", "suffix", "suffix:history"])
+def test_names_with_arguments_work_on_the_command_line(name: str) -> None:
+    """With the bundled target, too."""
+    arguments = ["generate", "import os\n" * 4, "--max-new-tokens", "40", "--json"]
+    outputs = [
+        json.loads(CliRunner().invoke(app, [*arguments, *more]).stdout)
+        for more in (["--draft-model", name], ["-k", "0"])
+    ]
+    drafted, expected = (output["outputs"][0]["token_ids"] for output in outputs)
+    assert drafted == expected
+    assert outputs[0]["metrics"]["speculative_decoding"]["num_draft_tokens"] > 0
+
+
 def test_what_names_are_is_written_once() -> None:
-    """No other module knows the name of a drafter."""
+    """No module but its own knows the name of a drafter."""
     package = Path(registry.__file__).parents[1]
+    owners = {name: f"specengine.drafters.{name}" for name in registry.DRAFTERS}
+    assert owners == registry.DRAFTERS
     for path in package.rglob("*.py"):
         if path == Path(registry.__file__):
             continue
@@ -104,4 +121,5 @@ def test_what_names_are_is_written_once() -> None:
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             if isinstance(node, ast.Constant) and isinstance(node.value, str)
         }
-        assert not strings & {"ngram", "suffix", "self:"}, path
+        known = strings & {*registry.DRAFTERS, "self:"}
+        assert known <= ({path.stem} if path.parent.name == "drafters" else set()), path

@@ -28,20 +28,20 @@ if TYPE_CHECKING:
 
 # Adding a drafter: one file, and its name here.
 DRAFTERS: dict[str, str] = {
+    "ngram": "specengine.drafters.ngram",
     "self": "specengine.drafters.self_layers",
+    "suffix": "specengine.drafters.suffix",
 }
-# Not built yet, and no names of models.
-_RESERVED = ("ngram", "suffix")
 
 
 def names_a_drafter(draft_model: object) -> bool:
     """Whether this is a drafter's name, not that of a checkpoint."""
-    return _is_reserved(draft_model) or (isinstance(draft_model, str) and split(draft_model)[0] in DRAFTERS)
+    return isinstance(draft_model, str) and split(draft_model)[0] in DRAFTERS
 
 
 def check_available(draft_model: object) -> None:
-    """Raises `ValueError` for drafters that do not exist yet."""
-    if _is_reserved(draft_model) or isinstance(draft_model, list | tuple):
+    """Raises `ValueError` for drafters that do not exist yet, and arguments that a drafter refuses."""
+    if isinstance(draft_model, list | tuple):
         raise ValueError(
             f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
         )
@@ -79,7 +79,3 @@ def build(draft_model: str, context: DrafterContext) -> Drafter | RoundDrafter:
     """The drafter of that name."""
     drafter: Drafter | RoundDrafter = importlib.import_module(DRAFTERS[split(draft_model)[0]]).build(context)
     return drafter
-
-
-def _is_reserved(draft_model: object) -> bool:
-    return isinstance(draft_model, str) and draft_model in _RESERVED
