@@ -69,7 +69,6 @@ def test_call_and_engine_and_command_agree_on_what_a_name_is(
         prepare_call("a", {"draft_model": "toys"})
 
 
-
 def test_a_named_drafter_is_no_model_to_describe() -> None:
     result = CliRunner().invoke(app, ["models", "--draft-model", "self:2", "--json"])
     assert result.exit_code == 0, result.output

@@ -40,7 +40,7 @@ def names_a_drafter(draft_model: object) -> bool:
 
 
 def check_available(draft_model: object) -> None:
-    """Raises `ValueError` for drafters that do not exist yet, and arguments that a drafter refuses."""
+    """Raises `ValueError` for several drafters at once, which do not exist yet."""
     if isinstance(draft_model, list | tuple):
         raise ValueError(
             f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
