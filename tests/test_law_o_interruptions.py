@@ -3,6 +3,7 @@ would have been, its statistics included."""
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import random
 import sys
@@ -16,6 +17,7 @@ import pytest
 from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same
 
 from specengine.config import SamplingParams
+from specengine.drafters import host, registry
 from specengine.engine import Engine, record
 from specengine.engine.stepper import Stepper
 from specengine.outputs import GenerationResult, StreamEvent
@@ -155,6 +157,18 @@ def test_an_interruption_at_sampled_lines_of_a_step_changes_nothing(engine: Engi
     lines = some_turns(lines_of_a_run(engine), seed=1)
     check_interrupted_at(engine, lines[:: len(lines) // 50])
     tally.check()
+
+
+@pytest.mark.parametrize("name", registry.DRAFTERS)
+def test_an_interruption_at_sampled_lines_of_a_named_drafter_changes_nothing(
+    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+) -> None:
+    """Its own lines, and those that ask it."""
+    engine = build_engine(checkpoint("gpt2", seed=9, with_tokenizer=True), name, prefill_chunk_size=7)
+    files = {inspect.getsourcefile(importlib.import_module(registry.DRAFTERS[name])), host.__file__}
+    lines = [line for line in some_turns(lines_of_a_run(engine), seed=4) if line[0] in files]
+    check_interrupted_at(engine, lines[:16])
+    tally.check(rejected=False)
 
 
 @pytest.mark.slow
