@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from specengine.config import SamplingParams
+from specengine.drafters import registry
 from specengine.engine import Engine
 from specengine.models.decoder import build_program
 from specengine.ops.interpreter import Interpreter
@@ -33,6 +34,10 @@ TOLERANCE = 1e-4
 CheckpointFactory = Callable[..., Path]
 EngineFactory = Callable[..., Engine]
 BuildTwins = Callable[..., tuple[Engine, Engine]]
+
+
+# Every name of the registry; one that wants an argument has one.
+NAMED_DRAFTERS = [{"self": "self:1"}.get(name, name) for name in registry.DRAFTERS]
 
 
 def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:

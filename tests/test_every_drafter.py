@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from law_helpers import (
+    NAMED_DRAFTERS,
     BuildTwins,
     CheckpointFactory,
     EngineFactory,
@@ -23,7 +24,6 @@ from law_helpers import (
 
 import specengine
 from specengine import SamplingParams
-from specengine.drafters import registry
 from specengine.engine import Engine
 from specengine.outputs import GenerationResult
 
@@ -32,9 +32,7 @@ VOCAB, BLOCK, K = 12, 4, 5  # few ids: what was drawn at random is found again
 GREEDY: dict[str, Any] = {"ignore_eos": True, "logprobs": 1, "max_new_tokens": 30}
 COUPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 3}
 REJECTION: dict[str, Any] = {**COUPLED, "acceptance": "rejection"}
-# Those that want an argument, with one.
-ARGUMENTS = {"self": "self:1"}
-each_drafter = pytest.mark.parametrize("name", [ARGUMENTS.get(name, name) for name in registry.DRAFTERS])
+each_drafter = pytest.mark.parametrize("name", NAMED_DRAFTERS)
 
 
 def make_copy_prompt(length: int, seed: int = 0) -> list[int]:

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same
+from law_helpers import NAMED_DRAFTERS, CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same
 
 from specengine.config import SamplingParams
 from specengine.drafters import host, registry
@@ -159,13 +159,16 @@ def test_an_interruption_at_sampled_lines_of_a_step_changes_nothing(engine: Engi
     tally.check()
 
 
-@pytest.mark.parametrize("name", registry.DRAFTERS)
+@pytest.mark.parametrize("name", NAMED_DRAFTERS)
 def test_an_interruption_at_sampled_lines_of_a_named_drafter_changes_nothing(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
     """Its own lines, and those that ask it."""
     engine = build_engine(checkpoint("gpt2", seed=9, with_tokenizer=True), name, prefill_chunk_size=7)
-    files = {inspect.getsourcefile(importlib.import_module(registry.DRAFTERS[name])), host.__file__}
+    files = {
+        inspect.getsourcefile(importlib.import_module(registry.DRAFTERS[registry.split(name)[0]])),
+        host.__file__,
+    }
     lines = [line for line in some_turns(lines_of_a_run(engine), seed=4) if line[0] in files]
     check_interrupted_at(engine, lines[:16])
     tally.check(rejected=False)
