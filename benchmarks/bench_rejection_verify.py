@@ -24,6 +24,7 @@ from verify_cases import (
     accepted_length,
     build_case,
     exponential_race,
+    top_p_probs,
 )
 
 from specengine.kernels import reference
@@ -32,14 +33,6 @@ TOP_P = 0.9
 MODES = ("rejection", "point mass")
 # Two launches: the target of both together.
 TARGET_US = {1: 6.0, 64: 42.0}
-
-
-def top_p_probs(logits: Tensor) -> Tensor:
-    ordered, order = torch.sort(logits, dim=-1, descending=True)
-    probs = torch.softmax(ordered, dim=-1)
-    is_dropped = probs.cumsum(dim=-1) - probs >= TOP_P
-    is_dropped = torch.zeros_like(is_dropped).scatter_(-1, order, is_dropped)
-    return torch.softmax(logits.masked_fill(is_dropped, float("-inf")), dim=-1)
 
 
 def accept(probs: Tensor, draft_tokens: Tensor, draft_probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +58,7 @@ def test_native(benchmark: BenchmarkFixture, report: Report, logits: Logits, bat
 
     def pytorch(turn: int) -> tuple[Tensor, Tensor]:
         this = case.round_at(turn)
-        probs = top_p_probs(this.logits).view(batch, k + 1, -1)
+        probs = top_p_probs(this.logits, TOP_P).view(batch, k + 1, -1)
         length, weights = accept(probs, this.draft_tokens, draft_probs)
         return torch.multinomial(weights, 1)[:, 0], length
 

@@ -107,7 +107,8 @@ class Round:
 class Case:
     """Rounds in memory one behind the other, and the arguments and outputs that they share.
 
-    mode: "greedy" and "coupled" (match), "rejection" and "point mass" (rejection with and without a draft's law)
+    mode: "greedy" and "coupled" (match), "rejection" and "point mass" (rejection with and without a draft's law), or
+          "block" (with it)
     rows: what `filter_rows` is given for each row of logits
     """
 
@@ -139,7 +140,7 @@ class Case:
         return [self.filter(ops, turn) for turn in range(len(self.rounds))]
 
     def verify(self, ops: Backend, turn: int, stats: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens and num_accepted of `match_verify` or `rejection_verify`, overwritten by the next call."""
+        """tokens and num_accepted of the op that judges by the case's rule, overwritten by the next call."""
         this = self.round_at(turn)
         drafts = Drafts(self.row_start, self.seq_len, self.num_draft, this.draft_tokens, this.law)
         op = getattr(ops, self.rule.op)
@@ -180,7 +181,8 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
     proposal = Draws.build(batch * k, 0.0 if mode == "point mass" else temperature, device, top_p=top_p).rows
     positions = (SEQ_LEN + torch.arange(k, dtype=torch.int32, device=device)).repeat(batch)
     proposal = proposal._replace(seeds=sequences.rows.seeds.repeat_interleave(k))
-    stream, base = (rng.STREAM_DRAFT, SEQ_LEN) if mode == "rejection" else (rng.STREAM_TARGET, 0)
+    is_apart = mode in ("rejection", "block")
+    stream, base = (rng.STREAM_DRAFT, SEQ_LEN) if is_apart else (rng.STREAM_TARGET, 0)
     rounds = []
     for first in range(0, NUM_ROWS - num_rows + 1, num_rows):
         rows = slice(first, first + num_rows)
@@ -193,7 +195,8 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         kept = None if mode == "point mass" else law
         rounds.append(Round(logits.target[rows], tokens.view(batch, k), kept))
     batch_column = torch.arange(batch, dtype=torch.int32, device=device)
-    rule = Rule.MATCH if mode in ("greedy", "coupled") else Rule.REJECTION
+    rules = {"greedy": Rule.MATCH, "coupled": Rule.MATCH, "block": Rule.BLOCK}
+    rule = rules.get(mode, Rule.REJECTION)
     return Case(
         mode,
         batch,
@@ -212,6 +215,14 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
             torch.zeros_like(batch_column),
         ),
     )
+
+
+def top_p_probs(logits: Tensor, top_p: float) -> Tensor:
+    ordered, order = torch.sort(logits, dim=-1, descending=True)
+    probs = torch.softmax(ordered, dim=-1)
+    is_dropped = probs.cumsum(dim=-1) - probs >= top_p
+    is_dropped = torch.zeros_like(is_dropped).scatter_(-1, order, is_dropped)
+    return torch.softmax(logits.masked_fill(is_dropped, float("-inf")), dim=-1)
 
 
 def accepted_length(is_accepted: Tensor) -> Tensor:

@@ -47,29 +47,41 @@ _STREAM_ACCEPT = tl.constexpr(STREAM_ACCEPT)
 
 
 @triton.jit
-def count_accepted(
-    logits_ptr,
-    logits_stride,
-    stats_ptr,
-    rows,
-    draft,
-    draft_log_prob,
-    column,
-    is_drafted,
-    temperature,
-    seed,
-    seq_len,
-    VOCAB: tl.constexpr,
+def load_draft_log_probs(draft_log_prob_ptr, has_law_ptr, b, offset, is_drafted):
+    """log q_i(x_i), at `offset` of the sequence; 0 of a point mass."""
+    if draft_log_prob_ptr is None:
+        return tl.zeros(offset.shape, tl.float32)
+    else:
+        log_probs = tl.load(draft_log_prob_ptr + offset, is_drafted, 0.0)
+        if has_law_ptr is not None:
+            log_probs = tl.where(tl.load(has_law_ptr + b), log_probs, 0.0)
+        return log_probs
+
+
+@triton.jit
+def token_log_probs(
+    logits_ptr, logits_stride, stats_ptr, rows, tokens, is_used, temperature, VOCAB: tl.constexpr
 ):
-    """n: the first i with ln u_i > log p_i(x_i) - log q_i(x_i), or not drafted."""
-    is_token = is_drafted & (draft >= 0) & (draft < VOCAB)
-    logits = tl.load(logits_ptr + rows * logits_stride + draft, is_token, NEGATIVE_INFINITY)
+    """log p_i(x_i): -inf where a token is not in the vocabulary or not used. All `[BLOCK]`."""
+    is_token = is_used & (tokens >= 0) & (tokens < VOCAB)
+    logits = tl.load(logits_ptr + rows * logits_stride + tokens, is_token, NEGATIVE_INFINITY)
     kept = keep(scale_row(logits, temperature), tl.load(stats_ptr + rows * NUM_STATS + THRESHOLD))
-    log_p = kept - tl.load(stats_ptr + rows * NUM_STATS + LOG_NORMALISER)
-    bits, _, _, _ = philox_lanes(column * 0, seq_len + column, _STREAM_ACCEPT, seq_len, seed)
-    log_u = tl.minimum(tl.log(uniform(bits)), 0.0)
-    is_accepted = is_drafted & (log_u <= log_p - draft_log_prob)
-    return tl.min(tl.where(is_accepted, column.shape[0], column))
+    return kept - tl.load(stats_ptr + rows * NUM_STATS + LOG_NORMALISER)
+
+
+@triton.jit
+def accept_uniforms(index, seq_len, seed):
+    """u_i of drafts `index`."""
+    bits, _, _, _ = philox_lanes(index * 0, seq_len + index, _STREAM_ACCEPT, seq_len, seed)
+    return uniform(bits)
+
+
+@triton.jit
+def load_draft_law(draft_logits_ptr, draft_stats_ptr, lane, temperature, DRAFT_VOCAB: tl.constexpr):
+    """A tile's log q of the row of draft logits and of its statistics that the pointers are at."""
+    scaled = scale_row(load_tile(draft_logits_ptr, lane, DRAFT_VOCAB), temperature)
+    log_q = keep(scaled, tl.load(draft_stats_ptr + THRESHOLD))
+    return log_q - tl.load(draft_stats_ptr + LOG_NORMALISER)
 
 
 @triton.jit
@@ -123,26 +135,12 @@ def spec_rejection_verify(
     is_drafted = column < num_draft
     first_draft = b.to(tl.int64) * K
     draft = tl.load(draft_token_ptr + first_draft + column, is_drafted, -1)
-    if draft_log_prob_ptr is None:
-        draft_log_prob = tl.zeros((BLOCK,), tl.float32)
-    else:
-        draft_log_prob = tl.load(draft_log_prob_ptr + first_draft + column, is_drafted, 0.0)
-        if has_law_ptr is not None:
-            draft_log_prob = tl.where(tl.load(has_law_ptr + b), draft_log_prob, 0.0)
-    n = count_accepted(
-        logits_ptr,
-        logits_stride,
-        stats_ptr,
-        rows,
-        draft,
-        draft_log_prob,
-        column,
-        is_drafted,
-        temperature,
-        seed,
-        seq_len,
-        VOCAB,
+    log_ratio = token_log_probs(
+        logits_ptr, logits_stride, stats_ptr, rows, draft, is_drafted, temperature, VOCAB
     )
+    log_ratio -= load_draft_log_probs(draft_log_prob_ptr, has_law_ptr, b, first_draft + column, is_drafted)
+    log_u = tl.minimum(tl.log(accept_uniforms(column, seq_len, seed)), 0.0)
+    n = tl.min(tl.where(is_drafted & (log_u <= log_ratio), BLOCK, column))
 
     row = clamp_row(tl.load(row_start_ptr + b) + n, num_rows)
     row_stats_ptr = stats_ptr + row * NUM_STATS
@@ -159,13 +157,13 @@ def spec_rejection_verify(
             rejected = tl.load(draft_token_ptr + first_draft + n)
             log_weight = tl.where(tokens == rejected, NEGATIVE_INFINITY, log_p)
             if draft_logits_ptr is not None:
-                draft_row_ptr = (
-                    draft_logits_ptr + b.to(tl.int64) * draft_sequence_stride + n * draft_logits_stride
+                log_q = load_draft_law(
+                    draft_logits_ptr + b.to(tl.int64) * draft_sequence_stride + n * draft_logits_stride,
+                    draft_stats_ptr + (first_draft + n) * NUM_STATS,
+                    lane,
+                    temperature,
+                    DRAFT_VOCAB,
                 )
-                draft_row_stats_ptr = draft_stats_ptr + (first_draft + n) * NUM_STATS
-                scaled = scale_row(load_tile(draft_row_ptr, lane, DRAFT_VOCAB), temperature)
-                log_q = keep(scaled, tl.load(draft_row_stats_ptr + THRESHOLD))
-                log_q -= tl.load(draft_row_stats_ptr + LOG_NORMALISER)
                 residual = residual_log_weights(log_p, log_q)
                 if has_law_ptr is None:
                     log_weight = residual

@@ -190,6 +190,15 @@ class Ops:
         is_running: Tensor,
         verdict: Verdict,
     ) -> None: ...
+    def block_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
     def transform_rows(
         self,
         logits: Tensor,

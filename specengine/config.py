@@ -251,10 +251,10 @@ class SamplingParams:
     )
     acceptance: str = option(
         AUTO,
-        Choice(("auto", "coupled", "rejection"), later=("block", "typical", "threshold")),
+        Choice(("auto", "coupled", "rejection", "block"), later=("typical", "threshold")),
         "how drafts are judged; auto is coupled if a seed is given, else rejection",
-        "coupled: the text depends on the seed only, whatever drafts; rejection: exact in distribution, accepts the "
-        "most",
+        "coupled: the text depends on the seed only, whatever drafts; rejection: exact in distribution, one draft "
+        "after the other; block: exact too, judges a round's drafts together and accepts a little more",
     )
 
     def __post_init__(self) -> None:
@@ -285,7 +285,7 @@ class SamplingParams:
 
     @property
     def rule(self) -> str:
-        """The rule that drafts are judged by, "match" or "rejection" (greedy decoding is a match in every mode)."""
+        """The rule that drafts are judged by: "match" (greedy decoding is one in every mode), or the mode's own."""
         is_matched = self.acceptance == "coupled" or (self.acceptance == AUTO and self.seed is not None)
         if self.is_greedy or is_matched:
             return "match"

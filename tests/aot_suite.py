@@ -162,6 +162,7 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
         TRITON.match_verify(logits, stats, drafts, *judged_by)
         for each in (law, law._replace(has_law=meta(num_sequences, dtype=torch.bool)), None):
             TRITON.rejection_verify(logits, stats, drafts._replace(law=each), *judged_by)
+            TRITON.block_verify(logits, stats, drafts._replace(law=each), *judged_by)
     return launches
 
 

@@ -32,6 +32,7 @@ ON_LOGITS = {
     "spec_transform_rows",
     "spec_match_verify",
     "spec_rejection_verify",
+    "spec_block_verify",
 }
 WITH_WEIGHTS = {
     "spec_norm_qkv",

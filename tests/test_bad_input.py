@@ -83,7 +83,6 @@ BAD_VALUES: list[tuple[str, Any, str]] = [
     ("logit_bias", {3: INFINITY}, "inf"),
     ("logit_bias", {3: 1e5}, "100000"),
     ("acceptance", "always", "always"),
-    ("acceptance", "block", "block"),
     ("acceptance", "typical", "typical"),
     ("acceptance", "threshold", "threshold"),
     ("bad_words", [""], "[0]"),

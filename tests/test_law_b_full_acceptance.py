@@ -29,6 +29,7 @@ HOLDS_FOR_REPLAYED_ROUNDS = True
 GREEDY: dict[str, Any] = {}
 COUPLED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "acceptance": "coupled"}
 REJECTION: dict[str, Any] = {"temperature": 1.0, "seed": 6, "acceptance": "rejection"}
+BLOCK: dict[str, Any] = {**REJECTION, "acceptance": "block"}
 FILTERED: dict[str, Any] = {**REJECTION, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "temperature": 0.7}
 NUM_TOKENS = 500
 
@@ -68,11 +69,13 @@ def twins(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
     return build_engine(path, path)
 
 
-@pytest.mark.parametrize("mode", [GREEDY, COUPLED, REJECTION], ids=["greedy", "coupled", "rejection"])
+@pytest.mark.parametrize(
+    "mode", [GREEDY, COUPLED, REJECTION, BLOCK], ids=["greedy", "coupled", "rejection", "block"]
+)
 @pytest.mark.parametrize("k", [1, 4])
 def test_a_draft_that_is_the_target_is_always_accepted(k: int, mode: dict[str, Any], twins: Engine) -> None:
     (result,) = check_everything_is_accepted(twins, [k], [mode])
-    if mode is not REJECTION:
+    if mode not in (REJECTION, BLOCK):
         expected = plain(
             twins, result.prompt_token_ids, max_new_tokens=len(result.token_ids), ignore_eos=True, **mode
         )
@@ -80,7 +83,7 @@ def test_a_draft_that_is_the_target_is_always_accepted(k: int, mode: dict[str, A
 
 
 def test_every_row_of_a_mixed_batch_is_always_accepted(twins: Engine) -> None:
-    modes = [GREEDY, COUPLED, REJECTION, FILTERED, REJECTION, GREEDY, COUPLED]
+    modes = [GREEDY, COUPLED, REJECTION, FILTERED, BLOCK, GREEDY, COUPLED]
     check_everything_is_accepted(twins, [7, 3, 5, 2, 16, 1, 9], modes)
 
 

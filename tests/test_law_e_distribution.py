@@ -342,7 +342,7 @@ def _build_batch(
     engine: Engine, slots: list[int], seeds: Tensor, filters: Filters, acceptance: str, *, k: int
 ) -> RunningBatch:
     lengths = engine._state.seq_len[slots].tolist()
-    rule = Rule.REJECTION if acceptance == "rejection" else Rule.MATCH
+    rule = Rule.MATCH if acceptance == "coupled" else Rule[acceptance.upper()]
     nothing_ahead = {"num_rounds_ahead": 0, "num_tokens_ahead": 0, "num_undrafted_ahead": 0}
     records: Any = tuple(
         SimpleNamespace(slot=slot, num_tokens=length, **nothing_ahead)
@@ -352,7 +352,7 @@ def _build_batch(
         sequence_ids=tuple(slots),
         slots=torch.tensor(slots, dtype=torch.int32),
         k=k,
-        rows=SamplingRows(
+        rows=SamplingRows.empty(len(slots))._replace(
             temperature=torch.full((len(slots),), filters.temperature),
             top_k=torch.full((len(slots),), filters.top_k, dtype=torch.int32),
             top_p=torch.full((len(slots),), filters.top_p),
@@ -380,10 +380,13 @@ def _build_batch(
 GRID = [Filters(*values) for values in itertools.product((0.7, 1.4), (0, 4), (1.0, 0.85), (0.0, 0.1))]
 SOURCES = [
     ("model", "rejection"),
+    ("model", "block"),
     ("model", "coupled"),
     ("markov", "rejection"),
+    ("markov", "block"),
     ("markov", "coupled"),
     ("point", "rejection"),
+    ("point", "block"),
     ("point", "coupled"),
 ]
 
@@ -395,6 +398,8 @@ SOURCES = [
         ("point", "coupled", Filters(0.8, 5, 0.95, 0.0)),
         ("markov", "rejection", Filters(1.0, 7, 0.97, 0.02)),
         ("model", "rejection", Filters(1.1, 0, 0.98, 0.0, 1.3, 0.8, -0.5)),
+        ("model", "block", Filters(1.3, 6, 0.9, 0.05)),
+        ("point", "block", Filters(0.8, 5, 0.95, 0.0)),
     ],
     ids=str,
 )
@@ -504,12 +509,12 @@ class MutantBackend:
         return getattr(self._backend, op)
 
 
-def mutate_rejection(
-    engine: Engine, patch: pytest.MonkeyPatch, rejection_verify: Callable[..., None]
+def mutate_verification(
+    engine: Engine, patch: pytest.MonkeyPatch, op: Callable[..., None], name: str = "rejection_verify"
 ) -> None:
-    """Replaces the op that judges; `rejection_verify(backend, *arguments)` may call the real one."""
+    """Replaces the op that judges; `op(backend, *arguments)` may call the real one."""
     verify, backend = speculative.verify, engine._target.backend
-    mutant = MutantBackend(backend, rejection_verify=lambda *given: rejection_verify(backend, *given))
+    mutant = MutantBackend(backend, **{name: lambda *given: op(backend, *given)})
     patch.setattr(speculative, "verify", lambda _, *rest: verify(mutant, *rest))
 
 
@@ -564,7 +569,7 @@ def _redraw_rejected(
         positions, zero = drafts.seq_len[chosen] + at, torch.zeros_like(at)
         verdict.tokens[chosen, at] = race(weights, rows.seeds[chosen], positions, rng.STREAM_TARGET, zero)
 
-    mutate_rejection(engine, patch, mutant)
+    mutate_verification(engine, patch, mutant)
 
 
 def residual_drawn_from_target(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -591,7 +596,7 @@ def judged_by_the_next_row(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     def mutant(backend: Any, logits: Tensor, stats: Tensor, *rest: Any) -> None:
         backend.rejection_verify(logits.roll(-1, 0), stats.roll(-1, 0), *rest)
 
-    mutate_rejection(engine, patch, mutant)
+    mutate_verification(engine, patch, mutant)
 
 
 def draft_law_of_the_row_before(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -683,6 +688,92 @@ def test_a_biased_sampler_is_noticed(
 
 def test_an_unbiased_sampler_is_not(target: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     check_mutation(target, no_mutation, monkeypatch)
+
+
+def block_with_a_fault(fault: str) -> Callable[..., None]:
+    """Block verification of a full batch with a law, in float64, and one thing about it wrong."""
+
+    def op(
+        backend: Any,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None:
+        chosen = ((drafts.num_draft > 0) & (is_running != 0)).nonzero()[:, 0]
+        assert drafts.law is not None
+        count, k = len(chosen), drafts.tokens.shape[1]
+        num_draft, seeds = drafts.num_draft[chosen, None].long(), rows.seeds[chosen]
+        step, each = torch.arange(k + 1)[None], torch.arange(count)
+        row = (drafts.row_start[chosen, None] + step.minimum(num_draft)).flatten().long()
+        temperature = rows.temperature[chosen].repeat_interleave(k + 1)
+        log_p = filtered_log_probs(logits[row], temperature, stats[row]).view(count, k + 1, -1)
+        law, temperature = drafts.law, rows.temperature[chosen].repeat_interleave(k)
+        log_q = filtered_log_probs(
+            law.logits[chosen].flatten(0, 1), temperature, law.stats[chosen].flatten(0, 1)
+        )
+        p, q = (each.double().exp()[..., :VOCAB] for each in (log_p, log_q.view(count, k, -1)))
+        tokens = drafts.tokens[chosen].long().clamp(0, VOCAB - 1)[..., None]
+        ratio = (p[:, :k].gather(2, tokens) / q.gather(2, tokens))[..., 0]
+        share = torch.ones(count, k + 1, dtype=torch.float64)
+        for i in range(k):
+            share[:, i + 1] = (share[:, i] * ratio[:, i]).clamp_max(1.0)
+        excess = (share[:, :k, None] * p[:, :k] - q).clamp_min(0.0).sum(dim=2)
+        height = (excess / (excess + 1 - share[:, :k])).nan_to_num(nan=1.0)
+        height = torch.where(step[:, 1:] == num_draft, share[:, 1:], height.roll(-1, 1))
+        if fault == "a share in place of the height":
+            height = share[:, 1:]
+        positions = drafts.seq_len[chosen, None] + step
+        base = drafts.seq_len[chosen, None].expand(-1, k)
+        if fault == "uniforms looked at twice":
+            base = torch.zeros_like(base)
+        u = rng.uniform(rng.accept_bits(seeds[:, None].expand(-1, k), positions[:, :k], base), torch.float64)
+        passes = (u <= height) & (step[:, :k] < num_draft)
+        n = (passes * step[:, 1:]).max(dim=1).values
+        if fault == "the first failure":
+            n = passes.int().cumprod(dim=1).sum(dim=1)
+        scale = torch.ones(count) if fault == "a residual without its share" else share[each, n]
+        residual = (scale[:, None] * p[each, n] - q[each, n.clamp_max(k - 1)]).clamp_min(0.0)
+        is_residual = (n < num_draft[:, 0]) & (residual.sum(dim=1) > 0)
+        weight = torch.where(is_residual[:, None], residual, p[each, n])
+        verdict.tokens[chosen, :k] = drafts.tokens[chosen]
+        position, zero = positions[each, n], torch.zeros_like(n)
+        verdict.tokens[chosen, n] = race(weight.log(), seeds, position, rng.STREAM_TARGET, zero).int()
+        verdict.num_accepted[chosen] = n.int()
+        verdict.error[chosen] = 0
+
+    return op
+
+
+def check_block(target: torch.nn.Module, fault: str, patch: pytest.MonkeyPatch) -> None:
+    filters = Filters(1.4)
+    with build_engine(target, "markov") as engine:
+        mutate_verification(engine, patch, block_with_a_fault(fault), "block_verify")
+        samples = sample_rounds(engine, filters, "block", 12 * BATCH)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "the first failure",
+        "a share in place of the height",
+        "a residual without its share",
+        "uniforms looked at twice",
+    ],
+)
+def test_a_biased_block_is_noticed(
+    target: torch.nn.Module, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AssertionError, match="chi-square"):
+        check_block(target, fault, monkeypatch)
+
+
+def test_an_unbiased_block_is_not(target: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_block(target, "none", monkeypatch)
 
 
 def test_a_token_outside_the_support_is_noticed(target: torch.nn.Module) -> None:

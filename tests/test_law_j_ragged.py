@@ -26,7 +26,7 @@ MODES: list[dict[str, Any]] = [
     {},
     {"temperature": 0.9, "top_k": 12, "acceptance": "coupled"},
     {"temperature": 0.7, "acceptance": "rejection"},
-    {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "acceptance": "rejection"},
+    {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "acceptance": "block"},
     {"logit_bias": {5: 3.0, 9: -50.0}},
     {"temperature": 1.0, "acceptance": "coupled", "min_new_tokens": 6, "stop_token_ids": list(range(30))},
 ]

@@ -38,7 +38,7 @@ MODES: list[dict[str, Any]] = [
     {"temperature": 0.9, "seed": 3, "acceptance": "coupled"},
     {"temperature": 0.8, "seed": 4, "acceptance": "rejection"},
     {"temperature": 1.1, "seed": 5, "acceptance": "coupled", "top_k": 12, "top_p": 0.9},
-    {"temperature": 0.7, "seed": 6, "acceptance": "rejection", "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0.7, "seed": 6, "acceptance": "block", "top_p": 0.8, "min_p": 0.02},
 ]
 Pair = tuple[Path, Path]
 

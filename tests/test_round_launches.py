@@ -39,7 +39,8 @@ MODES = {
     "transformed, rejection": RoundMode(rules=(Rule.REJECTION,), has_filters=True, has_transforms=True),
     "rejection": RoundMode(rules=(Rule.REJECTION,)),
     "rejection, filtered": RoundMode(rules=(Rule.REJECTION,), has_filters=True),
-    "mixed": RoundMode(rules=(Rule.MATCH, Rule.REJECTION), has_filters=True),
+    "block": RoundMode(rules=(Rule.BLOCK,)),
+    "mixed": RoundMode(rules=(Rule.MATCH, Rule.REJECTION, Rule.BLOCK), has_filters=True),
 }
 # Those of PyTorch's ops that launch nothing (zeros are workspaces, which on a GPU are there already).
 NO_KERNEL = {

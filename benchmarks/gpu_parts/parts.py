@@ -124,6 +124,7 @@ KERNEL_TESTS = {
         "match_draws",
         "match_verify",
         "rejection_verify",
+        "block_verify",
         "commit_round",
     ),
 }
@@ -168,7 +169,7 @@ PARTS = (
     _tune(768),
     _tune(1024),
     _tune(1600),
-    _micro("verify", "verification", ("match_verify", "rejection_verify"), "test_gpu"),
+    _micro("verify", "verification", ("match_verify", "rejection_verify", "block_verify"), "test_gpu"),
     _micro("attention", "attention of gpt2-medium, fp16", ("paged_attention",), "test_gpu and 16x64-fp16"),
     _micro("layers", "linear layers of gpt2-medium, fp16", LAYERS, "test_gpu and fp16"),
     _micro(

@@ -117,6 +117,8 @@ struct Kernels {
   // (or -1) cannot win.
   RaceResult (*race)(const RowView& target, const RowView* draft, int64_t excluded,
                      const NoiseKey& key);
+  // Sum of max(p - q, 0) over the kept tokens of `target`.
+  double (*residual_mass)(const RowView& target, const RowView& draft);
   // One tile of a row, token ids `first_id` (a multiple of 128) and up: the largest z / T, or with
   // a key the winner of the race. Nothing below `best` need be found.
   RaceResult (*draw_tile)(const RowView& tile, int64_t first_id, const NoiseKey* key, float best);

@@ -149,6 +149,7 @@ struct VerifyCall {
 void check_verify(const VerifyCall& call, Rule rule);
 void match_verify(const VerifyCall& call);
 void rejection_verify(const VerifyCall& call);
+void block_verify(const VerifyCall& call);
 
 // --- transform_rows.cpp
 

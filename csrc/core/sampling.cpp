@@ -27,6 +27,11 @@ RowView filtered(const float* logits, int64_t vocab, float temperature, const fl
   return {logits, vocab, divisor_of(temperature), stats[kStatThreshold], stats[kStatLogNormaliser]};
 }
 
+Scratch<float>& share_scratch() {
+  static thread_local Scratch<float> scratch;
+  return scratch;
+}
+
 Scratch<float>& candidate_scratch() {
   static thread_local Scratch<float> scratch;
   return scratch;
@@ -170,10 +175,16 @@ struct Sequence {
     return {seed(), seq_len() + static_cast<uint32_t>(i), kStreamTarget, 0};
   }
 
-  // log q(x_i) of the law that draft i was drawn from.
-  float draft_log_prob(int64_t i) const {
+  // log p(x_i) - log q(x_i), q the law that draft i was drawn from.
+  float log_ratio(int64_t i) const {
     const Drafts& drafts = call.drafts;
-    return drafts.law.is_of(b) ? drafts.law.log_probs[b * drafts.tokens.width + i] : 0.0f;
+    const float log_p = filtered_log_prob(row(i), is_greedy(), draft_token(i));
+    return drafts.law.is_of(b) ? log_p - drafts.law.log_probs[b * drafts.tokens.width + i] : log_p;
+  }
+  // u_i.
+  float accept_uniform(int64_t i) const {
+    const uint32_t bits = accept_bits(seed(), seq_len() + static_cast<uint32_t>(i), seq_len(), 0);
+    return static_cast<float>((bits + 0.5) * 0x1p-32);
   }
   RowView draft_row(int64_t i) const {
     const DraftLaw& law = call.drafts.law;
@@ -201,19 +212,50 @@ void judge_each(const VerifyCall& call, Rule rule, const Judge& judge) {
 }
 
 int64_t count_accepted(const Sequence& sequence) {
-  const uint32_t base = sequence.seq_len();
   for (int64_t i = 0; i < sequence.num_draft(); ++i) {
-    const uint32_t bits = accept_bits(sequence.seed(), base + static_cast<uint32_t>(i), base, 0);
-    const auto uniform = static_cast<float>((bits + 0.5) * 0x1p-32);
-    const float log_p =
-        filtered_log_prob(sequence.row(i), sequence.is_greedy(), sequence.draft_token(i));
-    if (!(std::log(uniform) <= log_p - sequence.draft_log_prob(i))) return i;
+    if (!(std::log(sequence.accept_uniform(i)) <= sequence.log_ratio(i))) return i;
   }
   return sequence.num_draft();
 }
 
-// The recovered or bonus token: a race on max(p - q, 0) after a rejection at i < k, else on p.
-int32_t draw_next(const Sequence& sequence, int64_t i) {
+// What of the prefixes may be kept, log P_i for i = 0 … k.
+const float* log_shares(const Sequence& sequence) {
+  const int64_t k = sequence.num_draft();
+  float* shares = share_scratch().reserve(k + 1);
+  shares[0] = 0.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    const float share = shares[i] + sequence.log_ratio(i);
+    shares[i + 1] = std::isnan(share) ? kNegativeInfinity : std::min(share, 0.0f);
+  }
+  return shares;
+}
+
+// Sum of max(P_i p_i - q_i, 0).
+float excess(const Sequence& sequence, int64_t i, float log_share) {
+  RowView row = sequence.row(i);
+  if (!sequence.call.drafts.law.is_of(sequence.b)) {
+    const float log_p = filtered_log_prob(row, sequence.is_greedy(), sequence.draft_token(i));
+    return std::exp(log_share) * -std::expm1(log_p);
+  }
+  row.log_normaliser -= log_share;
+  return static_cast<float>(kernels().residual_mass(row, sequence.draft_row(i)));
+}
+
+// The longest prefix that passes its test: looked for from the end.
+int64_t count_in_block(const Sequence& sequence, const float* log_shares) {
+  const int64_t k = sequence.num_draft();
+  if (std::log(sequence.accept_uniform(k - 1)) <= log_shares[k]) return k;
+  for (int64_t i = k - 1; i > 0; --i) {
+    if (log_shares[i] == kNegativeInfinity) continue;
+    const float left = excess(sequence, i, log_shares[i]);
+    const float lost = 1.0f - std::exp(log_shares[i]);
+    if (sequence.accept_uniform(i - 1) * (left + lost) <= left) return i;
+  }
+  return 0;
+}
+
+// The recovered or bonus token: a race on max(P p - q, 0) after a rejection at i < k, else on p.
+int32_t draw_next(const Sequence& sequence, int64_t i, float log_share = 0.0f) {
   const Kernels& isa = kernels();
   const RowView row = sequence.row(i);
   const NoiseKey key = sequence.target_key(i);
@@ -222,7 +264,9 @@ int32_t draw_next(const Sequence& sequence, int64_t i) {
     RaceResult recovered;
     if (sequence.call.drafts.law.is_of(sequence.b)) {
       const RowView law = sequence.draft_row(i);
-      recovered = isa.race(row, &law, -1, key);
+      RowView shared = row;
+      shared.log_normaliser -= log_share;
+      recovered = isa.race(shared, &law, -1, key);
     } else {
       recovered = isa.race(row, nullptr, sequence.draft_token(i), key);
     }
@@ -297,6 +341,14 @@ void rejection_verify(const VerifyCall& call) {
   judge_each(call, kRuleRejection, [](const Sequence& sequence) {
     const int64_t num_accepted = count_accepted(sequence);
     sequence.commit(num_accepted, draw_next(sequence, num_accepted));
+  });
+}
+
+void block_verify(const VerifyCall& call) {
+  judge_each(call, kRuleBlock, [](const Sequence& sequence) {
+    const float* shares = log_shares(sequence);
+    const int64_t num_accepted = count_in_block(sequence, shares);
+    sequence.commit(num_accepted, draw_next(sequence, num_accepted, shares[num_accepted]));
   });
 }
 

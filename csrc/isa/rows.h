@@ -177,6 +177,16 @@ inline F16 residual(F16 log_p, const RowView* draft, int64_t at) {
   return select(log_p <= set1(kNegativeInfinity), set1(kNegativeInfinity), score);
 }
 
+inline double residual_mass(const RowView& target, const RowView& draft) {
+  D16 sum = zero_d();
+  for (int64_t at = 0; at < target.vocab; at += 16) {
+    F16 left = exp(load_kept(target, at) - set1(target.log_normaliser));
+    if (at < draft.vocab) left = left - exp(load_kept(draft, at) - set1(draft.log_normaliser));
+    sum = sum + widen(maximum(left, set1(0.0f)));
+  }
+  return reduce_add(sum);
+}
+
 // Offers the tokens of `target`, whose first id is `first_id`, a multiple of 128, to the leader.
 inline void race_span(const RowView& target, int64_t first_id, const RowView* draft,
                       int64_t excluded, const NoiseKey& key, Leader& leader) {

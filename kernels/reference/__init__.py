@@ -1,5 +1,6 @@
 """The ops in plain PyTorch: the oracle that every kernel is tested against. Any device, any float dtype."""
 
+from specengine.kernels.reference.block_verify import block_verify
 from specengine.kernels.reference.commit_round import commit_round
 from specengine.kernels.reference.embed import embed
 from specengine.kernels.reference.expand_batch import expand_batch
@@ -25,6 +26,7 @@ from specengine.kernels.reference.transform_rows import transform_rows
 
 __all__ = [
     "OPS",
+    "block_verify",
     "commit_round",
     "embed",
     "expand_batch",

@@ -10,7 +10,7 @@ from specengine import rng
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.match_verify import judged_sequences
 from specengine.kernels.reference.sample_rows import race
-from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.kernels.types.statistics import STAT_ERROR
@@ -33,36 +33,59 @@ def rejection_verify(
     logits, stats, drafts, rows, is_running, verdict: as in `match_verify`, and the law of the drafts is read
     """
     for b in judged_sequences(Rule.REJECTION, drafts, rows, is_running):
-        k, law = int(drafts.num_draft[b]), drafts.law
-        if law is not None and law.has_law is not None and not law.has_law[b]:
-            law = None
+        k = int(drafts.num_draft[b])
         temperature, seeds = rows.temperature[b : b + 1], rows.seeds[b : b + 1]
         of_target = slice(int(drafts.row_start[b]), int(drafts.row_start[b]) + k + 1)
         log_p = filtered_log_probs(logits[of_target], temperature.expand(k + 1), stats[of_target])
-        positions = drafts.seq_len[b] + torch.arange(k + 1, device=logits.device, dtype=torch.int32)
-        base = drafts.seq_len[b].expand(k)
-        u = rng.uniform(rng.accept_bits(seeds.expand(k), positions[:k], base), logits.dtype)
-        chosen = drafts.tokens[b, :k].long()
-        log_ratio = log_p[:k].gather(1, chosen[:, None])[:, 0]
-        if law is not None:
-            log_ratio = log_ratio - law.log_probs[b, :k].to(logits.dtype)
-        is_accepted = torch.log(u) <= log_ratio
+        is_accepted = torch.log(accept_uniforms(drafts, seeds, b, logits.dtype)) <= log_ratios(
+            log_p, drafts, b
+        )
         n = int(is_accepted.int().cumprod(dim=0).sum())
         weight = log_p[n]
         if n < k:
-            if law is None:
-                log_q = torch.full_like(weight, float("-inf"))
-                log_q[chosen[n]] = 0.0
-            else:
-                log_q = filtered_log_probs(law.logits[b, n : n + 1], temperature, law.stats[b, n : n + 1])[0]
-                log_q = F.pad(log_q, (0, max(0, weight.numel() - log_q.numel())), value=float("-inf"))
-            weight = residual_log_weights(weight, log_q[: weight.numel()])
-        no_base = torch.zeros_like(positions[:1])
-        drawn = race(weight[None], seeds, positions[n : n + 1], rng.STREAM_TARGET, no_base)
-        verdict.tokens[b, :n] = drafts.tokens[b, :n]
-        verdict.tokens[b, n] = drawn[0]
-        verdict.num_accepted[b] = n
-        verdict.error[b] = stats[of_target][: n + 1, STAT_ERROR].any().int()
+            weight = residual_log_weights(weight, draft_log_probs(drafts, b, temperature, logits)[n])
+        position = drafts.seq_len[b : b + 1] + n
+        drawn = race(weight[None], seeds, position, rng.STREAM_TARGET, torch.zeros_like(position))
+        commit(verdict, b, drafts.tokens[b, :n], drawn[0], stats[of_target])
+
+
+def law_of(drafts: Drafts, b: int) -> DraftLaw | None:
+    """What the drafts of sequence b were drawn from; None: they are point masses."""
+    law = drafts.law
+    return None if law is None or (law.has_law is not None and not law.has_law[b]) else law
+
+
+def accept_uniforms(drafts: Drafts, seeds: Tensor, b: int, dtype: torch.dtype) -> Tensor:
+    """u_i `[k_b]` of sequence b, whose seed is seeds `[1]`."""
+    k = int(drafts.num_draft[b])
+    positions = drafts.seq_len[b] + torch.arange(k, device=seeds.device, dtype=torch.int32)
+    return rng.uniform(rng.accept_bits(seeds.expand(k), positions, drafts.seq_len[b].expand(k)), dtype)
+
+
+def log_ratios(log_p: Tensor, drafts: Drafts, b: int) -> Tensor:
+    """log p_i(x_i) - log q_i(x_i) `[k_b]` of sequence b. log_p: `[k_b + 1, V]`"""
+    k, law = int(drafts.num_draft[b]), law_of(drafts, b)
+    log_ratio = log_p[:k].gather(1, drafts.tokens[b, :k].long()[:, None])[:, 0]
+    return log_ratio if law is None else log_ratio - law.log_probs[b, :k].to(log_p.dtype)
+
+
+def draft_log_probs(drafts: Drafts, b: int, temperature: Tensor, logits: Tensor) -> Tensor:
+    """log q_i `[k_b, V]` of sequence b, as wide as the target's logits; of a point mass, 0 at its token."""
+    k, vocab_size, law = int(drafts.num_draft[b]), logits.shape[1], law_of(drafts, b)
+    if law is None:
+        log_q = logits.new_full((k, vocab_size), float("-inf"))
+        return log_q.scatter_(1, drafts.tokens[b, :k].long()[:, None], 0.0)
+    log_q = filtered_log_probs(law.logits[b, :k], temperature.expand(k), law.stats[b, :k])
+    return F.pad(log_q, (0, max(0, vocab_size - log_q.shape[1])), value=float("-inf"))[:, :vocab_size]
+
+
+def commit(verdict: Verdict, b: int, accepted: Tensor, next_token: Tensor, stats: Tensor) -> None:
+    """Writes what was decided of sequence b: accepted drafts `[n]`, and the token that follows. stats: its rows'"""
+    n = accepted.numel()
+    verdict.tokens[b, :n] = accepted
+    verdict.tokens[b, n] = next_token
+    verdict.num_accepted[b] = n
+    verdict.error[b] = stats[: n + 1, STAT_ERROR].any().int()
 
 
 def residual_log_weights(log_p: Tensor, log_q: Tensor) -> Tensor:

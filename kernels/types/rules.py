@@ -26,6 +26,7 @@ class Rule(IntEnum):
 
     MATCH = 0, "match_verify", STREAM_TARGET
     REJECTION = 1, "rejection_verify", STREAM_DRAFT
+    BLOCK = 2, "block_verify", STREAM_DRAFT
 
     @property
     def reads_law(self) -> bool:

@@ -199,7 +199,7 @@ class _Draft:
         self._runner.backend.stage_draft(step, *where, drawn, error, *drafts, *drawn_from, *kept)
 
     def _sample(self, step: int, rows: ForwardBatch, logits: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
-        """Each row draws with the noise that its rule asks for."""
+        """Each row draws with the noise that its rule asks for: the target's own, or the draft's."""
         backend, rules = self._runner.backend, self._batch.mode.rules
         judged_by, position = row_keys(backend, draw_keys(self._batch), rows)
 
@@ -207,10 +207,11 @@ class _Draft:
             base = position - step if rule.reads_law else torch.zeros_like(position)
             return backend.sample_rows(logits, stats, judged_by, position, rule.draft_stream, base)
 
-        drawn = draw(rules[0])
-        for rule in rules[1:]:
-            is_ruled = judged_by.rule == rule
-            tokens, log_probs = (torch.where(is_ruled, *pair) for pair in zip(draw(rule), drawn, strict=True))
+        drawn = draw(rules[-1])
+        if rules[0] == Rule.MATCH and len(rules) > 1:
+            is_match = judged_by.rule == Rule.MATCH
+            pairs = zip(draw(Rule.MATCH), drawn, strict=True)
+            tokens, log_probs = (torch.where(is_match, *pair) for pair in pairs)
             drawn = tokens, log_probs
         return drawn
 

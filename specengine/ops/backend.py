@@ -199,6 +199,16 @@ class Backend(Protocol):
         verdict: Verdict,
     ) -> None: ...
 
+    def block_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
+
     def token_logprobs(
         self, logits: Tensor, token_ids: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -57,6 +57,7 @@ class NativeBackend:
         self.sample_rows = self._ops.sample_rows
         self.match_verify = self._ops.match_verify
         self.rejection_verify = self._ops.rejection_verify
+        self.block_verify = self._ops.block_verify
         self.token_logprobs = self._ops.token_logprobs
         self.stage_draft = self._ops.stage_draft
 

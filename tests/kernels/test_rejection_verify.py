@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import importlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from judged_drafts import (
+    OFF,
+    UNTOUCHED,
+    Case,
+    Decision,
+    Exact,
+    build_case,
+    check_decisions,
+    drawn_by,
+    exact_log_probs,
+    filtered,
+    residual_log_weights,
+)
 from kernel_cases import (
     DEVICE,
     NATIVE,
@@ -23,211 +36,29 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
-from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
-from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.ops.backend import Backend
 
-UNTOUCHED = -77
-OFF = (0, 1.0, 0.0)
+# float64 decides against fp32 logits near -60 where its margin is larger than this.
+MARGIN = 2e-4
 
 
-@dataclass(frozen=True)
-class Case:
-    logits: Tensor
-    stats: Tensor
-    row_start: Tensor
-    num_draft: Tensor
-    draft_tokens: Tensor
-    draft_log_probs: Tensor
-    draft_logits: Tensor | None
-    draft_stats: Tensor | None
-    temperature: Tensor
-    seeds: Tensor
-    seq_len: Tensor
-    is_selected: Tensor
-    has_law: Tensor | None = None
-
-    def run(self, op) -> tuple[Tensor, Tensor, Tensor]:
-        count, k = self.draft_tokens.shape
-        outputs = (
-            torch.full((count, k + 1), UNTOUCHED, dtype=torch.int32),
-            torch.full((count,), UNTOUCHED, dtype=torch.int32),
-            torch.full((count,), UNTOUCHED, dtype=torch.int32),
-        )
-        fields = [getattr(self, name) for name in self.__dataclass_fields__]
-        before = [None if field is None else field.clone() for field in fields]
-        op(*self.arguments, Verdict(*outputs))
-        for field, copy in zip(fields, before, strict=True):
-            assert field is None or torch.equal(field.nan_to_num(), copy.nan_to_num())
-        return outputs
-
-    @property
-    def arguments(self) -> tuple[Tensor, Tensor, Drafts, SamplingRows, Tensor]:
-        """A sequence that is not selected does not run, or is another rule's."""
-        law = None
-        if self.draft_logits is not None and self.draft_stats is not None:
-            law = DraftLaw(self.draft_log_probs, self.draft_logits, self.draft_stats, self.has_law)
-        drafts = Drafts(self.row_start, self.seq_len, self.num_draft, self.draft_tokens, law)
-        is_other = ~self.is_selected & (torch.arange(len(self.seeds)) % 2 == 0)
-        rows = SamplingRows.empty(len(self.seeds))._replace(
-            temperature=self.temperature,
-            seeds=self.seeds,
-            rule=torch.where(is_other, int(Rule.MATCH), int(Rule.REJECTION)).int(),
-        )
-        return self.logits, self.stats, drafts, rows, (self.is_selected | is_other).int()
-
-    def drafting(self) -> Case:
-        """Who drafts nothing is not judged by this rule."""
-        return replace(self, is_selected=self.is_selected & (self.num_draft > 0))
-
-    def take(self, chosen: Tensor) -> Case:
-        whole = {"logits": self.logits, "stats": self.stats}
-        rest = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in whole}
-        return replace(self, **{name: None if x is None else x[chosen] for name, x in rest.items()})
-
-
-def filtered(logits: Tensor, temperature: Tensor, setting: tuple[int, float, float]) -> Tensor:
-    rows = SamplingRows.empty(logits.shape[0])
-    top_k, top_p, min_p = (torch.full_like(*each) for each in zip(rows[1:4], setting, strict=True))
-    return NATIVE.filter_rows(
-        logits, rows._replace(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+def judge(exact: Exact) -> Decision:
+    slack = exact.log_p_drafted - exact.log_q_drafted - exact.u.log()
+    is_accepted = (slack >= 0) & exact.is_drafted
+    n = is_accepted.int().cumprod(dim=1).sum(dim=1)
+    # A sequence is judged when every test up to its stop is clear.
+    is_looked_at = exact.is_drafted & (torch.arange(slack.shape[1])[None] <= n[:, None])
+    is_clear = ~((slack.abs() < MARGIN) & is_looked_at).any(dim=1)
+    each, stop = torch.arange(len(n)), n.clamp_max(slack.shape[1] - 1)
+    is_rejected = n < exact.is_drafted.sum(dim=1)
+    return Decision(
+        n, is_clear, residual_log_weights(exact.log_p[each, n], exact.log_q[each, stop], is_rejected)
     )
-
-
-def drawn_by(temperature: Tensor, seeds: Tensor) -> SamplingRows:
-    return SamplingRows.empty(len(seeds))._replace(temperature=temperature, seeds=seeds)
-
-
-def build_case(
-    count: int,
-    k: int,
-    vocab_size: int,
-    draft_vocab_size: int | None = None,
-    seed: int = 0,
-    settings: tuple = (OFF, OFF),
-    has_law: bool = True,
-    temperatures: tuple[float, ...] = (1.0, 0.7, 1.5),
-) -> Case:
-    """Row b (k + 2) + i holds logits near the draft's; draft tokens are drawn from the draft's filtered law."""
-    generator = torch.Generator().manual_seed(seed)
-    draft_vocab_size = draft_vocab_size or vocab_size
-    logits = random_logits(count * (k + 2), vocab_size, seed, 1.5)
-    temperature = torch.tensor(temperatures)[
-        torch.randint(0, len(temperatures), (count,), generator=generator)
-    ]
-    stats = filtered(logits, temperature.repeat_interleave(k + 2), settings[0])
-    near = logits.view(count, k + 2, vocab_size)[:, :k, : min(vocab_size, draft_vocab_size)]
-    draft_logits = torch.full((count, k, draft_vocab_size), -60.0)
-    draft_logits[:, :, : near.shape[2]] = near
-    draft_logits += torch.randn(draft_logits.shape, generator=generator)
-    flat, flat_temperature = draft_logits.view(count * k, -1), temperature.repeat_interleave(k)
-    draft_stats = filtered(flat, flat_temperature, settings[1])
-    seq_len = torch.randint(1, 10000, (count,), generator=generator, dtype=torch.int32)
-    seeds = random_seeds(count, seed)
-    positions = (seq_len[:, None] + torch.arange(k)).flatten().int()
-    tokens, log_probs = NATIVE.sample_rows(
-        flat,
-        draft_stats,
-        drawn_by(flat_temperature, seeds.repeat_interleave(k)),
-        positions,
-        rng.STREAM_DRAFT,
-        seq_len.repeat_interleave(k),
-    )
-    if not has_law:
-        log_probs = torch.zeros_like(log_probs)
-    return Case(
-        logits,
-        stats,
-        (torch.arange(count) * (k + 2)).int(),
-        torch.randint(0, k + 1, (count,), generator=generator, dtype=torch.int32),
-        tokens.view(count, k),
-        log_probs.view(count, k),
-        draft_logits if has_law else None,
-        draft_stats.view(count, k, 4) if has_law else None,
-        temperature,
-        seeds,
-        seq_len,
-        torch.rand(count, generator=generator) < 0.875,
-    ).drafting()
-
-
-def exact_log_probs(logits: Tensor, stats: Tensor, temperature: Tensor) -> Tensor:
-    scaled = logits / temperature[:, None]
-    kept = scaled.masked_fill(scaled < stats[:, 1, None], NEGATIVE_INFINITY).double()
-    return kept - kept.logsumexp(-1, keepdim=True)
 
 
 def check_against_float64(op, case: Case) -> None:
-    """Every decision is float64's wherever float64's margin exceeds what fp32 logits near -60 can resolve."""
-    count, k = case.draft_tokens.shape
-    vocab_size = case.logits.shape[1]
-    margin = 2e-4
-    rows = case.row_start[:, None].long() + torch.arange(k + 1)
-    flat_temperature = case.temperature.repeat_interleave(k + 1)
-    log_p = exact_log_probs(case.logits[rows.flatten()], case.stats[rows.flatten()], flat_temperature)
-    log_p = log_p.view(count, k + 1, vocab_size)
-    positions = case.seq_len[:, None] + torch.arange(k + 1)
-    base = case.seq_len[:, None].expand(-1, k)
-    u = rng.uniform(rng.accept_bits(case.seeds[:, None].expand(-1, k), positions[:, :k], base), torch.float64)
-    chosen = case.draft_tokens.long()[:, :, None]
-    in_vocabulary = chosen < vocab_size
-    log_p_chosen = (
-        log_p[:, :k].gather(2, chosen.clamp_max(vocab_size - 1)).masked_fill(~in_vocabulary, -math.inf)
-    )
-    log_q_chosen = case.draft_log_probs.double()
-    if case.has_law is not None:
-        log_q_chosen = torch.where(case.has_law[:, None], log_q_chosen, 0.0)
-    slack = log_p_chosen[:, :, 0] - log_q_chosen - u.log()
-    is_drafted = torch.arange(k)[None] < case.num_draft[:, None]
-    is_accepted = (slack >= 0) & is_drafted
-    prefix = is_accepted.int().cumprod(dim=1)
-    expected = prefix.sum(dim=1)
-    # A sequence is judged when every test up to its stop is clear.
-    is_looked_at = is_drafted & (torch.arange(k)[None] <= expected[:, None])
-    is_clear = ~((slack.abs() < margin) & is_looked_at).any(dim=1) & case.is_selected
-
-    tokens, num_accepted, error = case.run(op)
-    assert torch.equal(num_accepted[is_clear].long(), expected[is_clear])
-    assert (num_accepted[~case.is_selected] == UNTOUCHED).all()
-    assert (tokens[~case.is_selected] == UNTOUCHED).all()
-    assert (error[case.is_selected] == 0).all()
-    column = torch.arange(k + 1)[None]
-    is_prefix = (column[:, :k] < expected[:, None]) & is_clear[:, None]
-    assert torch.equal(tokens[:, :k][is_prefix], case.draft_tokens[is_prefix])
-    assert (tokens[(column > expected[:, None]) & is_clear[:, None]] == UNTOUCHED).all()
-
-    each = torch.arange(count)
-    weight = log_p[each, expected]
-    is_rejected = expected < case.num_draft
-    stop = expected.clamp_max(k - 1)
-    log_q = torch.full((count, vocab_size), NEGATIVE_INFINITY, dtype=torch.float64)
-    log_q.scatter_(1, case.draft_tokens.long().gather(1, stop[:, None]).clamp_max(vocab_size - 1), 0.0)
-    if case.draft_logits is not None:
-        drawn_from = exact_log_probs(
-            case.draft_logits[each, stop], case.draft_stats[each, stop], case.temperature
-        )
-        missing = max(0, vocab_size - drawn_from.shape[1])
-        drawn_from = torch.nn.functional.pad(drawn_from, (0, missing), value=NEGATIVE_INFINITY)
-        has_law = torch.ones(count, dtype=torch.bool) if case.has_law is None else case.has_law
-        log_q = torch.where(has_law[:, None], drawn_from[:, :vocab_size], log_q)
-    residual = (weight.exp() - log_q.exp()).clamp_min(0.0)
-    is_rejected &= residual.sum(dim=1) > 1e-6
-    weight = torch.where(is_rejected[:, None], residual.log(), weight)
-    bits = rng.vocabulary_bits(case.seeds, positions[each, expected], 0, torch.zeros(count), vocab_size)
-    scores = weight + rng.gumbel(bits, torch.float64)
-    best = scores.max(dim=1)
-    drawn = tokens.gather(1, expected[:, None])[:, 0].long()
-    won = scores.gather(1, drawn.clamp(0, vocab_size - 1)[:, None])[:, 0]
-    # A residual next to zero carries the cancellation of p - q.
-    is_won = won >= best.values - 1e-3
-    assert (is_won | ~is_clear).all()
-    assert (((drawn >= 0) & (drawn < vocab_size)) | ~case.is_selected).all()
-    exactly = float((drawn == best.indices)[is_clear].double().mean())
-    assert exactly > 0.99, exactly
-    assert float(is_clear[case.is_selected].double().mean()) > 0.98
-    assert (expected[is_clear] > 0).any(), "nothing was accepted"
-    assert is_rejected[is_clear].any(), "nothing was rejected"
+    check_decisions(op, case, judge)
 
 
 FILTERS = [(OFF, OFF), ((5, 0.9, 0.0), (0, 0.8, 0.0)), ((0, 0.9, 0.01), (3, 1.0, 0.0))]
