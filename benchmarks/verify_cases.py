@@ -21,6 +21,8 @@ VOCAB_SIZE, PADDED_VOCAB_SIZE = 50257, 50304
 ROW_BYTES = 4 * PADDED_VOCAB_SIZE
 NUM_ROWS = ROTATED_BYTES // ROW_BYTES + 1
 SEQ_LEN = 100
+# Of the lossy rules: random logits give no token much.
+ACCEPTANCE_THRESHOLD, ACCEPTANCE_DELTA = 0.01, 0.3
 GPU_ROWS = (1, 9, 576)
 # Sequences, and draft tokens of each.
 CPU_ROUNDS = [*((1, k) for k in range(1, 9)), *((8, k) for k in (1, 2, 4, 8))]
@@ -107,8 +109,8 @@ class Round:
 class Case:
     """Rounds in memory one behind the other, and the arguments and outputs that they share.
 
-    mode: "greedy" and "coupled" (match), "rejection" and "point mass" (rejection with and without a draft's law), or
-          "block" (with it)
+    mode: "greedy" and "coupled" (match), "rejection" and "point mass" (rejection with and without a draft's law),;
+          "block" (with it), "threshold" and "typical" (which do not read it)
     rows: what `filter_rows` is given for each row of logits
     """
 
@@ -181,7 +183,7 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
     proposal = Draws.build(batch * k, 0.0 if mode == "point mass" else temperature, device, top_p=top_p).rows
     positions = (SEQ_LEN + torch.arange(k, dtype=torch.int32, device=device)).repeat(batch)
     proposal = proposal._replace(seeds=sequences.rows.seeds.repeat_interleave(k))
-    is_apart = mode in ("rejection", "block")
+    is_apart = mode not in ("greedy", "coupled", "point mass")
     stream, base = (rng.STREAM_DRAFT, SEQ_LEN) if is_apart else (rng.STREAM_TARGET, 0)
     rounds = []
     for first in range(0, NUM_ROWS - num_rows + 1, num_rows):
@@ -195,8 +197,8 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         kept = None if mode == "point mass" else law
         rounds.append(Round(logits.target[rows], tokens.view(batch, k), kept))
     batch_column = torch.arange(batch, dtype=torch.int32, device=device)
-    rules = {"greedy": Rule.MATCH, "coupled": Rule.MATCH, "block": Rule.BLOCK}
-    rule = rules.get(mode, Rule.REJECTION)
+    rules = {"greedy": Rule.MATCH, "coupled": Rule.MATCH, "point mass": Rule.REJECTION}
+    rule = rules.get(mode) or Rule[mode.upper()]
     return Case(
         mode,
         batch,
@@ -207,7 +209,11 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         num_draft=torch.full_like(batch_column, k),
         seq_len=torch.full_like(batch_column, SEQ_LEN),
         rule=rule,
-        judged_by=sequences.rows._replace(rule=torch.full_like(batch_column, int(rule))),
+        judged_by=sequences.rows._replace(
+            rule=torch.full_like(batch_column, int(rule)),
+            acceptance_threshold=torch.full_like(sequences.rows.temperature, ACCEPTANCE_THRESHOLD),
+            acceptance_delta=torch.full_like(sequences.rows.temperature, ACCEPTANCE_DELTA),
+        ),
         is_running=torch.ones_like(batch_column),
         verdict=Verdict(
             torch.zeros(batch, k + 1, dtype=torch.int32, device=device),

@@ -22,6 +22,7 @@ from specengine.kernels.device.race import (
     RACE_WARPS,
     THRESHOLD,
     TILE,
+    TOTAL_UNITS,
     first_lane,
     is_last_of,
     keep,
@@ -30,6 +31,7 @@ from specengine.kernels.device.race import (
     stack_tokens,
     take_keys,
     tile_noise,
+    tile_total,
     winner_key,
 )
 from specengine.kernels.device.workspace import zeroed
@@ -48,7 +50,6 @@ from specengine.rng import STREAM_TARGET
 
 _BLOCK_RULE = tl.constexpr(int(Rule.BLOCK))
 _STREAM_TARGET = tl.constexpr(STREAM_TARGET)
-_UNITS = tl.constexpr(2.0**40)  # of a sum of probabilities, in 64 bits
 
 
 @triton.jit
@@ -150,8 +151,7 @@ def spec_block_verify(
                         excess = tl.where(tl.load(has_law_ptr + b), excess, weight)
                     weight = excess
                 if tl.max(weight) > 0.0:
-                    total = tl.sum((weight * _UNITS + 0.5).to(tl.int64).reshape(TILE))
-                    tl.atomic_add(excess_ptr + i, total, sem="relaxed")
+                    tl.atomic_add(excess_ptr + i, tile_total(weight), sem="relaxed")
                     log_weight = tl.where(
                         weight > 0.0, fast_log(tl.where(weight > 0.0, weight, 1.0)), NEGATIVE_INFINITY
                     )
@@ -164,7 +164,7 @@ def spec_block_verify(
         is_row = column <= num_draft
         target_key = take_keys(target_key_ptr + column, is_row)
         residual_key = take_keys(residual_key_ptr + column, is_row)
-        excess = take_keys(excess_ptr + column, is_row).to(tl.float32) / _UNITS
+        excess = take_keys(excess_ptr + column, is_row).to(tl.float32) / TOTAL_UNITS
         passes = (column < num_draft) & (u * (excess + (1.0 - tl.exp(log_share))) <= excess)
         n = tl.max(tl.where(passes | is_whole, column, 0))
         key = tl.where(residual_key > 0, residual_key, target_key)

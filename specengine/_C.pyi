@@ -199,6 +199,24 @@ class Ops:
         is_running: Tensor,
         verdict: Verdict,
     ) -> None: ...
+    def threshold_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
+    def typical_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
     def transform_rows(
         self,
         logits: Tensor,

@@ -251,10 +251,23 @@ class SamplingParams:
     )
     acceptance: str = option(
         AUTO,
-        Choice(("auto", "coupled", "rejection", "block"), later=("typical", "threshold")),
+        Choice(("auto", "coupled", "rejection", "block", "typical", "threshold")),
         "how drafts are judged; auto is coupled if a seed is given, else rejection",
         "coupled: the text depends on the seed only, whatever drafts; rejection: exact in distribution, one draft "
-        "after the other; block: exact too, judges a round's drafts together and accepts a little more",
+        "after the other; block: exact too, judges a round's drafts together and accepts a little more; "
+        "threshold and typical accept what is likely enough: LOSSY, `lossless` is False in the result; at temperature "
+        "0 every mode keeps what the target would have said",
+    )
+    acceptance_threshold: float = option(
+        0.1,
+        Number(0.0, 1.0),
+        "of the modes threshold and typical: drafts to which the target gives more probability are kept",
+        "the epsilon of typical acceptance",
+    )
+    acceptance_delta: float = option(
+        0.3,
+        Number(0.0, 1.0),
+        "of the mode typical: drafts above this times exp(-H) are kept too, H the target's entropy there",
     )
 
     def __post_init__(self) -> None:

@@ -214,10 +214,9 @@ class FlagOrAuto(Flag):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of some names. later: names that are known and not available."""
+    """One of some names."""
 
     names: tuple[str, ...]
-    later: tuple[str, ...] = ()
 
     metavar: ClassVar[str] = "NAME"
 
@@ -226,8 +225,6 @@ class Choice(Kind):
         return ", ".join(self.names)
 
     def check(self, name: str, value: Any) -> Any:
-        if value in self.later:
-            raise ValueError(f"{name}={value!r} is not available in this version; use one of {self.range}")
         if value not in self.names:
             raise ValueError(f"{name} must be one of {self.range}; got {value!r}")
         return str(value)

@@ -37,6 +37,7 @@ def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMet
     """The sum over several sequences."""
     total = SpeculativeDecodingMetrics()
     for part in parts:
+        total.lossless = total.lossless and part.lossless
         total.num_spec_tokens = max(total.num_spec_tokens, part.num_spec_tokens)
         for name in (
             "num_spec_steps",

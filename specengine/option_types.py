@@ -64,6 +64,10 @@ class SamplingOptions(TypedDict, total=False):
     """draft tokens a round. Default: 'auto'."""
     acceptance: str
     """how drafts are judged; auto is coupled if a seed is given, else rejection. Default: 'auto'."""
+    acceptance_threshold: float
+    """of the modes threshold and typical: drafts to which the target gives more probability are kept. Default: 0.1."""
+    acceptance_delta: float
+    """of the mode typical: drafts above this times exp(-H) are kept too, H the target's entropy there. Default: 0.3."""
     max_tokens: int
     """the same as max_new_tokens."""
     bad_words_ids: str | Sequence[str | Sequence[int]] | None

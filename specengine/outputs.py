@@ -32,6 +32,7 @@ class SpeculativeDecodingMetrics:
     acceptance_by_position:     [i] = share of the drafts at position i that were accepted
     num_drafted_by_position, num_accepted_by_position: its parts
     rejection_positions:        [i] = rounds whose first rejection was at position i
+    lossless:                   see `GenerationResult`
     """
 
     num_spec_tokens: int = 0
@@ -44,6 +45,7 @@ class SpeculativeDecodingMetrics:
     num_drafted_by_position: list[int] = field(default_factory=list)
     num_accepted_by_position: list[int] = field(default_factory=list)
     rejection_positions: list[int] = field(default_factory=list)
+    lossless: bool = True
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -144,7 +146,8 @@ class CompletionOutput:
 class GenerationResult:
     """Everything about one prompt. `.text`, `.token_ids` and `.finish_reason` are the first sample's.
 
-    lossless: False only where acceptance was forced, for timing: the tokens are not the target's
+    lossless: False where drafts were taken that the target would have said at other times, or not at all: with a lossy
+              acceptance mode (`SamplingParams`) above temperature 0, or where acceptance was forced, for timing
     """
 
     prompt_token_ids: list[int]

@@ -163,6 +163,8 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
         for each in (law, law._replace(has_law=meta(num_sequences, dtype=torch.bool)), None):
             TRITON.rejection_verify(logits, stats, drafts._replace(law=each), *judged_by)
             TRITON.block_verify(logits, stats, drafts._replace(law=each), *judged_by)
+        TRITON.threshold_verify(logits, stats, drafts, *judged_by)
+        TRITON.typical_verify(logits, stats, drafts, *judged_by)
     return launches
 
 

@@ -36,6 +36,8 @@ class Case:
     is_selected: Tensor
     has_law: Tensor | None = None
     rule: Rule = Rule.REJECTION
+    acceptance_threshold: Tensor | None = None
+    acceptance_delta: Tensor | None = None
 
     def run(self, op) -> tuple[Tensor, Tensor, Tensor]:
         count, k = self.draft_tokens.shape
@@ -64,6 +66,9 @@ class Case:
             seeds=self.seeds,
             rule=torch.where(is_other, int(Rule.MATCH), int(self.rule)).int(),
         )
+        for name in ("acceptance_threshold", "acceptance_delta"):
+            if (column := getattr(self, name)) is not None:
+                rows = rows._replace(**{name: column})
         return self.logits, self.stats, drafts, rows, (self.is_selected | is_other).int()
 
     def drafting(self) -> Case:

@@ -33,6 +33,8 @@ ON_LOGITS = {
     "spec_match_verify",
     "spec_rejection_verify",
     "spec_block_verify",
+    "spec_threshold_verify",
+    "spec_typical_verify",
 }
 WITH_WEIGHTS = {
     "spec_norm_qkv",

@@ -86,6 +86,20 @@ def test_statistics_go_to_stderr(expected: str) -> None:
     assert "tokens/s" in err
 
 
+def test_a_lossy_mode_says_so() -> None:
+    sampled = ("generate", PROMPT, "--max-new-tokens", "12", "--acceptance", "threshold", "--temperature")
+    done = run(*sampled, "0.8", "--stats")
+    assert done.returncode == 0
+    assert done.stderr.count("specengine: warning: acceptance='threshold': lossy") == 1
+    assert "NO: not distributed as the target says" in done.stderr
+    with pytest.warns(UserWarning, match="lossy"):
+        _, out, _ = invoke(*sampled, "0.8", "--json")
+    assert json.loads(out)["lossless"] is False
+    _, _, err = invoke(*sampled, "0", "--stats")
+    assert "lossy" not in err
+    assert re.search(r"lossless +yes", err)
+
+
 def test_color_changes_nothing_but_the_color(expected: str) -> None:
     code, out, err = invoke("generate", PROMPT, "--max-new-tokens", "12", "--color", "always")
     assert code == 0

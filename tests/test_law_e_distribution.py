@@ -55,6 +55,8 @@ class Filters:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    acceptance_threshold: float = 0.1
+    acceptance_delta: float = 0.3
 
     @property
     def has_penalties(self) -> bool:
@@ -363,6 +365,8 @@ def _build_batch(
             presence_penalty=torch.full((len(slots),), filters.presence_penalty),
             frequency_penalty=torch.full((len(slots),), filters.frequency_penalty),
             prompt_length=torch.full((len(slots),), len(PROMPT), dtype=torch.int32),
+            acceptance_threshold=torch.full((len(slots),), filters.acceptance_threshold),
+            acceptance_delta=torch.full((len(slots),), filters.acceptance_delta),
         ),
         tokens=engine._state.tokens,
         block_table=engine._kv_cache.device_block_table(),

@@ -20,6 +20,8 @@ from specengine.engine import Engine
 from specengine.outputs import GenerationResult
 from specengine.runtime.state import BatchState
 
+pytestmark = pytest.mark.filterwarnings("ignore:acceptance=")
+
 HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB = 64
 MODES: list[dict[str, Any]] = [
@@ -27,6 +29,8 @@ MODES: list[dict[str, Any]] = [
     {"temperature": 0.9, "top_k": 12, "acceptance": "coupled"},
     {"temperature": 0.7, "acceptance": "rejection"},
     {"temperature": 1.3, "top_p": 0.8, "min_p": 0.02, "acceptance": "block"},
+    {"temperature": 0.8, "acceptance": "threshold", "acceptance_threshold": 0.04},
+    {"temperature": 0.8, "acceptance": "typical", "acceptance_delta": 0.5, "top_k": 9},
     {"logit_bias": {5: 3.0, 9: -50.0}},
     {"temperature": 1.0, "acceptance": "coupled", "min_new_tokens": 6, "stop_token_ids": list(range(30))},
 ]

@@ -32,6 +32,8 @@ from specengine.runtime import graphs
 from specengine.runtime.kv_cache import KVCache, _DeviceTable
 from specengine.runtime.state import BatchState
 
+pytestmark = pytest.mark.filterwarnings("ignore:acceptance=")
+
 VOCAB = 64
 MODES: list[dict[str, Any]] = [
     {},
@@ -39,6 +41,7 @@ MODES: list[dict[str, Any]] = [
     {"temperature": 0.8, "seed": 4, "acceptance": "rejection"},
     {"temperature": 1.1, "seed": 5, "acceptance": "coupled", "top_k": 12, "top_p": 0.9},
     {"temperature": 0.7, "seed": 6, "acceptance": "block", "top_p": 0.8, "min_p": 0.02},
+    {"temperature": 0.9, "seed": 7, "acceptance": "typical", "acceptance_threshold": 0.05},
 ]
 Pair = tuple[Path, Path]
 

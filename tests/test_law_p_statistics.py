@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from law_helpers import Tally, make_prompt, plain, spec
+from law_helpers import Tally, assert_same, make_prompt, plain, spec
 from scripted_drafters import PerfectDrafter, ScriptedDrafter
 
 from conftest import CheckpointFactory, EngineFactory
@@ -284,6 +284,70 @@ def test_acceptance_that_increases_with_the_position_is_noticed(
     check_identity(result)
     result.metrics.speculative_decoding.num_accepted_by_position.reverse()
     with pytest.raises(AssertionError, match="increases"):
+        check_identity(result)
+
+
+# -- lossy acceptance ---------------------------------------------------------------------------------------------
+
+LOSSY = ("threshold", "typical")
+
+
+@pytest.fixture
+def drafted(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
+    return build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.3))
+
+
+@pytest.mark.parametrize("acceptance", LOSSY)
+def test_lossy_acceptance_says_so_once_and_everywhere(acceptance: str, drafted: Engine) -> None:
+    sampling = {**SAMPLED, "acceptance": acceptance, "acceptance_threshold": 0.05, "acceptance_delta": 0.5}
+    with pytest.warns(UserWarning, match="lossy") as warned:
+        results = spec(drafted, [PROMPT] * 3, 4, **sampling)
+    assert [str(each.message) for each in warned] == [
+        f"acceptance={acceptance!r}: lossy, what is generated is not distributed as the target says"
+    ]
+    assert warned[0].filename.endswith("law_helpers.py"), "it points to who called"
+    for result in results:
+        check_identity(result)
+        assert not result.lossless
+        assert not result.metrics.speculative_decoding.lossless
+        assert result.to_dict()["metrics"]["speculative_decoding"]["lossless"] is False
+        found = result.metrics.speculative_decoding
+        assert 0 < found.num_accepted_draft_tokens < found.num_draft_tokens
+    params = [SamplingParams(**{**sampling, "acceptance": each}) for each in (*LOSSY, *LOSSY, "block")]
+    with pytest.warns(UserWarning, match="acceptance='threshold' and acceptance='typical': lossy") as warned:
+        results = drafted.generate([PROMPT] * 5, params)
+    assert len(warned) == 1
+    assert [result.lossless for result in results] == [False] * 4 + [True]
+    with pytest.warns(UserWarning, match="lossy") as warned:
+        drafted.add_request(PROMPT, params[0])
+    assert len(warned) == 1
+
+
+@pytest.mark.parametrize("acceptance", ["block", *LOSSY])
+def test_no_mode_loses_anything_where_nothing_can_be_lost(acceptance: str, drafted: Engine) -> None:
+    """Greedy, where every mode keeps what the target would have said; and without drafts."""
+    mode = {**GREEDY, "acceptance": acceptance}
+    result, truth = spec(drafted, PROMPT, 4, **mode), plain(drafted, PROMPT, **GREEDY)
+    assert_same(result, truth)
+    assert result.metrics.speculative_decoding.num_accepted_draft_tokens > 0
+    sampled = {**SAMPLED, "acceptance": acceptance}
+    undrafted, expected = plain(drafted, PROMPT, **sampled), plain(drafted, PROMPT, **SAMPLED)
+    assert_same(undrafted, expected)
+    for each in (result, undrafted):
+        assert each.lossless
+        assert each.metrics.speculative_decoding.lossless
+
+
+@pytest.mark.filterwarnings("ignore:acceptance=")
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 64), (1.0, 0)])
+def test_what_a_threshold_keeps_is_counted(
+    threshold: float, count: int, engine: Engine, scripted: ScriptedDrafter
+) -> None:
+    """The target excludes nothing here: at 0 every draft is kept, whatever it is, at 1 none."""
+    sampling = {**SAMPLED, "acceptance": "threshold", "acceptance_threshold": threshold}
+    for k in (1, 3, 8):
+        result = spec(engine, PROMPT, k, **sampling)
+        Expected.of_script((count,), k, NUM_TOKENS, NUM_TOKENS).check(result.metrics.speculative_decoding, k)
         check_identity(result)
 
 

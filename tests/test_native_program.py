@@ -100,13 +100,12 @@ def test_one_call_gives_the_bits_of_single_ops(
         assert torch.equal(logits, single.forward(batch, theirs, VOCAB - 3))
         assert torch.equal(ours, theirs), "keys and values"
         count = batch.slots.numel()
-        by_sequence = SamplingRows(
+        by_sequence = SamplingRows.empty(3)._replace(
             temperature=torch.tensor([0.0, 0.8, 1.3]),
             top_k=torch.tensor([5, 0, 9], dtype=torch.int32),
             top_p=torch.tensor([0.5, 1.0, 0.9]),
             min_p=torch.tensor([0.1, 0.0, 0.02]),
             seeds=torch.tensor([-5, 2**62, 7]),
-            rule=torch.zeros(3, dtype=torch.int32),
             repetition_penalty=torch.tensor([1.2, 1.0, 0.8]),
             presence_penalty=torch.tensor([0.0, 1.5, -0.5]),
             frequency_penalty=torch.tensor([0.0, 0.0, 0.7]),

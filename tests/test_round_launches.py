@@ -40,7 +40,8 @@ MODES = {
     "rejection": RoundMode(rules=(Rule.REJECTION,)),
     "rejection, filtered": RoundMode(rules=(Rule.REJECTION,), has_filters=True),
     "block": RoundMode(rules=(Rule.BLOCK,)),
-    "mixed": RoundMode(rules=(Rule.MATCH, Rule.REJECTION, Rule.BLOCK), has_filters=True),
+    "threshold": RoundMode(rules=(Rule.THRESHOLD,)),
+    "mixed": RoundMode(rules=tuple(Rule), has_filters=True),
 }
 # Those of PyTorch's ops that launch nothing (zeros are workspaces, which on a GPU are there already).
 NO_KERNEL = {

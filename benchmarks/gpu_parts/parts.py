@@ -125,6 +125,8 @@ KERNEL_TESTS = {
         "match_verify",
         "rejection_verify",
         "block_verify",
+        "threshold_verify",
+        "typical_verify",
         "commit_round",
     ),
 }
@@ -132,6 +134,7 @@ KERNEL_TESTS = {
 RACES = ("tests/test_last_arrivers.py", "tests/test_dependent_launch.py")
 COMPILED = ("tests/test_ahead_of_time.py", "tests/test_round_launches.py")
 LAYERS = ("norm_qkv", "norm_linear", "linear_residual")
+VERIFICATIONS = ("match_verify", "rejection_verify", "block_verify", "threshold_verify", "typical_verify")
 HEADS = ("head", "head_draw", "head_stats", "transform_rows", "sample_rows", "filter_rows", "token_logprobs")
 # In the order in which they run: what is quick, and what says whether the rest makes sense, comes first.
 PARTS = (
@@ -169,7 +172,7 @@ PARTS = (
     _tune(768),
     _tune(1024),
     _tune(1600),
-    _micro("verify", "verification", ("match_verify", "rejection_verify", "block_verify"), "test_gpu"),
+    _micro("verify", "verification", VERIFICATIONS, "test_gpu"),
     _micro("attention", "attention of gpt2-medium, fp16", ("paged_attention",), "test_gpu and 16x64-fp16"),
     _micro("layers", "linear layers of gpt2-medium, fp16", LAYERS, "test_gpu and fp16"),
     _micro(

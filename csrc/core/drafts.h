@@ -10,7 +10,7 @@
 namespace specengine {
 
 // specengine/kernels/types/rules.py.
-enum Rule : int32_t { kRuleMatch, kRuleRejection, kRuleBlock };
+enum Rule : int32_t { kRuleMatch, kRuleRejection, kRuleBlock, kRuleThreshold, kRuleTypical };
 
 // Without logits there is none: every draft is a point mass.
 struct DraftLaw {

@@ -105,6 +105,8 @@ struct Kernels {
   RowMaximum (*row_maximum)(const RowView& row);
   // Sum of exp(z / T - maximum) over the kept tokens.
   double (*row_sum_exp)(const RowView& row, float maximum);
+  // -sum p log p over the kept tokens.
+  double (*row_entropy)(const RowView& row);
   // group_maxima: [kNumMaximaGroups]; the maxima of disjoint groups of the row.
   void (*row_group_maxima)(const RowView& row, float* group_maxima);
   // Kept values >= low, in index order; returns how many were written to `values`.

@@ -150,6 +150,8 @@ void check_verify(const VerifyCall& call, Rule rule);
 void match_verify(const VerifyCall& call);
 void rejection_verify(const VerifyCall& call);
 void block_verify(const VerifyCall& call);
+void threshold_verify(const VerifyCall& call);
+void typical_verify(const VerifyCall& call);
 
 // --- transform_rows.cpp
 

@@ -178,8 +178,12 @@ struct Sequence {
   // log p(x_i) - log q(x_i), q the law that draft i was drawn from.
   float log_ratio(int64_t i) const {
     const Drafts& drafts = call.drafts;
-    const float log_p = filtered_log_prob(row(i), is_greedy(), draft_token(i));
+    const float log_p = drafted_log_prob(i);
     return drafts.law.is_of(b) ? log_p - drafts.law.log_probs[b * drafts.tokens.width + i] : log_p;
+  }
+  // log p(x_i).
+  float drafted_log_prob(int64_t i) const {
+    return filtered_log_prob(row(i), is_greedy(), draft_token(i));
   }
   // u_i.
   float accept_uniform(int64_t i) const {
@@ -234,8 +238,7 @@ const float* log_shares(const Sequence& sequence) {
 float excess(const Sequence& sequence, int64_t i, float log_share) {
   RowView row = sequence.row(i);
   if (!sequence.call.drafts.law.is_of(sequence.b)) {
-    const float log_p = filtered_log_prob(row, sequence.is_greedy(), sequence.draft_token(i));
-    return std::exp(log_share) * -std::expm1(log_p);
+    return std::exp(log_share) * -std::expm1(sequence.drafted_log_prob(i));
   }
   row.log_normaliser -= log_share;
   return static_cast<float>(kernels().residual_mass(row, sequence.draft_row(i)));
@@ -273,6 +276,14 @@ int32_t draw_next(const Sequence& sequence, int64_t i, float log_share = 0.0f) {
     if (recovered.score != kNegativeInfinity) return recovered.token;
   }
   return isa.race(row, nullptr, -1, key).token;
+}
+
+// Keeps drafts while they are accepted, and the target's own draw behind them.
+template <class Accepts>
+void commit_while(const Sequence& sequence, const Accepts& accepts) {
+  int64_t i = 0;
+  while (i < sequence.num_draft() && accepts(i)) ++i;
+  sequence.commit(i, draw(sequence.row(i), sequence.is_greedy(), sequence.target_key(i)));
 }
 
 }  // namespace
@@ -349,6 +360,25 @@ void block_verify(const VerifyCall& call) {
     const float* shares = log_shares(sequence);
     const int64_t num_accepted = count_in_block(sequence, shares);
     sequence.commit(num_accepted, draw_next(sequence, num_accepted, shares[num_accepted]));
+  });
+}
+
+void threshold_verify(const VerifyCall& call) {
+  judge_each(call, kRuleThreshold, [](const Sequence& sequence) {
+    const float bound = std::log(sequence.call.rows.acceptance_threshold[sequence.b]);
+    commit_while(sequence, [&](int64_t i) { return sequence.drafted_log_prob(i) > bound; });
+  });
+}
+
+void typical_verify(const VerifyCall& call) {
+  judge_each(call, kRuleTypical, [](const Sequence& sequence) {
+    const float bound = std::log(sequence.call.rows.acceptance_threshold[sequence.b]);
+    const float log_delta = std::log(sequence.call.rows.acceptance_delta[sequence.b]);
+    commit_while(sequence, [&](int64_t i) {
+      const float log_p = sequence.drafted_log_prob(i);
+      if (log_p > bound || log_p == kNegativeInfinity) return log_p > bound;
+      return log_p > log_delta - static_cast<float>(kernels().row_entropy(sequence.row(i)));
+    });
   });
 }
 

@@ -55,6 +55,16 @@ inline double row_sum_exp(const RowView& row, float maximum_value) {
   return reduce_add(sum);
 }
 
+inline double row_entropy(const RowView& row) {
+  D16 sum = zero_d();
+  for (int64_t at = 0; at < row.vocab; at += 16) {
+    const F16 surprise = set1(row.log_normaliser) - load_kept(row, at);
+    // Beyond 100 a probability is 0 in fp32, and so is its share.
+    sum = sum + widen(exp(set1(0.0f) - surprise) * minimum(surprise, set1(100.0f)));
+  }
+  return reduce_add(sum);
+}
+
 inline void row_group_maxima(const RowView& row, float* group_maxima) {
   constexpr int kVectors = kNumMaximaGroups / 16;
   for (int i = 0; i < kNumMaximaGroups; i += 16) store(group_maxima + i, set1(kNegativeInfinity));

@@ -379,6 +379,8 @@ void bind_ops(OpsClass& ops) {
   ops.def("match_verify", on_threads(&verify_op<kRuleMatch, match_verify>));
   ops.def("rejection_verify", on_threads(&verify_op<kRuleRejection, rejection_verify>));
   ops.def("block_verify", on_threads(&verify_op<kRuleBlock, block_verify>));
+  ops.def("threshold_verify", on_threads(&verify_op<kRuleThreshold, threshold_verify>));
+  ops.def("typical_verify", on_threads(&verify_op<kRuleTypical, typical_verify>));
   ops.def("token_logprobs", on_threads(&token_logprobs_op));
   ops.def("read_all", on_threads(&read_all_op));
 }

@@ -35,6 +35,7 @@ LOG_NORMALISER = tl.constexpr(2)
 ERROR = tl.constexpr(3)
 
 _NO_TOKEN = tl.constexpr(2**31 - 1)
+TOTAL_UNITS = tl.constexpr(2.0**40)
 
 
 def check_logits(name: str, logits: Tensor, shape: tuple[int, ...] | None = None) -> None:
@@ -158,6 +159,12 @@ def winner_key(score, tokens):
     """The `race_key` of a tile's best (score, lowest id); at least one of the tile's tokens is in the vocabulary."""
     best = tl.max(score)
     return race_key(best, tl.min(tl.where(score == best, tokens, _NO_TOKEN)))
+
+
+@triton.jit
+def tile_total(values):
+    """The sum of a tile's numbers >= 0 as an integer in units of 2**-40: such sums are exact in any order."""
+    return tl.sum((values * TOTAL_UNITS + 0.5).to(tl.int64))
 
 
 @triton.jit

@@ -21,8 +21,10 @@ from specengine.kernels.reference.rejection_verify import rejection_verify
 from specengine.kernels.reference.row_keys import row_keys
 from specengine.kernels.reference.sample_rows import sample_rows
 from specengine.kernels.reference.stage_draft import stage_draft
+from specengine.kernels.reference.threshold_verify import threshold_verify
 from specengine.kernels.reference.token_logprobs import token_logprobs
 from specengine.kernels.reference.transform_rows import transform_rows
+from specengine.kernels.reference.typical_verify import typical_verify
 
 __all__ = [
     "OPS",
@@ -48,8 +50,10 @@ __all__ = [
     "row_keys",
     "sample_rows",
     "stage_draft",
+    "threshold_verify",
     "token_logprobs",
     "transform_rows",
+    "typical_verify",
 ]
 
 # Every op of the engine: each has a Triton kernel, a test and a benchmark of the same name.

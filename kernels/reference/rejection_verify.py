@@ -64,9 +64,14 @@ def accept_uniforms(drafts: Drafts, seeds: Tensor, b: int, dtype: torch.dtype) -
 
 def log_ratios(log_p: Tensor, drafts: Drafts, b: int) -> Tensor:
     """log p_i(x_i) - log q_i(x_i) `[k_b]` of sequence b. log_p: `[k_b + 1, V]`"""
-    k, law = int(drafts.num_draft[b]), law_of(drafts, b)
-    log_ratio = log_p[:k].gather(1, drafts.tokens[b, :k].long()[:, None])[:, 0]
-    return log_ratio if law is None else log_ratio - law.log_probs[b, :k].to(log_p.dtype)
+    law, drafted = law_of(drafts, b), drafted_log_probs(log_p, drafts, b)
+    return drafted if law is None else drafted - law.log_probs[b, : drafted.numel()].to(log_p.dtype)
+
+
+def drafted_log_probs(log_p: Tensor, drafts: Drafts, b: int) -> Tensor:
+    """log p_i(x_i) `[k_b]` of sequence b. log_p: `[k_b + 1, V]`"""
+    k = int(drafts.num_draft[b])
+    return log_p[:k].gather(1, drafts.tokens[b, :k].long()[:, None])[:, 0]
 
 
 def draft_log_probs(drafts: Drafts, b: int, temperature: Tensor, logits: Tensor) -> Tensor:

@@ -34,6 +34,8 @@ class SamplingRows(NamedTuple):
     repetition_penalty, presence_penalty, frequency_penalty: fp32; 1, 0 and 0 = none, see
                  `specengine.kernels.reference.transform_rows`
     prompt_length: int32, tokens of the prompt: those from there on are generated
+    acceptance_threshold, acceptance_delta: fp32, in [0, 1]: what the lossy rules accept, see
+                 `specengine.kernels.reference.threshold_verify` and `typical_verify`
     """
 
     temperature: Annotated[Tensor, Column(torch.float32, "params.temperature")]
@@ -46,6 +48,8 @@ class SamplingRows(NamedTuple):
     presence_penalty: Annotated[Tensor, Column(torch.float32, "params.presence_penalty")]
     frequency_penalty: Annotated[Tensor, Column(torch.float32, "params.frequency_penalty")]
     prompt_length: Annotated[Tensor, Column(torch.int32, "prompt_length")]
+    acceptance_threshold: Annotated[Tensor, Column(torch.float32, "params.acceptance_threshold")]
+    acceptance_delta: Annotated[Tensor, Column(torch.float32, "params.acceptance_delta")]
 
     @classmethod
     def empty(cls, count: int, device: torch.device | str = "cpu") -> SamplingRows:

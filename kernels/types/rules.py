@@ -27,13 +27,20 @@ class Rule(IntEnum):
     MATCH = 0, "match_verify", STREAM_TARGET
     REJECTION = 1, "rejection_verify", STREAM_DRAFT
     BLOCK = 2, "block_verify", STREAM_DRAFT
+    THRESHOLD = 3, "threshold_verify", STREAM_DRAFT
+    TYPICAL = 4, "typical_verify", STREAM_DRAFT
 
     @property
     def reads_law(self) -> bool:
-        """Whether it judges by the law that a draft was drawn from."""
+        """Whether it judges by probabilities (if it is lossless, those of the law that a draft was drawn from, too)."""
         return self.draft_stream != STREAM_TARGET
 
     @property
     def judges_in_order(self) -> bool:
         """Whether what becomes of a draft depends on its own row and earlier ones only, not on rows behind it."""
-        return self in (Rule.MATCH, Rule.REJECTION)
+        return self != Rule.BLOCK
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether what it lets through is distributed as the target says."""
+        return self not in (Rule.THRESHOLD, Rule.TYPICAL)

@@ -90,6 +90,7 @@ def metrics_table(metrics: GenerationMetrics) -> Table:
         ("acceptance rate", f"{speculation.draft_acceptance_rate:.1%}"),
         ("by position", " ".join(f"{share:.0%}" for share in speculation.acceptance_by_position) or "-"),
         ("mean acceptance length", f"{speculation.mean_acceptance_length:.2f} tokens a round"),
+        ("lossless", "yes" if speculation.lossless else "NO: not distributed as the target says"),
     ]
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows:

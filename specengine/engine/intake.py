@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import reprlib
+import sys
 import warnings
 from collections.abc import Sequence as Collection
 from typing import Any
 
 from specengine import rng
 from specengine.config import SamplingParams
+from specengine.kernels.types.rules import Rule
 from specengine.prompt import Prompt, check_prompt, check_prompts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Request, Sequence, resolve_num_speculative_tokens
@@ -63,16 +65,20 @@ class Intake:
         """A request a prompt, from any form that `Engine.generate` takes."""
         chosen, is_single = check_prompts(prompts, num_ids=self._vocab_size)
         each = split_params(params, sampling, len(chosen))
-        return [
+        requests = [
             self._build(index, "prompt" if is_single else f"prompt[{index}]", prompt, one)
             for index, (prompt, one) in enumerate(zip(chosen, each, strict=True))
         ]
+        self._warn_of_losses(requests)
+        return requests
 
     def build_request(self, prompt: Prompt, params: SamplingParams) -> Request:
         """A request for one prompt. Raises `ValueError` or `TypeError` naming what cannot be."""
         if not isinstance(params, SamplingParams):
             raise TypeError(f"params must be SamplingParams, got {reprlib.repr(params)}")
-        return self._build(0, "prompt", check_prompt("prompt", prompt, num_ids=self._vocab_size), params)
+        request = self._build(0, "prompt", check_prompt("prompt", prompt, num_ids=self._vocab_size), params)
+        self._warn_of_losses([request])
+        return request
 
     def _build(self, index: int, name: str, prompt: str | list[int], params: SamplingParams) -> Request:
         self._check_params(params)
@@ -86,13 +92,28 @@ class Intake:
             prompt_ids=ids,
             params=params,
             seed=rng.random_seed() if params.seed is None else params.seed,
-            is_lossless=self._is_lossless,
+            is_lossless=self._is_lossless and not self._may_lose(params),
             bad_words=self._bad_words(params),
         )
         request.sequences = [
             self._build_sequence(request, sample, max_new_tokens) for sample in range(params.n)
         ]
         return request
+
+    def _may_lose(self, params: SamplingParams) -> bool:
+        """Whether drafts are kept by a lossy rule."""
+        drafts = self._has_drafter and params.num_speculative_tokens != 0
+        return drafts and not Rule[params.rule.upper()].is_lossless
+
+    def _warn_of_losses(self, requests: list[Request]) -> None:
+        """One warning a call."""
+        modes = sorted({request.params.acceptance for request in requests if self._may_lose(request.params)})
+        if modes:
+            named = " and ".join(f"acceptance={mode!r}" for mode in modes)
+            warnings.warn(
+                f"{named}: lossy, what is generated is not distributed as the target says",
+                stacklevel=_level_of_caller(),
+            )
 
     def _check_params(self, params: SamplingParams) -> None:
         if not self._has_drafter and params.num_speculative_tokens not in ("auto", 0):
@@ -116,7 +137,7 @@ class Intake:
         is_changed = params.min_new_tokens or params.bad_words or params.logits_processor
         if not self._is_lossless and (needs_logits or is_changed):
             raise ValueError(
-                "forced_acceptance times greedy and coupled decoding: it goes with no acceptance='rejection', "
+                "forced_acceptance times greedy and coupled decoding: it goes with no other acceptance, "
                 "logprobs, logit_bias, bad_words, logits_processor or min_new_tokens"
             )
         texts = {
@@ -222,3 +243,11 @@ def split_params(
 def _too_long(name: str, length: str, longest: int, context: int) -> str:
     room = "leaves no room for a new one in" if longest < context else "does not fit into"
     return f"{name} has {length}, which {room} a context of {context}"
+
+
+def _level_of_caller() -> int:
+    """The `stacklevel` at which a warning of the function that asks points to who called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith("specengine."):
+        frame, level = frame.f_back, level + 1
+    return level

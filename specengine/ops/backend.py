@@ -209,6 +209,26 @@ class Backend(Protocol):
         verdict: Verdict,
     ) -> None: ...
 
+    def threshold_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
+
+    def typical_verify(
+        self,
+        logits: Tensor,
+        stats: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+    ) -> None: ...
+
     def token_logprobs(
         self, logits: Tensor, token_ids: Tensor, num_top: int
     ) -> tuple[Tensor, Tensor, Tensor]: ...

@@ -58,6 +58,8 @@ class NativeBackend:
         self.match_verify = self._ops.match_verify
         self.rejection_verify = self._ops.rejection_verify
         self.block_verify = self._ops.block_verify
+        self.threshold_verify = self._ops.threshold_verify
+        self.typical_verify = self._ops.typical_verify
         self.token_logprobs = self._ops.token_logprobs
         self.stage_draft = self._ops.stage_draft
 
