@@ -17,7 +17,7 @@
   COLUMN(float, repetition_penalty)    \
   COLUMN(float, presence_penalty)      \
   COLUMN(float, frequency_penalty)     \
-  COLUMN(int32_t, prompt_length)      \
+  COLUMN(int32_t, prompt_length)       \
   COLUMN(float, acceptance_threshold)  \
   COLUMN(float, acceptance_delta)
 

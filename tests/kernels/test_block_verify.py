@@ -19,7 +19,15 @@ from judged_drafts import (
     filtered,
     residual_log_weights,
 )
-from kernel_cases import DEVICE, NATIVE, NEGATIVE_INFINITY, TRITON, VOCABULARIES, native_threads
+from kernel_cases import (
+    DEVICE,
+    NATIVE,
+    NEGATIVE_INFINITY,
+    TRITON,
+    VOCABULARIES,
+    native_threads,
+    random_seeds,
+)
 from torch import Tensor
 
 from specengine.kernels import reference
@@ -201,6 +209,64 @@ def test_bad_rows_set_the_error_only_where_they_were_used(ops: Backend) -> None:
         assert (error[half:][case.is_selected[half:]] == 0).all()
         written = torch.arange(3)[None] <= num_accepted[:, None]
         assert ((tokens[written] >= 0) & (tokens[written] < 60)).all()
+
+
+def check_emitted_law(op) -> None:
+    """Whole texts of k + 1 tokens from one long block and plain sampling behind it: chi-square, six sigmas."""
+    count, k, vocab_size = 150_000, 4, 3
+    generator = torch.Generator().manual_seed(3)
+    # The target's and the draft's laws after every text, depth by depth: [3^i, 3].
+    target, draft = ([torch.randn(3**i, 3, generator=generator) for i in range(k + 1)] for _ in range(2))
+    text, texts, drawn = torch.zeros(count, dtype=torch.long), [torch.zeros(count, dtype=torch.long)], []
+    for i in range(k):
+        drawn.append(draft[i][text].softmax(1).multinomial(1, generator=generator)[:, 0])
+        text = text * vocab_size + drawn[i]
+        texts.append(text)
+    one, tokens = torch.ones(count), torch.stack(drawn, dim=1).int()
+    logits = torch.stack([target[i][texts[i]] for i in range(k + 1)], dim=1).flatten(0, 1)
+    draft_logits = torch.stack([draft[i][texts[i]] for i in range(k)], dim=1)
+    log_probs = draft_logits.log_softmax(2).gather(2, tokens.long()[..., None])[..., 0]
+    case = Case(
+        logits=logits,
+        stats=filtered(logits, one.repeat_interleave(k + 1), OFF),
+        row_start=torch.arange(count, dtype=torch.int32) * (k + 1),
+        num_draft=torch.full((count,), k, dtype=torch.int32),
+        draft_tokens=tokens,
+        draft_log_probs=log_probs,
+        draft_logits=draft_logits,
+        draft_stats=filtered(draft_logits.flatten(0, 1), one.repeat_interleave(k), OFF).view(count, k, 4),
+        temperature=one,
+        seeds=random_seeds(count),
+        seq_len=torch.full((count,), 5, dtype=torch.int32),
+        is_selected=torch.ones(count, dtype=torch.bool),
+        rule=Rule.BLOCK,
+    )
+    emitted, num_accepted, _ = case.run(op)
+    law, text = torch.ones(1), torch.zeros(count, dtype=torch.long)
+    for i in range(k + 1):
+        law = (law[:, None] * target[i].softmax(1)).flatten()
+        later = target[i][text].softmax(1).multinomial(1, generator=generator)[:, 0]
+        text = text * vocab_size + torch.where(i <= num_accepted, emitted[:, i].long(), later)
+    counts = torch.bincount(text, minlength=len(law)).double()
+    statistic = float(((counts - law * count) ** 2 / (law * count)).sum())
+    freedom = len(law) - 1
+    assert statistic < freedom + 6 * (2 * freedom) ** 0.5, statistic
+    assert 0.5 < float(num_accepted.double().mean()) < k - 0.5
+
+
+def test_a_long_block_follows_the_target() -> None:
+    check_emitted_law(NATIVE.block_verify)
+
+
+def test_a_long_block_with_a_planted_fault_is_noticed() -> None:
+    """Each draft a tenth likelier to have been drawn than it was."""
+
+    def faulty(logits, stats, drafts, rows, is_running, verdict):
+        law = drafts.law._replace(log_probs=drafts.law.log_probs + 0.1)
+        NATIVE.block_verify(logits, stats, drafts._replace(law=law), rows, is_running, verdict)
+
+    with pytest.raises(AssertionError):
+        check_emitted_law(faulty)
 
 
 def with_fault(ops: Backend, fault: str):
