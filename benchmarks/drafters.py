@@ -48,8 +48,14 @@ class Tried:
             self.num_accepted += counts.num_accepted_draft_tokens
 
 
-def decode(engine: Engine, prompts: list[list[int]], k: int, **sampling: Any) -> list[GenerationResult]:
-    return [engine.generate(prompt, num_speculative_tokens=k, **sampling) for prompt in prompts]
+def decode(
+    engine: Engine, prompts: list[list[int]], k: int, seeds: Sequence[int], **sampling: Any
+) -> list[GenerationResult]:
+    return [
+        engine.generate(prompt, num_speculative_tokens=k, seed=seed, **sampling)
+        for seed in seeds
+        for prompt in prompts
+    ]
 
 
 def seconds(results: Sequence[GenerationResult]) -> float:
@@ -63,6 +69,7 @@ def measure(
     k: int,
     *,
     repetitions: int,
+    seeds: Sequence[int],
     sampling: dict[str, Any],
     config: dict[str, Any],
 ) -> dict[str, Tried]:
@@ -72,7 +79,7 @@ def measure(
         engines = {each: stack.enter_context(Engine(model, each, **config)) for each in drafters}
         for _ in range(repetitions):
             for drafter, engine in engines.items():
-                plain, drafted = (decode(engine, prompts, each, **sampling) for each in (0, k))
+                plain, drafted = (decode(engine, prompts, each, seeds, **sampling) for each in (0, k))
                 if "temperature" not in sampling:
                     texts = [[result.token_ids for result in results] for results in (plain, drafted)]
                     assert texts[0] == texts[1], f"{drafter}: not the tokens of plain decoding"
@@ -89,19 +96,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draft-weight-dtype", default="auto")
     parser.add_argument("-k", type=int, default=4)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--acceptance", default="rejection", help="above temperature 0")
+    parser.add_argument("--seeds", type=int, default=1, help="above temperature 0: with each from 1 on")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=48)
     parser.add_argument("--repetitions", type=int, default=3)
     given = parser.parse_args(arguments)
     sampling: dict[str, Any] = {"max_new_tokens": given.max_new_tokens, "ignore_eos": True}
     if given.temperature:
-        sampling |= {"temperature": given.temperature, "seed": 1, "acceptance": "rejection"}
+        sampling |= {"temperature": given.temperature, "acceptance": given.acceptance}
     tried = measure(
         given.model,
         given.drafters or [str(bundled.draft_path())],
         read_prompts(given.prompts).short,
         given.k,
         repetitions=given.repetitions,
+        seeds=range(1, 1 + (given.seeds if given.temperature else 1)),
         sampling=sampling,
         config={"dtype": given.dtype, "draft_weight_dtype": given.draft_weight_dtype},
     )
