@@ -37,7 +37,7 @@ from specengine.kinds import (
 )
 from specengine.weight_formats import FLOAT_NAMES, WEIGHT_FORMATS
 
-# What "auto" means until k is chosen from measured cost: a constant that pays for the bundled pair.
+# What "auto" begins with, before a round was measured.
 AUTO_NUM_SPECULATIVE_TOKENS = 4
 MAX_NUM_SPECULATIVE_TOKENS = 64
 MAX_NUM_SAMPLES = 64
@@ -245,7 +245,9 @@ class SamplingParams:
         AUTO,
         IntegerOrAuto(0, MAX_NUM_SPECULATIVE_TOKENS),
         "draft tokens a round",
-        f"auto is a constant {AUTO_NUM_SPECULATIVE_TOKENS} in this version, 0 without a draft",
+        "auto measures what rounds take and how many drafts are accepted, and drafts as many as give the most tokens a "
+        "second, none where that does not pay; with acceptance='rejection' a seed's text is the same again only with a "
+        "number",
         flags=("-k",),
         aliases=("num_assistant_tokens",),
     )

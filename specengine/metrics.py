@@ -22,6 +22,7 @@ def record_round(
     drafted = num_kept if is_trimmed else num_draft
     metrics.num_rounds += 1
     metrics.num_trimmed_tokens += is_trimmed
+    _increment(metrics.num_rounds_by_num_draft, drafted, range(drafted, drafted + 1))
     if drafted == 0:
         return
     metrics.num_spec_steps += 1
@@ -45,6 +46,8 @@ def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMet
             "num_draft_tokens",
             "num_accepted_draft_tokens",
             "num_trimmed_tokens",
+            "round_seconds",
+            "estimated_plain_seconds",
         ):
             setattr(total, name, getattr(total, name) + getattr(part, name))
         for name in (
@@ -52,6 +55,7 @@ def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMet
             "num_drafted_by_position",
             "num_accepted_by_position",
             "rejection_positions",
+            "num_rounds_by_num_draft",
         ):
             pairs = zip_longest(getattr(total, name), getattr(part, name), fillvalue=0)
             setattr(total, name, [left + right for left, right in pairs])

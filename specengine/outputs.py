@@ -33,6 +33,13 @@ class SpeculativeDecodingMetrics:
     num_drafted_by_position, num_accepted_by_position: its parts
     rejection_positions:        [i] = rounds whose first rejection was at position i
     lossless:                   see `GenerationResult`
+    num_rounds_by_num_draft:    [k] = rounds in which k tokens were drafted; [0]: without drafts
+
+    Where k was left to the engine ("auto"), in seconds, by the rounds' measured costs (a round of a batch counts in
+    full for each of its requests); 0 where nothing was measured:
+
+    round_seconds:              what rounds took
+    estimated_plain_seconds:    what their tokens would have taken in rounds without drafts
     """
 
     num_spec_tokens: int = 0
@@ -46,6 +53,9 @@ class SpeculativeDecodingMetrics:
     num_accepted_by_position: list[int] = field(default_factory=list)
     rejection_positions: list[int] = field(default_factory=list)
     lossless: bool = True
+    num_rounds_by_num_draft: list[int] = field(default_factory=list)
+    round_seconds: float = field(default=0.0, compare=False)
+    estimated_plain_seconds: float = field(default=0.0, compare=False)
 
     @property
     def draft_acceptance_rate(self) -> float:
@@ -58,6 +68,21 @@ class SpeculativeDecodingMetrics:
         return 1.0 + (self.num_accepted_draft_tokens / self.num_rounds if self.num_rounds else 0.0)
 
     @property
+    def mean_num_draft_tokens(self) -> float:
+        """Drafted / rounds; 0 if there was no round."""
+        return self.num_draft_tokens / self.num_rounds if self.num_rounds else 0.0
+
+    @property
+    def num_undrafted_rounds(self) -> int:
+        """Rounds without drafts."""
+        return self.num_rounds - self.num_spec_steps
+
+    @property
+    def estimated_speedup(self) -> float | None:
+        """Against plain decoding, by measured costs; None where they were not (k was given, or too few rounds)."""
+        return self.estimated_plain_seconds / self.round_seconds if self.round_seconds else None
+
+    @property
     def acceptance_by_position(self) -> list[float]:
         pairs = zip(self.num_accepted_by_position, self.num_drafted_by_position, strict=True)
         return [accepted / drafted for accepted, drafted in pairs]
@@ -68,6 +93,9 @@ class SpeculativeDecodingMetrics:
             "draft_acceptance_rate": self.draft_acceptance_rate,
             "mean_acceptance_length": self.mean_acceptance_length,
             "acceptance_by_position": self.acceptance_by_position,
+            "mean_num_draft_tokens": self.mean_num_draft_tokens,
+            "num_undrafted_rounds": self.num_undrafted_rounds,
+            "estimated_speedup": self.estimated_speedup,
         }
 
 

@@ -69,6 +69,7 @@ def generate_with_k(
             row = len(owners)
             owners[engine.add_request(prompts[row], params[row])] = row
         for sequence in engine._scheduler.running:
+            sequence.has_auto_k = False
             sequence.num_speculative_tokens = choose_k(step, owners[sequence.request.request_id])
         for event in engine.step():
             if event.result is not None:

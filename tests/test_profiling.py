@@ -371,7 +371,7 @@ def check_trace(path: Path, num_rounds: int) -> None:
 
 def test_profile_of_the_bundled_pair(tmp_path: Path) -> None:
     out = tmp_path / "trace.json"
-    code, stdout, stderr = invoke("--max-new-tokens", "24", "--out", str(out), "--json")
+    code, stdout, stderr = invoke("--max-new-tokens", "24", "-k", "4", "--out", str(out), "--json")
     assert (code, stderr, stdout.count("\n")) == (0, "", 1)
     report = json.loads(stdout)
     check_report(report)

@@ -136,6 +136,7 @@ class Engine:
             chunk_size=self.config.prefill_chunk_size,
         )
         self._drafter = assembly.build_drafter(draft_model, context)
+        rounds_ahead = assembly.resolve_rounds_ahead(self.config, self.device)
         self._rounds = Rounds(
             self._state,
             self._target,
@@ -143,7 +144,7 @@ class Engine:
             kv_cache,
             recorder=recorder,
             is_strict=self.config.cuda_graphs is True,
-            rounds_ahead=assembly.resolve_rounds_ahead(self.config, self.device),
+            rounds_ahead=rounds_ahead,
         )
         self._intake = Intake(
             model_name=target.name,
@@ -163,6 +164,7 @@ class Engine:
             self._drafter,
             self._rounds,
             chunk_size=self.config.prefill_chunk_size,
+            rounds_ahead=rounds_ahead,
         )
         self._scheduler = self._stepper.scheduler
         self._outbox = Outbox()

@@ -12,6 +12,7 @@ from typing import Any
 from specengine import rng
 from specengine.config import SamplingParams
 from specengine.kernels.types.rules import Rule
+from specengine.kinds import AUTO
 from specengine.prompt import Prompt, check_prompt, check_prompts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Request, Sequence, resolve_num_speculative_tokens
@@ -214,6 +215,7 @@ class Intake:
             text=text,
             max_new_tokens=max_new_tokens,
             num_speculative_tokens=num_draft,
+            has_auto_k=params.num_speculative_tokens == AUTO and self._has_drafter,
             eos_token_ids=eos,
             banned_until=len(request.prompt_ids) + params.min_new_tokens,
         )

@@ -38,8 +38,11 @@ class Records:
         self._target = target
         self._on_settled = on_settled
 
-    def collect(self, flight: Flight) -> None:
-        """Reads what has become of a flight, sequence by sequence: each gets all of it, or, interrupted, nothing."""
+    def collect(self, flight: Flight) -> list[RowResult | None]:
+        """Reads what has become of a flight, sequence by sequence: each gets all of it, or, interrupted, nothing.
+
+        None for those that were over before, or whose prompt goes on.
+        """
         is_round = flight.drafter is not None
         with ranges.span(ranges.HOST, batch_size=len(flight.sequences), k=flight.batch.k) as span:
             rows = flight.read()[: len(flight.sequences)]
@@ -59,6 +62,7 @@ class Records:
             for sequence, row, result, entries in zip(flight.sequences, rows, results, logprobs, strict=True):
                 if result is not None:
                     self._settle(sequence, row, result, entries, now, is_round=is_round)
+        return results
 
     def _settle(
         self,

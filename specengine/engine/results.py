@@ -67,7 +67,12 @@ def _build_metrics(request: Request) -> GenerationMetrics:
 
 def _build_statistics(sequence: Sequence) -> SpeculativeDecodingMetrics:
     most = max([sequence.num_speculative_tokens, *(counts.num_draft for counts in sequence.rounds)])
-    total = SpeculativeDecodingMetrics(num_spec_tokens=most, lossless=sequence.request.is_lossless)
+    total = SpeculativeDecodingMetrics(
+        num_spec_tokens=most,
+        lossless=sequence.request.is_lossless,
+        round_seconds=sequence.round_seconds,
+        estimated_plain_seconds=sequence.plain_seconds,
+    )
     for num_draft, num_accepted, num_kept in sequence.rounds:
         metrics.record_round(total, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept)
     return total

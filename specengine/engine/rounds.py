@@ -140,6 +140,7 @@ class Rounds:
                 self._record(key, drafter)
                 # The recording's batch of padding lay where this one does.
                 batch = self._select(sequences, mode, k=k, size=size)
+                self._clock.restart(watch)
             replay = self._recordings.get(key)
         if replay is not None:
             outcome, record = replay()
@@ -175,10 +176,13 @@ class Rounds:
                 sequence.drop_round_ahead(limit)
         return flight
 
-    def note_times(self, flight: Flight) -> None:
-        """What was read of a flight has been worked through."""
-        if flight.watch is not None:
-            self.times.append(self._clock.stop(flight.watch))
+    def note_times(self, flight: Flight) -> RoundTimes | None:
+        """What was read of a flight has been worked through. Its times, if it was a round."""
+        if flight.watch is None:
+            return None
+        times = self._clock.stop(flight.watch)
+        self.times.append(times)
+        return times
 
     def pop_due(self, *, has_launched: bool) -> Flight | None:
         """`pop`, unless everything that is under way may stay so: the rounds that were launched last."""

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import torch
 
+from specengine.adaptive import Chooser
 from specengine.drafters.base import RoundDrafter
 from specengine.engine import record
 from specengine.engine.prompts import Prompts
@@ -22,6 +23,7 @@ class Stepper:
     """Prompts, rounds and their records, in turn. One thread at a time.
 
     is_stepping: whether a step is under way: then nobody may be ended
+    chooser:     of k, for requests that leave it open
     """
 
     def __init__(
@@ -33,8 +35,10 @@ class Stepper:
         rounds: Rounds,
         *,
         chunk_size: int,
+        rounds_ahead: int,
     ) -> None:
         self.is_stepping = False
+        self.chooser = Chooser(hides_host=rounds_ahead > 0)
         self._kv_cache = kv_cache
         self._state = state
         self._drafter = drafter
@@ -54,6 +58,7 @@ class Stepper:
         """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
         try:
             self.is_stepping = True
+            self.chooser.choose(self.scheduler.running)
             while self._rounds.must_read(self.scheduler.running):
                 self._collect_one()
             self._run(self.scheduler.schedule())
@@ -93,8 +98,18 @@ class Stepper:
         return flight is not None
 
     def _collect(self, flight: Flight) -> None:
-        self._records.collect(flight)
-        self._rounds.note_times(flight)
+        results = self._records.collect(flight)
+        times = self._rounds.note_times(flight)
+        if times is not None:
+            self.chooser.observe(
+                flight.sequences,
+                flight.batch.draft_limits,
+                [None if result is None else result.num_accepted for result in results],
+                k=times.k,
+                device=times.device,
+                draft=times.draft,
+                host=times.host,
+            )
 
     def _recover(self) -> None:
         """What is settled is the truth; everything else is made to agree with it, or is unreachable again."""
@@ -117,6 +132,7 @@ class Stepper:
         sequence.request.on_news(sequence.request)
         if sequence.is_finished:
             self.scheduler.remove(sequence)
+            self.chooser.release(sequence.sequence_id)
 
     def _end_scored(self, sequence: Sequence) -> None:
         record.finish(sequence, "length")

@@ -69,6 +69,13 @@ class Clock:
         self.mark(watch)
         return watch
 
+    def restart(self, watch: Stopwatch) -> None:
+        """The round begins now: what came before was no part of it."""
+        self._free += watch.events
+        watch.events.clear()
+        watch.moments.clear()
+        self.mark(watch)
+
     def mark(self, watch: Stopwatch) -> None:
         """Notes this moment: the host's, or the device's once it comes to it."""
         if not self._is_cuda:

@@ -20,7 +20,7 @@ T = TypeVar("T")
 # Powers of two, then steps of 16: a round of n sequences runs in the smallest size that holds them.
 _SIZES = (1, 2, 4, 8, 16)
 # The numbers of drafts that rounds are recorded for: sequences may draft less in a round of more.
-_DRAFT_COUNTS = (*range(9), 10, 12, 16, 24, 32, 48, 64)
+DRAFT_COUNTS = (*range(9), 10, 12, 16, 24, 32, 48, 64)
 
 
 def sizes(max_batch_size: int) -> list[int]:
@@ -36,7 +36,7 @@ def bucket(count: int, buckets: list[int] | tuple[int, ...]) -> int:
 
 def draft_bucket(k: int) -> int:
     """The number of drafts that a round of up to `k` is recorded for."""
-    return bucket(k, _DRAFT_COUNTS)
+    return bucket(k, DRAFT_COUNTS)
 
 
 @dataclass

@@ -69,6 +69,8 @@ class Sequence:
     """One sample of one request. `settled` and `place` are the truth; the rest can be made to agree with them.
 
     num_speculative_tokens: drafts a round; may be changed while the sequence runs: the next round follows
+    has_auto_k: whether it is the engine that changes it
+    round_seconds, plain_seconds: then, what its rounds took, and what their tokens would have taken one by one
     text:     turns the settled tokens into text; can be built again from them
     reported: what the caller has been told
     output_ids, token_source, logprobs, rounds: see `Settled`
@@ -96,6 +98,9 @@ class Sequence:
     num_tokens_ahead: int = 0
     num_undrafted_ahead: int = 0
     num_prompt_forwards: int = 0
+    has_auto_k: bool = False
+    round_seconds: float = 0.0
+    plain_seconds: float = 0.0
 
     @property
     def slot(self) -> int | None:
@@ -242,7 +247,7 @@ class Request:
 
 
 def resolve_num_speculative_tokens(params: SamplingParams, *, has_drafter: bool) -> int:
-    """k for a request: 0 without a drafter."""
+    """k for a request, at first: 0 without a drafter."""
     if params.num_speculative_tokens == AUTO:
         return AUTO_NUM_SPECULATIVE_TOKENS if has_drafter else 0
     return int(params.num_speculative_tokens)
