@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
+from specengine.adaptive import Chooser
 from specengine.drafters.base import RowResult
+from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.kernels.reference.filter_rows import filtered_log_probs
 from specengine.kernels.reference.sample_rows import race
@@ -257,13 +260,22 @@ def sample_params(filters: Filters, acceptance: str, *, seed: int, n: int, **ask
 
 
 def sample_engine(
-    engine: Engine, filters: Filters, acceptance: str, num_samples: int, **asked: Any
+    engine: Engine,
+    filters: Filters,
+    acceptance: str,
+    num_samples: int,
+    *,
+    k: int | str = K,
+    **asked: Any,
 ) -> Samples:
     """Through `Engine.generate`, every queue included; one request in 16 asks for two samples."""
     samples = Samples(np.zeros((VOCAB,) * NUM_TOKENS, dtype=np.int64), 0, 0)
     for first in range(0, num_samples, 272):
         params = [
-            sample_params(filters, acceptance, seed=first + index, n=2 if index < 16 else 1, **asked)
+            replace(
+                sample_params(filters, acceptance, seed=first + index, n=2 if index < 16 else 1, **asked),
+                num_speculative_tokens=k,
+            )
             for index in range(256)
         ]
         for result in engine.generate([PROMPT] * len(params), params):
@@ -462,6 +474,47 @@ def test_the_whole_grid_samples_the_targets_law(target: torch.nn.Module, draft: 
             every.append(sample_rounds(engine, filters, acceptance, NUM_SAMPLES))
             check_distribution(every[-1], exact_law(target, filters))
     check_tally(*every)
+
+
+def drive_k(engine: Engine, patch: pytest.MonkeyPatch) -> list[int]:
+    """Of rounds with "auto": costs change at random, and with them k. Returns the k of every round."""
+    cost, ks, observe = random.Random(3), list[int](), Chooser.observe
+
+    def observe_any(chooser: Chooser, *what: Any, k: int, **times: Any) -> None:
+        ks.append(k)
+        device = cost.choice((0.5, 1.0, 2.0)) * (1.0 + 0.2 * k * cost.random())
+        observe(chooser, *what, k=k, **{**times, "device": device, "draft": None, "host": 0.0})
+
+    patch.setattr(Chooser, "observe", observe_any)
+    return ks
+
+
+def test_a_k_that_follows_what_was_accepted_leaves_the_law_alone(
+    target: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with build_engine(target, "model") as engine:
+        ks = drive_k(engine, monkeypatch)
+        samples = sample_engine(engine, Filters(), "rejection", NUM_SAMPLES // 20, k="auto")
+    assert {0, 1, 2} <= set(ks)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, Filters()))
+
+
+def test_a_k_that_looks_at_the_token_it_drops_is_noticed(
+    target: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    propose = DraftModelDrafter.propose
+
+    def propose_odd_tokens(drafter: DraftModelDrafter, *given: Any) -> DraftProposal:
+        proposal = propose(drafter, *given)
+        is_kept = (proposal.tokens % 2 == 1).cumprod(dim=1).sum(dim=1, dtype=torch.int32)
+        return replace(proposal, num_tokens=torch.minimum(proposal.num_tokens, is_kept))
+
+    monkeypatch.setattr(DraftModelDrafter, "propose", propose_odd_tokens)
+    with build_engine(target, "model") as engine:
+        samples = sample_engine(engine, Filters(), "rejection", NUM_SAMPLES // 20)
+    with pytest.raises(AssertionError, match="chi-square"):
+        check_distribution(samples, exact_law(target, Filters()))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
-from specengine.outputs import GenerationMetrics, StreamEvent, TokenSource
+from specengine.outputs import GenerationMetrics, SpeculativeDecodingMetrics, StreamEvent, TokenSource
 from specengine.tokenizer import IncrementalDetokenizer, Tokenizer
 
 RESET = "\x1b[0m"
@@ -87,6 +87,7 @@ def metrics_table(metrics: GenerationMetrics) -> Table:
             "draft tokens",
             f"{speculation.num_draft_tokens} ({speculation.num_accepted_draft_tokens} accepted)",
         ),
+        ("drafts a round", _drafts_a_round(speculation)),
         ("acceptance rate", f"{speculation.draft_acceptance_rate:.1%}"),
         ("by position", " ".join(f"{share:.0%}" for share in speculation.acceptance_by_position) or "-"),
         ("mean acceptance length", f"{speculation.mean_acceptance_length:.2f} tokens a round"),
@@ -96,6 +97,15 @@ def metrics_table(metrics: GenerationMetrics) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def _drafts_a_round(speculation: SpeculativeDecodingMetrics) -> str:
+    """On average, and how often which number."""
+    counts = enumerate(speculation.num_rounds_by_num_draft)
+    each = " ".join(f"{k}:{count}" for k, count in counts if count)
+    text = f"{speculation.mean_num_draft_tokens:.2f} ({each})" if each else "-"
+    speedup = speculation.estimated_speedup
+    return text if speedup is None else f"{text}; {speedup:.2f} times plain decoding, as estimated"
 
 
 def stderr_console() -> Console:
