@@ -1,27 +1,34 @@
-"""Chooses how many tokens to draft: `num_speculative_tokens="auto"`.
+"""Chooses how many tokens to draft, `num_speculative_tokens="auto"`, and of several drafters which.
 
-A round of n sequences with at most k drafts each takes T(n, k) seconds and emits, of sequence i, 1 + sum over j <= k of
-the product of its first j acceptances: tokens, on average. k is the one for which tokens a second are the most.
+A round of n sequences takes T seconds (`specengine.round_costs`) and emits, of sequence i, 1 + sum over j of the
+product of its first j acceptances: tokens, on average. What is chosen is the round with the most tokens a second:
+which drafter runs, how many tokens it drafts at most (each is a step for all sequences together), and which sequences
+draft less than that (each draft is a row of the target's forward), or take what a lookup drafter offers instead, which
+costs no step. A drafter's tokens may be followed by a lookup's.
 
-T is what rounds took (`RoundCosts`), acceptance what became of each sequence's latest drafts (`Acceptance`). Both are
-known only for rounds whose results the host has read, so a choice depends on what earlier rounds committed and on
-clocks, never on a token that it decides whether to drop: in rejection mode anything else would bias the output.
+Acceptance is what became of each sequence's latest drafts (`Acceptance`); of lookups it is known without using them,
+by comparing what they offered with what was written. All of it is known only for rounds whose results the host has
+read, so a choice depends on what earlier rounds committed, on texts and on clocks, never on a token that it decides
+whether to drop: in rejection mode anything else would bias the output.
 
-Where drafting does not pay, k is 0, and two rounds now and then find out whether that is still so: after 8 rounds, 16,
-32 and so on, and never so often that they take more than 2 % of the time.
+A drafter that does not pay, or pays less than another, is not used, and two rounds now and then find out whether that
+is still so: after 8 rounds, 16, 32 and so on, and never so often that they take more than 2 % of the time.
 
 The same measurements give the same choices. Clocks never give the same twice: text that depends on k (rejection with a
-seed) is reproducible only with a number instead of "auto".
+seed) is reproducible only with a number instead of "auto", and one drafter.
 """
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
+from collections.abc import Callable
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
 
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS
+from specengine.drafters.base import ALONE, RowResult, Way
+from specengine.round_costs import RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import Sequence
 
@@ -30,25 +37,19 @@ from specengine.runtime.sequence import Sequence
 _MEMORY = 0.95
 _GUESS_WEIGHT = 1.0
 _FIRST_GUESS = 0.7
+_WEIGHT_MOST = 1e6
 _GUESS_RATE = 0.02
-# Of seconds: how fast the machine's pace is followed, and how fast the ratios between rounds.
-_PACE_RATE = 0.25
-_PACE_MOST = 2.0
-_COST_RATE = 0.03
-_COST_MOST = 1.25
-# Measurements of a kind that count as one (the lower of two: the first may have met a cold machine).
-_NUM_FIRST = 2
-# Rounds of a size for which a measurement is trusted.
-_TRUST_ROUNDS = 512
-# Rounds that use the same table of costs.
-_TABLE_ROUNDS = 8
-# What a draft costs, of a plain round, before anything was measured.
-_ASSUMED_DRAFT_COST = 0.15
+# Of offers: from how many tokens on one is long; those are accepted more often.
+_LONG_OFFER = 4
+# Of a lookup's drafts after a drafter's: the chance of being emitted that each must have.
+_LEAST_TAIL = 0.1
 # Another k must promise this much more than the last one: each change is a write to the device.
 _ENOUGH_BETTER = 1.02
-# Probes: drafts, rounds, rounds before the first, the share of time they may take; after a new sequence they come
+# Rounds that a choice holds, and sequences for which it does so one longer: it takes time in proportion to them.
+_HOLD_LEAST = 2
+_HOLD_SEQUENCES = 4
+# Probes: rounds, rounds before the first, the share of time they may take; after a new sequence they come
 # sooner again, and what is remembered of drafts weighs less than what they find.
-_PROBE_DRAFTS = 2
 _PROBE_ROUNDS = 2
 _PROBE_FIRST = 8
 _PROBE_SHARE = 0.02
@@ -57,402 +58,494 @@ _PROBE_MOST = 2048
 _PROBE_MEMORY = 2.0
 
 
-@dataclass(slots=True)
 class Acceptance:
-    """What became of one sequence's drafts, the latest weighing most.
+    """What became of one sequence's drafts, the latest weighing most."""
 
-    rates:      [i]: the chance that draft i is accepted if those before it were
-    num_judged, num_accepted: their weighted counts
-    last_limit: drafts that its latest round may have had, of those that have been read
-    """
+    __slots__ = ("_guess", "_num_accepted", "_num_judged", "_rates", "_weight")
 
-    rates: list[float] = field(default_factory=list)
-    num_judged: list[float] = field(default_factory=list)
-    num_accepted: list[float] = field(default_factory=list)
-    last_limit: int = 0
+    def __init__(self, guess: float) -> None:
+        self._guess = guess
+        # Sums by position in which a round counts `weight`; it grows from round to round, so that nothing need shrink.
+        self._num_judged: list[float] = []
+        self._num_accepted: list[float] = []
+        self._weight = 1.0
+        self._rates: list[float] = []
 
     def note(self, limit: int, num_accepted: int, guess: float) -> None:
         """A round that asked for `limit` drafts. One that the drafter did not make counts as rejected: it brought
-        nothing. Positions beyond the first rejection were not judged; what was known of them fades all the same."""
-        self.last_limit = limit
-        if not limit:
-            return
-        judged = [_MEMORY * weight for weight in self.num_judged]
-        accepted = [_MEMORY * weight for weight in self.num_accepted]
-        num_judged = min(limit, num_accepted + 1)
-        if num_judged > len(judged):
-            judged += [0.0] * (num_judged - len(judged))
-            accepted += [0.0] * (num_judged - len(accepted))
-        for index in range(num_judged):
-            judged[index] += 1.0
-        for index in range(num_accepted):
-            accepted[index] += 1.0
-        self.num_judged, self.num_accepted = judged, accepted
-        self.guess(guess)
+        nothing. Positions beyond the first rejection were not judged; what was known of them fades all the same.
 
-    def guess(self, first: float) -> None:
-        """Finds the rates anew: of a position that was seen rarely, much as of the one before it."""
-        rates, rate = [], first
-        for judged, accepted in zip(self.num_judged, self.num_accepted, strict=True):
-            rate = (accepted + _GUESS_WEIGHT * rate) / (judged + _GUESS_WEIGHT)
-            rates.append(rate)
-        self.rates = rates or [first]
+        guess: what other sequences saw of the first draft
+        """
+        judged, accepted = self._num_judged, self._num_accepted
+        self._weight = weight = self._weight / _MEMORY
+        num_judged = num_accepted + 1 if num_accepted < limit else limit
+        while len(judged) < num_judged:
+            judged.append(0.0)
+            accepted.append(0.0)
+        for index in range(num_judged):
+            judged[index] += weight
+        for index in range(num_accepted):
+            accepted[index] += weight
+        self._guess, self._rates = guess, []
+        if weight > _WEIGHT_MOST:
+            self._scale(1.0 / weight)
+            self._weight = 1.0
+
+    @property
+    def rates(self) -> list[float]:
+        """[i]: the chance that draft i is accepted if those before it were: one number at least. Of a position that was
+        seen rarely it is much as of the one before it, of those beyond the last the same."""
+        if not self._rates:
+            rate, guess_weight = self._guess, _GUESS_WEIGHT * self._weight
+            for judged, accepted in zip(self._num_judged, self._num_accepted, strict=True):
+                rate = (accepted + guess_weight * rate) / (judged + guess_weight)
+                self._rates.append(rate)
+            if not self._rates:
+                self._rates = [rate]
+        return self._rates
 
     def fade(self) -> None:
         """What was seen weighs no more than a probe does."""
-        most = max(self.num_judged, default=0.0)
-        if most > _PROBE_MEMORY:
-            scale = _PROBE_MEMORY / most
-            self.num_judged = [scale * weight for weight in self.num_judged]
-            self.num_accepted = [scale * weight for weight in self.num_accepted]
+        most = max(self._num_judged, default=0.0)
+        if most > _PROBE_MEMORY * self._weight:
+            self._scale(_PROBE_MEMORY * self._weight / most)
 
-    def add_gains(self, gains: list[float]) -> None:
-        """Adds to gains[j] the chance that drafts 0 … j are all accepted."""
-        rates, chance = self.rates, 1.0
-        num_known = len(rates)
-        rate = rates[-1]
-        for index in range(len(gains)):
-            if index < num_known:
-                rate = rates[index]
-            chance *= rate
-            gains[index] += chance
+    def gains(self, most: int, least: float, *, chance: float = 1.0, num_free: int = 0) -> list[float]:
+        """[j]: tokens that j drafts are expected to add, for 0 … the number of those that each have at least the chance
+        `least` to be emitted, or `most`.
 
-    def depth(self, least: float, most: int) -> int:
-        """How many drafts, one at least, each have the chance `least` to be emitted."""
-        rates, chance = self.rates, 1.0
-        for index in range(most):
-            chance *= rates[index] if index < len(rates) else rates[-1]
-            if chance < least:
-                return max(1, index)
-        return most
-
-
-@dataclass(slots=True)
-class _Cost:
-    """Seconds of one kind of round at the pace 1. A value that is far off moves it a little only."""
-
-    value: float
-    count: int = 1
-    noted_at: int = 0
-
-    def note(self, value: float, at: int = 0) -> None:
-        is_old, self.noted_at = at - self.noted_at > _TRUST_ROUNDS, at
-        if is_old:
-            self.value, self.count = value, 1
-            return
-        self.count += 1
-        if self.count <= _NUM_FIRST:
-            self.value = min(self.value, value)
-            return
-        value = min(max(value, self.value / _COST_MOST), self.value * _COST_MOST)
-        self.value += (value - self.value) * max(1.0 / self.count, _COST_RATE)
-
-
-@dataclass(slots=True)
-class _SizeCosts:
-    """Of rounds of one batch size.
-
-    by_k:      what rounds of up to k drafts took
-    draft:     a draft of each sequence, where that is known
-    table:     [i]: a round of up to DRAFT_COUNTS[i] drafts, measured or, between measurements, interpolated
-    row:       one more row of the target's forward, where that is known, else 0
-    num_rounds, num_fresh: rounds that were measured, and those of them since the table was made
-    """
-
-    by_k: dict[int, _Cost] = field(default_factory=dict)
-    draft: _Cost | None = None
-    table: list[float] = field(default_factory=list)
-    row: float = 0.0
-    num_rounds: int = 0
-    num_fresh: int = 0
-
-    def trusted(self) -> dict[int, float]:
-        """The measurements that are neither the only one nor old; all, where there is none of these."""
-        oldest = self.num_rounds - _TRUST_ROUNDS
-        return {
-            k: cost.value
-            for k, cost in self.by_k.items()
-            if cost.count >= _NUM_FIRST and cost.noted_at >= oldest
-        } or {k: cost.value for k, cost in self.by_k.items()}
-
-    def find_row(self, known: dict[int, float], size: int) -> float:
-        """What a row of the target's forward adds: the drafts apart, rounds of more drafts take longer by that."""
-        ks = sorted(k for k in known if k)
-        if len(ks) < 2:
-            ks = sorted(known)
-        first, last = ks[0], ks[-1]
-        if self.draft is None or first == last:
-            return 0.0
-        longer = known[last] - known[first] - (last - first) * self.draft.value
-        return max(0.0, longer / (size * (last - first)))
-
-    def find_step(self, known: dict[int, float], size: int) -> float:
-        """What one draft more adds: a draft and a row of each sequence, if that is known, else what it does on average
-        to a round."""
-        if self.draft is not None:
-            return self.draft.value + size * self.row
-        first, last = min(known), max(known)
-        if first < last:
-            return max(0.0, (known[last] - known[first]) / (last - first))
-        return known[first] * _ASSUMED_DRAFT_COST / (1.0 + _ASSUMED_DRAFT_COST * first)
-
-    def curve(self, size: int, *more: int) -> list[float]:
-        """Rounds of up to each of DRAFT_COUNTS drafts, and of `more`: measured, or on the line between neighbours;
-        beyond them a step a draft.
-
-        A measurement that is not trusted counts only if it is lower than that: such a k is tried, and measured again.
-        One that seems dear would never be.
+        chance: that the first of them is judged at all; num_free: drafts for which it need not be so much
         """
-        known = self.trusted()
-        self.row = self.find_row(known, size)
-        step, curve = self.find_step(known, size), []
-        ks = sorted(known)
-        for k in (*DRAFT_COUNTS, *more):
-            place = bisect_left(ks, k)
-            if k in known:
-                cost = known[k]
-            elif place == len(ks):
-                cost = known[ks[-1]] + (k - ks[-1]) * step
-            elif place == 0:
-                cost = max(known[ks[0]] - (ks[0] - k) * step, known[ks[0]] / (1.0 + ks[0]))
-            else:
-                low, high = ks[place - 1], ks[place]
-                cost = known[low] + (known[high] - known[low]) * (k - low) / (high - low)
-            curve.append(min(cost, self.by_k[k].value) if k in self.by_k else cost)
-        return curve
+        rates, total, gains = self.rates, 0.0, [0.0]
+        num_known, rate = len(rates), rates[-1]
+        for index in range(most):
+            chance *= rates[index] if index < num_known else rate
+            if chance < least and index >= num_free:
+                break
+            total += chance
+            gains.append(total)
+        return gains
 
-    def tabulate(self, size: int, like: _SizeCosts) -> None:
-        """Makes the table, in proportion to another size's where nothing is known but one k."""
-        k = next(iter(self.by_k))
-        *self.table, own = like.curve(size, k)
-        if like is not self:
-            scale = self.by_k[k].value / own
-            self.table, self.row = [scale * cost for cost in self.table], like.row
-        self.num_fresh = 0
+    def _scale(self, factor: float) -> None:
+        self._num_judged = [factor * weight for weight in self._num_judged]
+        self._num_accepted = [factor * weight for weight in self._num_accepted]
+        self._rates = []
 
 
-class RoundCosts:
-    """What rounds take, by batch size and k. Whatever makes the machine slower makes all its rounds slower: `pace`
-    follows that at once, and what was measured long ago moves along. All costs are seconds at the pace 1.
+class _Choice(NamedTuple):
+    """What a sequence does in a round: the tokens that it is expected to add, its drafts, those of them that are steps
+    of the round, and the way."""
 
-    has_drafted: whether a kind of round with drafts was measured often enough to choose by it
+    gain: float
+    limit: int
+    num_steps: int
+    way: int
 
-    Rows of a batch may draft less than its k, and recorded rounds are padded: what is noted under (size, k) is what
-    rounds of that size took whose longest draft was k. Draft steps, which read the draft's weights once each whoever
-    drafts, are most of what k costs; the target's rows are what they were lately.
+
+_NOTHING = _Choice(0.0, 0, 0, 0)
+
+
+@dataclass(slots=True)
+class _Row:
+    """What is known of one sequence.
+
+    acceptance: by way; of a lookup alone, by whether its offer was long, too
+    offers:     by way, what lookups had for it when it had num_output tokens
+    last_part:  the drafter of its latest round, of those that have been read; None: it had no drafts
     """
 
-    def __init__(self) -> None:
-        self.pace = 0.0
-        self.has_drafted = False
-        self._sizes: dict[int, _SizeCosts] = {}
+    acceptance: dict[tuple[int, bool], Acceptance] = field(default_factory=dict)
+    offers: dict[int, list[int]] = field(default_factory=dict)
+    num_output: int = 0
+    last_part: int | None = None
 
-    def note(self, size: int, k: int, seconds: float, draft_seconds: float | None) -> None:
-        """A round took this long; its part for drafting, if that is known."""
-        self.pace = self.pace or seconds
-        of_size = self._sizes.get(size)
-        if of_size is None:
-            of_size = self._sizes[size] = _SizeCosts()
-        of_size.num_rounds += 1
-        value = seconds / self.pace
-        cost = of_size.by_k.get(k)
-        if cost is None:
-            of_size.by_k[k] = _Cost(value, noted_at=of_size.num_rounds)
-        else:
-            cost.note(value, of_size.num_rounds)
-            self.has_drafted = self.has_drafted or k > 0
-            ratio = min(max(value / cost.value, 1.0 / _PACE_MOST), _PACE_MOST)
-            self.pace *= 1.0 + (ratio - 1.0) * _PACE_RATE
-        if k and draft_seconds is not None:
-            step = draft_seconds / (k * self.pace)
-            if of_size.draft is None:
-                of_size.draft = _Cost(step)
-            else:
-                of_size.draft.note(step)
-        of_size.num_fresh += 1
-        if of_size.num_fresh >= _TABLE_ROUNDS or cost is None or cost.count <= _NUM_FIRST:
-            of_size.table = []
 
-    def lacks_plain(self, size: int) -> bool:
-        """Whether of this size rounds with drafts were measured, but hardly any without."""
-        of_size = self._sizes.get(size)
-        if of_size is None:
-            return False
-        plain = of_size.by_k.get(0)
-        if plain is not None and plain.count >= _NUM_FIRST:
-            return False
-        return any(k and cost.count >= _NUM_FIRST for k, cost in of_size.by_k.items())
+@dataclass(slots=True)
+class _Probing:
+    """When a drafter that is not used is tried again.
 
-    def of(self, size: int) -> _SizeCosts:
-        """The costs of this batch size; where too little was measured, like those of the nearest that has more."""
-        of_size = self._sizes.get(size)
-        if of_size is not None and of_size.table:
-            return of_size
-        like = of_size
-        if of_size is None or len(of_size.by_k) < 2:
-            measured = [other for other, costs in self._sizes.items() if len(costs.by_k) > 1]
-            nearest = min(measured, key=lambda other: (abs(math.log(other / size)), other), default=None)
-            like = of_size if nearest is None else self._sizes[nearest]
-        if like is None:
-            return _SizeCosts({0: _Cost(1.0)}, table=[1.0 + _ASSUMED_DRAFT_COST * k for k in DRAFT_COUNTS])
-        if of_size is None:
-            of_size = like
-        of_size.tabulate(size, like)
-        return of_size
+    num_idle:       rounds since it drafted last
+    interval:       how many there must be, by doubling
+    least_interval: and by what the last probe took
+    is_asleep:      whether it was not worth using when it was probed last
+    k:              the number of drafts that promises most
+    """
 
-    def plain(self, size: int) -> float | None:
-        """Seconds of a round without drafts, as they would be now; None if there was none yet."""
-        of_size = self._sizes.get(size)
-        cost = None if of_size is None else of_size.by_k.get(0)
-        return None if cost is None else cost.value * self.pace
+    num_idle: int = 0
+    interval: int = _PROBE_FIRST
+    least_interval: int = 0
+    is_asleep: bool = False
+    k: int = AUTO_NUM_SPECULATIVE_TOKENS
+
+    def is_due(self, num_rounds: int) -> bool:
+        """Another choice without it; whether the next round should be a probe."""
+        self.num_idle += num_rounds
+        return self.num_idle >= max(self.interval, self.least_interval)
+
+    def begin(self) -> None:
+        self.num_idle, self.is_asleep = 0, True
+        self.interval = min(2 * self.interval, _PROBE_MOST)
+
+    def wake(self) -> None:
+        """It pays. If that was a short mood, probes need not begin from the start."""
+        if self.is_asleep:
+            self.interval = max(_PROBE_FIRST, self.interval // 4)
+        self.num_idle, self.least_interval, self.is_asleep = 0, 0, False
 
 
 class Chooser:
-    """Sets `num_speculative_tokens` of the sequences that leave it open, before each step.
+    """Sets what each sequence drafts (`num_speculative_tokens`, and `way`, `num_own_drafts`), before each step.
 
     hides_host: whether the device works while the host does, so that a round takes no longer than the longer of both
+    ways:       how a sequence may draft
+    offer:      (sequence, drafter, limit): the tokens that a lookup has for a sequence now
+    lookups:    the drafters, as ways number them, that can be asked so
     costs:      of this engine's rounds
     """
 
-    def __init__(self, *, hides_host: bool) -> None:
+    def __init__(
+        self,
+        *,
+        hides_host: bool,
+        ways: Collection[Way] = (ALONE,),
+        lookups: Collection[int] = (),
+        offer: Callable[[Sequence, int, int], list[int]] | None = None,
+    ) -> None:
         self.costs = RoundCosts()
         self._hides_host = hides_host
-        self._rows: dict[int, Acceptance] = {}
-        self._guess = _FIRST_GUESS
-        self._last = AUTO_NUM_SPECULATIVE_TOKENS
-        # Of probes: rounds without drafts since the last, how many there must be (by doubling, and by what the last
-        # one took), and rounds of one that are to come.
-        self._num_idle = 0
-        self._interval = _PROBE_FIRST
-        self._least_interval = 0
-        self._is_asleep = False
+        self._ways = tuple(ways)
+        self._offer = offer
+        # By drafter, its way alone: of lookups, and of those whose drafts are steps of a round.
+        alone = {way.part: index for index, way in enumerate(ways) if way.tail is None}
+        self._lookups = {part: index for part, index in alone.items() if part in lookups}
+        self._steppers = {part: index for part, index in alone.items() if part not in lookups}
+        self._tails = {
+            part: [index for index, way in enumerate(ways) if way.part == part and way.tail is not None]
+            for part in self._steppers
+        }
+        self._rows: dict[int, _Row] = {}
+        self._guesses: dict[tuple[int, bool], float] = {}
+        self._probing = {part: _Probing() for part in self._steppers}
+        # The latest choice: who makes steps, how many, and tokens a second at the pace 1; and for which sequences and
+        # how many rounds it still holds.
+        self._part, self._k, self._rate = next(iter(self._steppers), -1), AUTO_NUM_SPECULATIVE_TOKENS, 0.0
+        self._held: list[int] = []
+        self._num_held = 0
+        # Rounds of a probe that are to come.
         self._num_probes = 0
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether it must know what was written last: lookups go on from there."""
+        return bool(self._lookups)
 
     def choose(self, running: Collection[Sequence]) -> None:
         """Before a round of these, those among them that are not computing their prompt."""
-        open_ones = [sequence for sequence in running if sequence.has_auto_k and sequence.output_ids]
-        if not open_ones:
+        has_ways = len(self._ways) > 1
+        chosen = [each for each in running if each.output_ids and (each.has_auto_k or has_ways)]
+        if not chosen:
             return
-        rows = [self._row(sequence) for sequence in open_ones]
-        size, given = len(rows), 0
-        if len(running) > size:
-            others = [s.max_draft_tokens for s in running if s.output_ids and not s.has_auto_k]
-            size, given = size + len(others), max(0, *others) if others else 0
+        if self._num_held and self._held == [each.sequence_id for each in chosen]:
+            self._num_held -= 1
+            return
+        others = []
+        if len(running) > len(chosen):
+            others = [
+                max(0, each.max_draft_tokens) for each in running if each.output_ids and not each.has_auto_k
+            ]
+            others = [] if has_ways else others
+        self._num_held = 0
+        if not self.costs.knows_plain:
+            self._apply([(each, _NOTHING) for each in chosen])
+            return
+        if self._lookups:
+            self._look(chosen)
+        unknown = next((part for part in self._steppers if not self.costs.knows_draft(part)), None)
+        if unknown is not None and not others:
+            self._part, self._k = unknown, AUTO_NUM_SPECULATIVE_TOKENS
+            self._apply(self._plan_all(chosen, unknown, self._k))
+            return
         if not self._num_probes:
-            k, least = self._best(rows, size, given)
-            if k and not given and self.costs.lacks_plain(size):
-                self._set(open_ones, rows, 0, 0.0)
+            before = self._part, self._k
+            plan = self._best(chosen, others)
+            # What is settled holds longer than what is still being found out.
+            is_settled = not self._lookups and before == (self._part, self._k)
+            num_held = _HOLD_LEAST + len(chosen) // _HOLD_SEQUENCES if is_settled else 0
+            is_drafting = any(choice.num_steps for _, choice in plan) or bool(others)
+            due = self._due_part(1 + num_held, is_drafting=is_drafting)
+            if due is None:
+                self._apply(plan)
+                self._held, self._num_held = [each.sequence_id for each in chosen], num_held
                 return
-            if k or given:
-                self._wake()
-            elif self._is_due():
-                self._begin_probe(rows)
-        if self._num_probes:
-            self._num_probes -= 1
-            k, least = _PROBE_DRAFTS, 0.0
-        self._last = k
-        self._set(open_ones, rows, k, least)
+            self._begin_probe(due)
+        self._num_probes -= 1
+        self._apply(self._plan_all(chosen, self._part, self._probing[self._part].k))
 
     def observe(
         self,
         sequences: Collection[Sequence],
         limits: Collection[int],
-        accepted: Collection[int | None],
+        results: Collection[RowResult | None],
         *,
-        k: int,
+        ways: Collection[int] | None = None,
         device: float,
         draft: float | None,
+        verify: float | None,
         host: float,
     ) -> None:
-        """What became of a round: in the order of its sequences, the drafts that each may have had, and how many were
-        accepted (None: the sequence was over before). Seconds as in `RoundTimes`."""
-        if not any(sequence.has_auto_k for sequence in sequences):
+        """What became of a round, in the order of its sequences.
+
+        limits:  the drafts that each may have had
+        results: None: the sequence was over before
+        ways:    how each drafted; None: the one way there is
+        device, draft, verify, host: seconds as in `RoundTimes`
+        """
+        has_ways = len(self._ways) > 1
+        if not has_ways and not any(sequence.has_auto_k for sequence in sequences):
             return
         seconds = max(device, host) if self._hides_host else device + host
-        size, is_typical = len(sequences), True
-        plain = self.costs.plain(size)
-        for sequence, limit, count in zip(sequences, limits, accepted, strict=True):
-            if not sequence.has_auto_k:
-                # A draft model's first round computes the prompt.
-                is_typical = is_typical and (not limit or len(sequence.rounds) > 1)
+        size, num_rows, num_steps, is_typical = len(sequences), 0, 0, True
+        plain, stepper = self.costs.plain(size), None
+        for index, (sequence, limit, result) in enumerate(zip(sequences, limits, results, strict=True)):
+            if result is None:
                 continue
-            if count is None:
-                continue
-            if limit:
-                self._guess += ((count > 0) - self._guess) * _GUESS_RATE
+            num_rows += result.num_draft + 1
+            way = self._ways[0 if ways is None else ways[index]]
+            num_own = min(limit, sequence.num_own_drafts) if way.tail is not None else limit
+            part = way.part if num_own else None
+            if part is not None and part in self._steppers:
+                stepper, num_steps = part, max(num_steps, num_own)
             row = self._rows.get(sequence.sequence_id)
-            if row is not None:  # it goes on
-                # After rounds without drafts a draft model computes what it missed.
-                is_typical = is_typical and (not limit or row.last_limit > 0)
-                row.note(limit, count, self._guess)
-            if plain is not None:
+            if row is None:
+                # A draft model's first round computes the prompt.
+                is_typical = is_typical and (not num_own or len(sequence.rounds) > 1)
+                continue
+            # After rounds without drafts a draft model computes what it missed.
+            is_typical = is_typical and (part not in self._steppers or row.last_part == part)
+            row.last_part = part
+            self._note_drafts(row, way, num_own, limit, result)
+            if row.offers:
+                self._note_offers(row, sequence.output_ids[row.num_output :])
+            if plain is not None and sequence.has_auto_k:
                 sequence.round_seconds += seconds
-                sequence.plain_seconds += (count + 1) * plain
-        if is_typical:
-            self.costs.note(size, k, seconds, draft)
-        elif k and plain is not None and self._is_asleep:
-            self._least_interval = int((seconds / plain - 1.0) / _PROBE_SHARE)
-
-    @staticmethod
-    def _set(sequences: Collection[Sequence], rows: list[Acceptance], k: int, least: float) -> None:
-        """Up to k drafts for each, none of which has less than the chance `least` to be emitted, or one."""
-        for sequence, row in zip(sequences, rows, strict=True):
-            sequence.num_speculative_tokens = row.depth(least, k) if k and least else k
+                sequence.plain_seconds += (result.num_accepted + 1) * plain
+        if num_rows:
+            self.costs.note(
+                size,
+                num_steps,
+                num_rows,
+                seconds,
+                drafter=stepper,
+                draft=draft,
+                verify=verify,
+                is_typical=is_typical,
+            )
+        if stepper is not None and not is_typical and plain is not None and self._probing[stepper].is_asleep:
+            self._probing[stepper].least_interval = int((seconds / plain - 1.0) / _PROBE_SHARE)
 
     def release(self, sequence_id: int) -> None:
         """The sequence is over."""
         self._rows.pop(sequence_id, None)
 
-    def _row(self, sequence: Sequence) -> Acceptance:
+    # -- what is known ----------------------------------------------------------------------------------------
+
+    def _row(self, sequence: Sequence) -> _Row:
         row = self._rows.get(sequence.sequence_id)
         if row is None:
-            row = self._rows[sequence.sequence_id] = Acceptance()
-            row.guess(self._guess)
-            self._interval = min(self._interval, _PROBE_NEW_SEQUENCE)
+            row = self._rows[sequence.sequence_id] = _Row()
+            for probing in self._probing.values():
+                probing.interval = min(probing.interval, _PROBE_NEW_SEQUENCE)
         return row
 
-    def _best(self, rows: list[Acceptance], size: int, given: int) -> tuple[int, float]:
-        """The k with the most tokens a second, and the chance of being emitted that a row's draft must have to be
-        worth the time of its row in the target's forward."""
-        costs = self.costs.of(size)
-        table, last = costs.table, self._last
-        if not given and not self.costs.has_drafted:
-            return AUTO_NUM_SPECULATIVE_TOKENS, 0.0  # the first rounds are measurements
-        gains = [0.0] * min(max(AUTO_NUM_SPECULATIVE_TOKENS, 2 * last), DRAFT_COUNTS[-1])
-        for row in rows:
-            row.add_gains(gains)
+    def _acceptance(self, row: _Row, way: int, *, is_long: bool = False) -> Acceptance:
+        found = row.acceptance.get((way, is_long))
+        if found is None:
+            guess = self._guesses.get((way, is_long), _FIRST_GUESS)
+            found = row.acceptance[way, is_long] = Acceptance(guess)
+        return found
+
+    def _note(self, row: _Row, way: int, limit: int, num_accepted: int, *, is_long: bool = False) -> None:
+        kind = way, is_long
+        guess = self._guesses.get(kind, _FIRST_GUESS)
+        guess += ((num_accepted > 0) - guess) * _GUESS_RATE
+        self._guesses[kind] = guess
+        self._acceptance(row, way, is_long=is_long).note(limit, num_accepted, guess)
+
+    def _note_drafts(self, row: _Row, way: Way, num_own: int, limit: int, result: RowResult) -> None:
+        """What became of the drafts that are no offers."""
+        if way.part in self._lookups or not num_own:
+            return
+        num_accepted = min(result.num_accepted, num_own)
+        self._note(row, self._steppers[way.part], num_own, num_accepted)
+        if way.tail is not None and limit > num_own == num_accepted:
+            self._note(row, self._ways.index(way), limit - num_own, result.num_accepted - num_own)
+
+    def _note_offers(self, row: _Row, written: list[int]) -> None:
+        """What would have become of the offers, whether they were taken or not."""
+        for way, offer in row.offers.items():
+            count = min(len(offer), len(written))
+            if count:
+                same = next((i for i in range(count) if offer[i] != written[i]), count)
+                self._note(row, way, count, same, is_long=len(offer) >= _LONG_OFFER)
+        row.offers = {}
+
+    def _look(self, chosen: Collection[Sequence]) -> None:
+        """Asks the lookups."""
+        assert self._offer is not None, "lookups are asked"
+        limit = min(2 * max(AUTO_NUM_SPECULATIVE_TOKENS, self._k), DRAFT_COUNTS[-1])
+        for sequence in chosen:
+            row = self._row(sequence)
+            most = min(limit if sequence.has_auto_k else sequence.num_speculative_tokens, _room(sequence))
+            row.num_output = len(sequence.output_ids)
+            row.offers = {
+                way: self._offer(sequence, part, most) for part, way in self._lookups.items() if most > 0
+            }
+
+    # -- what is best -----------------------------------------------------------------------------------------
+
+    def _best(self, chosen: Collection[Sequence], others: Collection[int]) -> list[tuple[Sequence, _Choice]]:
+        """The round with the most tokens a second.
+
+        others: the drafts of sequences beside these, whose number is given
+        """
+        costs, size, given = self.costs, len(chosen) + len(others), max(others, default=0)
         # Of drafts whose number is given half are taken to be accepted: what matters is that they cost nothing more.
-        expected = len(rows) + (size - len(rows)) * (1.0 + given / 2)
-        floor = bisect_left(DRAFT_COUNTS, given)
-        best, best_rate, last_rate, num_added = 0, 0.0, 0.0, 0
-        for index, k in enumerate(DRAFT_COUNTS):
-            if k > len(gains):
-                break
-            while num_added < k:
-                expected += gains[num_added]
-                num_added += 1
-            rate = expected / table[max(index, floor)]
-            if rate > best_rate:
-                best, best_rate = k, rate
-            if k == last:
-                last_rate = rate
-        if best_rate < last_rate * _ENOUGH_BETTER:
-            best = last
-        return best, best_rate * costs.row if size > 1 else 0.0
+        num_rows, expected = size + sum(others), size + sum(others) / 2
+        if not self._rate:
+            self._rate = size / (costs.verify(size, size) + costs.rest(size))
+        # The chance of being emitted that a draft must have to be worth the time of its row.
+        least = self._rate * costs.row()
+        rows = [self._row(each) for each in chosen]
+        offers = [self._best_offer(row, least) for row in rows]
+        is_simple = not self._lookups and all(each.has_auto_k for each in chosen)
+        rest, best, last = costs.rest(size), (0.0, -1, 0), 0.0
+        pick = partial(self._pick, chosen, rows, offers, least)
+        for part in self._steppers or (-1,):
+            draft, most = (
+                costs.draft(size, part),
+                min(2 * max(AUTO_NUM_SPECULATIVE_TOKENS, self._k), DRAFT_COUNTS[-1]),
+            )
+            options = self._options(chosen, rows, part, most, least if size > 1 else 0.0)
+            best_rate = 0.0
+            for k in DRAFT_COUNTS:
+                if k > most or (k and part < 0):
+                    break
+                if is_simple:
+                    total = expected + sum([gains[min(k, len(gains) - 1)] for gains in options])
+                    steps, total_rows = k, num_rows + sum([min(k, len(gains) - 1) for gains in options])
+                else:
+                    choices = pick(options, part, k)
+                    total = expected + sum([choice.gain for choice in choices])
+                    steps = max([choice.num_steps for choice in choices])
+                    total_rows = num_rows + sum([choice.limit for choice in choices])
+                rate = total / (
+                    (draft(max(given, steps)) if given or steps else 0.0)
+                    + costs.verify(total_rows, size)
+                    + rest
+                )
+                if rate > best[0]:
+                    best = rate, part, k
+                if k and rate > best_rate:
+                    best_rate, self._probing[part].k = rate, k
+                if (part, k) == (self._part, self._k):
+                    last = rate
+        if best[0] < last * _ENOUGH_BETTER:
+            best = last, self._part, self._k
+        self._rate, self._part, self._k = best
+        options = self._options(chosen, rows, self._part, self._k, least if size > 1 else 0.0)
+        return list(zip(chosen, pick(options, self._part, self._k), strict=True))
 
-    def _wake(self) -> None:
-        """Drafting pays. If that was a short mood, probes need not begin from the start."""
-        if self._is_asleep:
-            self._interval = max(_PROBE_FIRST, self._interval // 4)
-        self._num_idle, self._least_interval, self._is_asleep = 0, 0, False
+    def _options(
+        self, chosen: Collection[Sequence], rows: Collection[_Row], part: int, most: int, least: float
+    ) -> list[list[float]]:
+        """By sequence, [j]: what j steps of this drafter are expected to add.
 
-    def _is_due(self) -> bool:
-        """One more round without drafts; whether it should be a probe."""
-        self._num_idle += 1
-        return self._num_idle >= max(self._interval, self._least_interval)
+        Of a given number all are made; else one at least, or nothing would be learned any more.
+        """
+        way, options = self._steppers.get(part, 0), []
+        if part < 0:
+            return [[0.0] for _ in chosen]
+        for each, row in zip(chosen, rows, strict=True):
+            limit, chance = (most, least) if each.has_auto_k else (each.num_speculative_tokens, 0.0)
+            options.append(self._acceptance(row, way).gains(min(limit, _room(each)), chance, num_free=1))
+        return options
 
-    def _begin_probe(self, rows: list[Acceptance]) -> None:
-        for row in rows:
-            row.fade()
-        self._num_probes, self._num_idle, self._is_asleep = _PROBE_ROUNDS, 0, True
-        self._interval = min(2 * self._interval, _PROBE_MOST)
+    def _best_offer(self, row: _Row, least: float) -> _Choice:
+        """The lookup that promises most."""
+        best, most = _NOTHING, 0.0
+        for way, offer in row.offers.items():
+            if offer:
+                acceptance = self._acceptance(row, way, is_long=len(offer) >= _LONG_OFFER)
+                gains = acceptance.gains(len(offer), least)
+                limit = len(gains) - 1
+                if gains[-1] - least * limit > most:
+                    most = gains[-1] - least * limit
+                    best = _Choice(gains[-1], limit, 0, way)
+        return best
+
+    def _pick(
+        self,
+        chosen: Collection[Sequence],
+        rows: Collection[_Row],
+        offers: Collection[_Choice],
+        least: float,
+        options: Collection[list[float]],
+        part: int,
+        k: int,
+    ) -> list[_Choice]:
+        """Of each sequence its offer, or up to k steps, a lookup's drafts after them where that promises more."""
+        choices = []
+        for each, row, offer, gains in zip(chosen, rows, offers, options, strict=True):
+            steps = min(k, len(gains) - 1) if each.has_auto_k else len(gains) - 1
+            gain, limit = gains[steps], steps
+            if not steps or (offer.limit and gain - least * steps <= offer.gain - least * offer.limit):
+                choices.append(offer)
+                continue
+            way, more_tokens = self._steppers[part], min(_room(each) - steps, AUTO_NUM_SPECULATIVE_TOKENS)
+            for tail in self._tails[part]:
+                chance = gains[steps] - gains[steps - 1]
+                more = self._acceptance(row, tail).gains(more_tokens, max(least, _LEAST_TAIL), chance=chance)
+                if gains[steps] + more[-1] > gain:
+                    gain, limit, way = gains[steps] + more[-1], steps + len(more) - 1, tail
+            choices.append(_Choice(gain, limit, steps, way))
+        return choices
+
+    def _plan_all(self, chosen: Collection[Sequence], part: int, k: int) -> list[tuple[Sequence, _Choice]]:
+        """Everybody drafts k tokens with this drafter."""
+        plan = []
+        for each in chosen:
+            self._row(each)
+            steps = k if each.has_auto_k else min(k, each.num_speculative_tokens)
+            plan.append((each, _Choice(0.0, steps, steps, self._steppers[part])))
+        return plan
+
+    def _apply(self, plan: Collection[tuple[Sequence, _Choice]]) -> None:
+        for sequence, choice in plan:
+            sequence.way, sequence.num_own_drafts = choice.way, choice.num_steps
+            if sequence.has_auto_k:
+                sequence.num_speculative_tokens = choice.limit
+
+    # -- probes -----------------------------------------------------------------------------------------------
+
+    def _due_part(self, num_rounds: int, *, is_drafting: bool) -> int | None:
+        """A choice for so many rounds; the drafter that is to be tried first though it was not chosen."""
+        due = None
+        for part, probing in self._probing.items():
+            if is_drafting and part == self._part:
+                probing.wake()
+            elif probing.is_due(num_rounds) and due is None:
+                due = part
+        return due
+
+    def _begin_probe(self, part: int) -> None:
+        way = self._steppers[part]
+        for row in self._rows.values():
+            self._acceptance(row, way).fade()
+        self._probing[part].begin()
+        self._part, self._num_probes = part, _PROBE_ROUNDS
+
+
+def _room(sequence: Sequence) -> int:
+    """The most drafts that its budget has room for."""
+    return max(0, sequence.remaining - sequence.num_rounds_ahead - 1)

@@ -25,11 +25,12 @@ from scripted_drafters import ScriptedDrafter
 
 from specengine.adaptive import Chooser
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
+from specengine.drafters.base import RowResult
 from specengine.engine.times import Clock, RoundTimes
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import RoundCounts
 
-Cost = Callable[[int, int], float]
+Cost = Callable[[int, int, int], float]
 
 
 @dataclass(eq=False)
@@ -42,7 +43,11 @@ class Row:
     num_speculative_tokens: int = 4
     num_tokens: int = 1
     num_missed: int = 100
-    output_ids: tuple[int, ...] = (1,)
+    remaining: int = 10**6
+    num_rounds_ahead: int = 0
+    way: int = 0
+    num_own_drafts: int = 0
+    output_ids: Any = (1,)
     rounds: list[RoundCounts] = field(default_factory=list)
     round_seconds: float = 0.0
     plain_seconds: float = 0.0
@@ -53,7 +58,7 @@ class Row:
 
 
 class World:
-    """Rounds that take what `cost(batch size, k)` says, and what catching up with missed tokens takes."""
+    """Rounds that take what `cost(batch size, k, all drafts)` says, and what catching up with missed tokens takes."""
 
     def __init__(
         self,
@@ -80,7 +85,7 @@ class World:
         missed = self._catch_up * sum(
             row.num_missed for row, limit in zip(rows, limits, strict=True) if limit
         )
-        seconds = self._cost(len(rows), k) + missed
+        seconds = self._cost(len(rows), k, sum(limits)) + missed
         draft = None if self._draft is None else self._draft * k + missed
         accepted = []
         for row, limit in zip(rows, limits, strict=True):
@@ -91,7 +96,7 @@ class World:
             row.num_missed = 0 if limit else row.num_missed + 1
             accepted.append(count)
         self.seconds += seconds
-        self._flights.append((list(rows), limits, accepted, k, seconds, draft))
+        self._flights.append((list(rows), limits, accepted, seconds, draft))
         while len(self._flights) > self._rounds_ahead:
             self._read(*self._flights.popleft())
 
@@ -100,13 +105,14 @@ class World:
         rows: list[Any],
         limits: list[int],
         accepted: list[int],
-        k: int,
         seconds: float,
         draft: float | None,
     ) -> None:
         for row, limit, count in zip(rows, limits, accepted, strict=True):
             row.rounds.append(RoundCounts(limit, count, count + 1))
-        self.chooser.observe(rows, limits, accepted, k=k, device=seconds, draft=draft, host=0.0)
+        results = [RowResult(0, 1, limit, count) for limit, count in zip(limits, accepted, strict=True)]
+        verify = None if draft is None else seconds - draft
+        self.chooser.observe(rows, limits, results, device=seconds, draft=draft, verify=verify, host=0.0)
 
     def run(self, rows: list[Row], num_tokens: int) -> float:
         """Until each has so many tokens; returns tokens a second."""
@@ -118,7 +124,7 @@ class World:
 
 def linear(plain: float, jump: float, draft: float, row: float) -> Cost:
     """A plain round, the jump to one that drafts, a draft step of all sequences, a row of the target's forward."""
-    return lambda size, k: plain + (jump if k else 0.0) + draft * k + row * size * k
+    return lambda size, k, num_drafts: plain + (jump if k else 0.0) + draft * k + row * num_drafts
 
 
 CHEAP, MIDDLING, DEAR = (linear(1.0, 0.1, draft, 0.01) for draft in (0.05, 0.15, 0.5))
@@ -132,7 +138,7 @@ def best_fixed(cost: Cost, chance: float, size: int = 1) -> tuple[int, float]:
     """The k with the most tokens a second, and how many: 1 + sum over j of the first j acceptances' product."""
 
     def rate(k: int) -> float:
-        return size * sum(chance**j for j in range(k + 1)) / cost(size, k)
+        return size * sum(chance**j for j in range(k + 1)) / cost(size, k, size * k)
 
     best = max(DRAFT_COUNTS, key=rate)
     return best, rate(best)
@@ -144,9 +150,9 @@ def best_fixed(cost: Cost, chance: float, size: int = 1) -> tuple[int, float]:
 def test_a_cheap_draft_that_is_always_right_drafts_as_much_as_it_may() -> None:
     world = World(CHEAP)
     world.run(build_rows(1.0), 600)
-    assert world.ks[:2] == [AUTO_NUM_SPECULATIVE_TOKENS] * 2
+    assert world.ks[:4] == [0, 0, *[AUTO_NUM_SPECULATIVE_TOKENS] * 2]
     assert set(world.ks[12:]) == {64}
-    assert world.ks.count(0) == 2  # what plain decoding costs is measured too
+    assert world.ks.count(0) == 2
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -160,7 +166,7 @@ def test_close_to_the_best_constant_whatever_is_accepted(
             best, rate = best_fixed(cost, chance, size)
             world = World(cost, draft=draft if knows_parts else None, rounds_ahead=rounds_ahead)
             found = world.run(build_rows(*[chance] * size), 3000)
-            assert found > 0.925 * rate, (
+            assert found > 0.93 * rate, (
                 f"{found / rate:.3f} of k = {best}, acceptance {chance}: {world.ks[:40]}"
             )
 
@@ -176,8 +182,8 @@ def test_a_hopeless_draft_is_probed_at_doubling_distances_and_costs_little(cost:
     assert distances == sorted(distances)
     assert distances[-1] > 500
     if cost is CHEAP:  # else they are as far apart as what they take demands
-        assert distances[1:] == [33, 65, 129, 257, 513]
-    assert {world.ks[index] for place in at for index in (place, place + 1)} == {2}
+        assert distances[1:] == pytest.approx([33, 65, 129, 257, 513], abs=2)
+    assert {world.ks[index] for place in at for index in (place, place + 1)} == {1}
     assert sum(world.ks) < 80
 
 
@@ -228,7 +234,7 @@ def test_each_row_of_a_batch_has_its_own_k() -> None:
     assert rows[2].num_speculative_tokens == 1
     assert rows[0].num_speculative_tokens == rows[1].num_speculative_tokens > 3
     assert given.num_speculative_tokens == 3
-    assert world.chooser.costs.of(4).row * world.chooser.costs.pace == pytest.approx(0.04, rel=0.1)
+    assert world.chooser.costs.row() * world.chooser.costs.pace == pytest.approx(0.04, rel=0.1)
 
 
 def test_the_same_measurements_give_the_same_choices() -> None:
@@ -241,7 +247,7 @@ def test_the_same_measurements_give_the_same_choices() -> None:
 
 def test_a_machine_that_slows_down_changes_no_choice_and_one_slow_round_neither() -> None:
     slowness = [1.0]
-    world = World(lambda size, k: slowness[0] * MIDDLING(size, k))
+    world = World(lambda *kind: slowness[0] * MIDDLING(*kind))
     row = build_rows(1.0)
     world.run(row, 600)
     before = world.ks[-1]
@@ -256,10 +262,10 @@ def test_a_slow_first_measurement_is_made_again() -> None:
     """The first round of a kind may compile, or page in: 100 times what it takes."""
     seen: set[int] = set()
 
-    def cost(size: int, k: int) -> float:
+    def cost(size: int, k: int, num_drafts: int) -> float:
         factor = 1.0 if k in seen else 100.0
         seen.add(k)
-        return factor * CHEAP(size, k)
+        return factor * CHEAP(size, k, num_drafts)
 
     world = World(cost)
     world.run(build_rows(0.9), 4000)
@@ -270,7 +276,7 @@ def test_a_slow_first_measurement_is_made_again() -> None:
 def test_what_it_saved_is_measured() -> None:
     world, (row,) = World(CHEAP), build_rows(1.0)
     world.run([row], 2000)
-    assert row.plain_seconds / row.round_seconds == pytest.approx(65 / CHEAP(1, 64), rel=0.1)
+    assert row.plain_seconds / row.round_seconds == pytest.approx(65 / CHEAP(1, 64, 64), rel=0.1)
 
 
 # -- in the engine, with costs that drive k anywhere --------------------------------------------------------------
@@ -297,7 +303,8 @@ def wild_clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seconds = rng.choice((0.2, 1.0, 3.0)) * (1.0 + 0.1 * rng.random() * times.k)
         ks.append(times.k)
         draft = None if times.draft is None else 0.1 * times.k
-        return times._replace(draft=draft, device=seconds, host=0.0)
+        verify = None if draft is None else seconds - draft
+        return times._replace(draft=draft, verify=verify, device=seconds, host=0.0)
 
     monkeypatch.setattr(Clock, "stop", stopped)
     return ks
@@ -387,7 +394,8 @@ def test_the_result_says_which_k_were_used_and_what_it_brought(
     def stopped(clock: Clock, watch: Any) -> RoundTimes:
         times = stop(clock, watch)
         launched.append(times.k)
-        return times._replace(draft=0.05 * times.k, device=CHEAP(1, times.k), host=0.0)
+        draft, seconds = 0.05 * times.k, CHEAP(1, times.k, times.k)
+        return times._replace(draft=draft, verify=seconds - draft, device=seconds, host=0.0)
 
     monkeypatch.setattr(Clock, "stop", stopped)
     model = checkpoint(seed=1)
@@ -419,10 +427,9 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
     told: list[tuple[Any, ...]] = []
 
     def recorded_choose(chooser: Chooser, running: Any) -> None:
+        known = [(s.sequence_id, len(s.output_ids), s.remaining, s.num_rounds_ahead) for s in running]
         choose(chooser, running)
-        told.append(
-            ("choose", [(s.sequence_id, len(s.output_ids), s.num_speculative_tokens) for s in running])
-        )
+        told.append(("choose", known, [s.num_speculative_tokens for s in running]))
 
     def recorded_observe(chooser: Chooser, sequences: Any, *rest: Any, **times: Any) -> None:
         observe(chooser, sequences, *rest, **times)
@@ -438,13 +445,13 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
     for what, entries, *rest in told:
         if what == "choose":
             running = []
-            for sequence_id, num_tokens, _ in entries:
+            for sequence_id, num_tokens, remaining, num_rounds_ahead in entries:
                 row = rows.setdefault(sequence_id, Row(lambda _: 0.0, sequence_id))
                 row.output_ids = (0,) * min(1, num_tokens)
+                row.remaining, row.num_rounds_ahead = remaining, num_rounds_ahead
                 running.append(row)
             choose(again, running)  # type: ignore[arg-type]
-            chosen = [row.num_speculative_tokens for row in running]
-            assert chosen == [k for _, _, k in entries]
+            assert [row.num_speculative_tokens for row in running] == rest[0]
         else:
             counts, times = rest
             observe(again, [rows[sequence_id] for sequence_id in entries], *counts, **times)  # type: ignore[misc]

@@ -480,10 +480,11 @@ def drive_k(engine: Engine, patch: pytest.MonkeyPatch) -> list[int]:
     """Of rounds with "auto": costs change at random, and with them k. Returns the k of every round."""
     cost, ks, observe = random.Random(3), list[int](), Chooser.observe
 
-    def observe_any(chooser: Chooser, *what: Any, k: int, **times: Any) -> None:
-        ks.append(k)
-        device = cost.choice((0.5, 1.0, 2.0)) * (1.0 + 0.2 * k * cost.random())
-        observe(chooser, *what, k=k, **{**times, "device": device, "draft": None, "host": 0.0})
+    def observe_any(chooser: Chooser, sequences: Any, limits: Any, *what: Any, **times: Any) -> None:
+        ks.append(max(limits))
+        device = cost.choice((0.5, 1.0, 2.0)) * (1.0 + 0.2 * ks[-1] * cost.random())
+        times |= {"device": device, "draft": None, "verify": None, "host": 0.0}
+        observe(chooser, sequences, limits, *what, **times)
 
     patch.setattr(Chooser, "observe", observe_any)
     return ks

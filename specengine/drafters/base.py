@@ -212,6 +212,17 @@ class RowResult(NamedTuple):
     num_accepted: int
 
 
+class Way(NamedTuple):
+    """How a sequence drafts where there are several drafters, by their numbers in the list: with one, and, if tail is
+    not None, with a lookup that goes on after its drafts."""
+
+    part: int
+    tail: int | None = None
+
+
+ALONE = Way(0)
+
+
 class LoadModel(Protocol):
     """Loads what drafts, as the engine's configuration says of drafts."""
 

@@ -164,7 +164,7 @@ class Engine:
             self._drafter,
             self._rounds,
             chunk_size=self.config.prefill_chunk_size,
-            rounds_ahead=rounds_ahead,
+            hides_host=rounds_ahead > 0 and self.device.type == "cuda",
         )
         self._scheduler = self._stepper.scheduler
         self._outbox = Outbox()

@@ -124,12 +124,12 @@ class Rounds:
     def launch(self, sequences: list[Sequence]) -> None:
         """Queues a round of these sequences; reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
+        watch = self._clock.start(len(sequences), k)
         drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
         is_recordable = self.recorder is not None and not mode.has_processors
         if is_recordable:
             k, size = draft_bucket(k), bucket(size, self._sizes)
         batch = self._select(sequences, mode, k=k, size=size)
-        watch = self._clock.start(len(sequences), k)
         with ranges.span(ranges.DRAFT, batch_size=len(sequences), k=k):
             who = drafter.prepare(batch, self._state)
         replay = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import ExitStack
 
 import torch
@@ -35,10 +36,12 @@ class Stepper:
         rounds: Rounds,
         *,
         chunk_size: int,
-        rounds_ahead: int,
+        hides_host: bool,
     ) -> None:
         self.is_stepping = False
-        self.chooser = Chooser(hides_host=rounds_ahead > 0)
+        self.chooser = Chooser(hides_host=hides_host)
+        # Seconds of the host's before the latest round.
+        self._preparation = 0.0
         self._kv_cache = kv_cache
         self._state = state
         self._drafter = drafter
@@ -58,10 +61,15 @@ class Stepper:
         """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
         try:
             self.is_stepping = True
+            begun = time.perf_counter()
+            while self.chooser.reads_text and self._collect_one():
+                pass
             self.chooser.choose(self.scheduler.running)
             while self._rounds.must_read(self.scheduler.running):
                 self._collect_one()
-            self._run(self.scheduler.schedule())
+            plan = self.scheduler.schedule()
+            self._preparation = time.perf_counter() - begun
+            self._run(plan)
             self.is_stepping = False  # here too: an interruption may strike the line below
         except BaseException:
             self._recover()
@@ -104,11 +112,11 @@ class Stepper:
             self.chooser.observe(
                 flight.sequences,
                 flight.batch.draft_limits,
-                [None if result is None else result.num_accepted for result in results],
-                k=times.k,
+                results,
                 device=times.device,
                 draft=times.draft,
-                host=times.host,
+                verify=times.verify,
+                host=times.host + self._preparation,
             )
 
     def _recover(self) -> None:

@@ -70,6 +70,7 @@ class Sequence:
 
     num_speculative_tokens: drafts a round; may be changed while the sequence runs: the next round follows
     has_auto_k: whether it is the engine that changes it
+    way, num_own_drafts: which of several drafters drafts next, and how many before another goes on (see `Way`)
     round_seconds, plain_seconds: then, what its rounds took, and what their tokens would have taken one by one
     text:     turns the settled tokens into text; can be built again from them
     reported: what the caller has been told
@@ -99,6 +100,8 @@ class Sequence:
     num_undrafted_ahead: int = 0
     num_prompt_forwards: int = 0
     has_auto_k: bool = False
+    way: int = 0
+    num_own_drafts: int = 0
     round_seconds: float = 0.0
     plain_seconds: float = 0.0
 

@@ -1,0 +1,272 @@
+"""What rounds take, from what they took: a model of few numbers, kept up to date while an engine runs.
+
+A round of n sequences in which a drafter makes k drafts each, and the target then reads R rows (drafts, and one more of
+each sequence), takes
+
+    T = draft(n, k) + verify(R) + rest(n)
+
+seconds. The first is a line in k for each n (`Line`: a drafter begins with the tokens that it lacks, then goes on one
+by one), the others are curves through what was measured (`Curve`). verify(R) is the same curve whichever batch and k
+the rows came from, so that what a round of one kind took says something of all others. Where a round was replayed as a
+whole, its parts are not known: then verify(n) + rest(n) is what a round without drafts took, and whatever drafts added
+to it counts as theirs.
+
+Whatever makes the machine slower makes all rounds slower: `pace` follows that at once, and what was measured long ago
+moves along. All curves are seconds at the pace 1.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections.abc import Callable, Hashable
+
+# Of a curve: measurements of which the lowest counts (the first may have met a cold machine), how fast later ones move
+# it, how far off one may be and still count in full, and for how many notes of the curve one is trusted.
+NUM_FIRST = 2
+_RATE = 0.08
+_MOST = 1.25
+_TRUSTED = 512
+# Of the pace: how fast it follows, and how far off a round may be and still count in full.
+_PACE_RATE = 0.25
+_PACE_MOST = 2.0
+# What one more row costs, of the whole, before two places of a curve are known.
+_ASSUMED_ROW = 0.05
+# What a draft costs, of a round without, before one was measured.
+_ASSUMED_DRAFT = 0.15
+
+
+class _Point:
+    """Seconds at one place of a curve."""
+
+    __slots__ = ("count", "noted_at", "value")
+
+    def __init__(self, value: float, now: int) -> None:
+        self.value, self.count, self.noted_at = value, 1, now
+
+    def note(self, value: float, now: int) -> None:
+        is_old, self.noted_at = now - self.noted_at > _TRUSTED, now
+        if is_old:
+            self.value, self.count = value, 1
+            return
+        self.count += 1
+        if self.count <= NUM_FIRST:
+            self.value = min(self.value, value)
+            return
+        value = min(max(value, self.value / _MOST), self.value * _MOST)
+        self.value += (value - self.value) * max(1.0 / self.count, _RATE)
+
+
+class Curve:
+    """Seconds by a size: measured, and lines between neighbours.
+
+    num_notes: measurements so far
+    """
+
+    def __init__(self) -> None:
+        self._points: dict[int, _Point] = {}
+        self._places: list[int] = []
+        self.num_notes = 0
+
+    def note(self, size: int, seconds: float) -> None:
+        """So long it took at this size."""
+        self.num_notes += 1
+        place = _place(size)
+        point = self._points.get(place)
+        if point is not None:
+            point.note(seconds, self.num_notes)
+            return
+        self._points[place] = _Point(seconds, self.num_notes)
+        self._places = sorted(self._points)
+
+    def count(self, size: int) -> int:
+        """How often it was measured there."""
+        point = self._points.get(_place(size))
+        return 0 if point is None else point.count
+
+    def at(self, size: int) -> float:
+        """Seconds at this size; 0 if nothing was measured.
+
+        A measurement that is old, or was made but once, counts only if it is lower than its neighbours say: what seems
+        dear would never be tried again.
+        """
+        point = self._points.get(size)
+        if point is not None:
+            is_fresh = self.num_notes - point.noted_at <= _TRUSTED
+            if (is_fresh and point.count >= NUM_FIRST) or len(self._places) == 1:
+                return point.value
+            return min(point.value, self._between(size, [place for place in self._places if place != size]))
+        return self._between(size, self._places)
+
+    def slope(self) -> float:
+        """Seconds that one more adds, from the lowest place to the highest."""
+        if not self._places:
+            return 0.0
+        first, last = self._places[0], self._places[-1]
+        low = self._points[first].value
+        if last < 2 * first:  # too near to tell
+            return low * _ASSUMED_ROW / (1.0 + _ASSUMED_ROW * first)
+        return max(0.0, (self._points[last].value - low) / (last - first))
+
+    def _between(self, size: int, places: list[int]) -> float:
+        if not places:
+            return 0.0
+        index = bisect_left(places, size)
+        if index == len(places):
+            return self._points[places[-1]].value + (size - places[-1]) * self.slope()
+        value = self._points[places[index]].value
+        if places[index] == size:
+            return value
+        if not index:
+            return max(0.5 * value, value - (places[0] - size) * self.slope())
+        low, below = places[index - 1], self._points[places[index - 1]].value
+        return below + (value - below) * (size - low) / (places[index] - low)
+
+
+class Line:
+    """Seconds of k drafts, k > 0: the line through what was measured that misses it least, the latest counting most.
+
+    num_notes: measurements so far
+    """
+
+    def __init__(self) -> None:
+        self.num_notes = 0
+        self._first = 0.0
+        # Weighted: measurements, and means of k, seconds, their products' deviations.
+        self._weight = self._k = self._seconds = self._kk = self._ks = 0.0
+
+    def note(self, k: int, seconds: float) -> None:
+        """So long k drafts took."""
+        self.num_notes += 1
+        if self.num_notes == NUM_FIRST and k == self._k:
+            self._seconds = min(self._seconds, seconds)
+            return
+        if self.num_notes > 1:
+            expected = self.at(k)
+            seconds = min(max(seconds, expected / _MOST), expected * _MOST)
+        self._weight = 1.0 + (1.0 - _RATE / 2) * self._weight
+        share = 1.0 / self._weight
+        off_k, off_seconds = k - self._k, seconds - self._seconds
+        self._k += share * off_k
+        self._seconds += share * off_seconds
+        self._kk += share * ((1.0 - share) * off_k * off_k - self._kk)
+        self._ks += share * ((1.0 - share) * off_k * off_seconds - self._ks)
+
+    def at(self, k: int) -> float:
+        """Seconds of k drafts; before two ks were seen, as if the beginning were one draft more."""
+        step = self._seconds / (self._k + 1.0)
+        # Little is known of a line from two ks that are neighbours: what is assumed counts as much as a deviation of 1.
+        slope = (self._ks + 0.25 * step) / (self._kk + 0.25)
+        slope = min(max(slope, 0.0), 2.0 * step)
+        return max(0.0, self._seconds + (k - self._k) * slope)
+
+
+class RoundCosts:
+    """The model, by drafter: a drafter is known by any name that the caller gives it."""
+
+    def __init__(self) -> None:
+        self.pace = 0.0
+        self._draft: dict[Hashable, dict[int, Line]] = {}
+        self._verify = Curve()
+        self._rest = Curve()
+        self._has_parts = True
+
+    def note(
+        self,
+        size: int,
+        k: int,
+        num_rows: int,
+        seconds: float,
+        *,
+        drafter: Hashable = None,
+        draft: float | None = None,
+        verify: float | None = None,
+        is_typical: bool = True,
+    ) -> None:
+        """A round took this long.
+
+        k:             the most drafts that the drafter made of a sequence
+        draft, verify: its parts, where they are known
+        is_typical:    False: its drafter did what it does not do in every round
+        """
+        if not self.pace:
+            self.pace = seconds
+        if is_typical and self._knows(size, k, num_rows, drafter):
+            ratio = seconds / (self.pace * self._predict(size, k, num_rows, drafter))
+            self.pace *= 1.0 + (min(max(ratio, 1.0 / _PACE_MOST), _PACE_MOST) - 1.0) * _PACE_RATE
+        pace, self._has_parts = self.pace, verify is not None
+        drafting = self._line(size, drafter) if k and is_typical else None
+        if verify is not None:
+            self._verify.note(num_rows, verify / pace)
+            self._rest.note(size, max(0.0, seconds - verify - (draft or 0.0)) / pace)
+            if drafting is not None and draft is not None:
+                drafting.note(k, draft / pace)
+        elif not k:
+            self._verify.note(size, seconds / pace)
+        elif drafting is not None:
+            drafting.note(k, max(0.0, seconds / pace - self._verify.at(size)))
+
+    def _knows(self, size: int, k: int, num_rows: int, drafter: Hashable) -> bool:
+        """Whether such a round has been measured, part by part."""
+        if self._verify.count(num_rows if self._has_parts else size) < NUM_FIRST:
+            return False
+        line = self._draft.get(drafter, {}).get(_place(size))
+        return not k or (line is not None and line.num_notes >= NUM_FIRST)
+
+    @property
+    def knows_plain(self) -> bool:
+        """Whether enough was measured to begin: the first rounds are without drafts."""
+        return self._verify.num_notes >= NUM_FIRST
+
+    def knows_draft(self, drafter: Hashable = None) -> bool:
+        """Whether a round of this drafter was measured."""
+        return drafter in self._draft
+
+    def draft(self, size: int, drafter: Hashable = None) -> Callable[[int], float]:
+        """Seconds of k drafts of each of `size` sequences, at the pace 1; where that was not measured, in proportion to
+        what was nearest."""
+        lines = self._draft.get(drafter)
+        if not lines:
+            plain = self._verify.at(size)
+            return lambda k: _ASSUMED_DRAFT * plain * k
+        place = _place(size)
+        line = lines.get(place)
+        if line is not None:
+            return line.at
+        nearest = min(lines, key=lambda other: (abs(math.log(other / place)), other))
+        near, scale = lines[nearest], (1.0 + _ASSUMED_ROW * place) / (1.0 + _ASSUMED_ROW * nearest)
+        return lambda k: scale * near.at(k)
+
+    def verify(self, num_rows: int, size: int) -> float:
+        """Seconds of the target's forward over so many rows of `size` sequences, at the pace 1."""
+        return self._verify.at(num_rows if self._has_parts else size)
+
+    def rest(self, size: int) -> float:
+        """Seconds of everything else, at the pace 1."""
+        return self._rest.at(size)
+
+    def _predict(self, size: int, k: int, num_rows: int, drafter: Hashable) -> float:
+        seconds = self.verify(num_rows, size) + self.rest(size)
+        return seconds + self.draft(size, drafter)(k) if k else seconds
+
+    def _line(self, size: int, drafter: Hashable) -> Line:
+        lines = self._draft.setdefault(drafter, {})
+        place = _place(size)
+        line = lines.get(place)
+        if line is None:
+            line = lines[place] = Line()
+        return line
+
+    def row(self) -> float:
+        """Seconds that one more row of the target's forward takes, at the pace 1."""
+        return self._verify.slope() if self._has_parts else 0.0
+
+    def plain(self, size: int) -> float | None:
+        """Seconds of a round without drafts, as they would be now; None before anything was measured."""
+        return (self.verify(size, size) + self.rest(size)) * self.pace if self._verify.num_notes else None
+
+
+def _place(size: int) -> int:
+    """Sizes share places, as far apart as an eighth to a quarter of them: 1, 2, … 8, 10, … 16, 20, … 32, 40, …"""
+    step = 1 << max(0, size.bit_length() - 3)
+    return (size + step // 2) // step * step
