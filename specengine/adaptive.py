@@ -35,7 +35,7 @@ from specengine.runtime.sequence import Sequence
 # Of acceptance: what a round's result still weighs a round later, what the guess for a position weighs beside them
 # (the position before it, or, for the first, what other sequences saw), and that guess before anything was seen.
 _MEMORY = 0.95
-_GUESS_WEIGHT = 1.0
+_GUESS_WEIGHT = 2.0
 _FIRST_GUESS = 0.7
 _WEIGHT_MOST = 1e6
 _GUESS_RATE = 0.02

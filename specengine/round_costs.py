@@ -22,11 +22,13 @@ from bisect import bisect_left
 from collections.abc import Callable, Hashable
 
 # Of a curve: measurements of which the lowest counts (the first may have met a cold machine), how fast later ones move
-# it, how far off one may be and still count in full, and for how many notes of the curve one is trusted.
+# it, how far off one may be and still count in full, for how many notes of the curve one is trusted, and for which
+# change of the pace (a machine whose memory is slow has other ratios, too).
 NUM_FIRST = 2
 _RATE = 0.08
 _MOST = 1.25
 _TRUSTED = 512
+_TRUSTED_PACE = 1.5
 # Of the pace: how fast it follows, and how far off a round may be and still count in full.
 _PACE_RATE = 0.25
 _PACE_MOST = 2.0
@@ -39,14 +41,18 @@ _ASSUMED_DRAFT = 0.15
 class _Point:
     """Seconds at one place of a curve."""
 
-    __slots__ = ("count", "noted_at", "value")
+    __slots__ = ("count", "noted_at", "pace", "value")
 
-    def __init__(self, value: float, now: int) -> None:
-        self.value, self.count, self.noted_at = value, 1, now
+    def __init__(self, value: float, now: int, pace: float) -> None:
+        self.value, self.count, self.noted_at, self.pace = value, 1, now, pace
 
-    def note(self, value: float, now: int) -> None:
-        is_old, self.noted_at = now - self.noted_at > _TRUSTED, now
-        if is_old:
+    def is_fresh(self, now: int, pace: float) -> bool:
+        is_like_now = pace < _TRUSTED_PACE * self.pace and self.pace < _TRUSTED_PACE * pace
+        return is_like_now and now - self.noted_at <= _TRUSTED
+
+    def note(self, value: float, now: int, pace: float) -> None:
+        is_fresh, self.noted_at, self.pace = self.is_fresh(now, pace), now, pace
+        if not is_fresh:
             self.value, self.count = value, 1
             return
         self.count += 1
@@ -64,19 +70,21 @@ class Curve:
     """
 
     def __init__(self) -> None:
+        self._pace = 1.0
         self._points: dict[int, _Point] = {}
         self._places: list[int] = []
         self.num_notes = 0
 
-    def note(self, size: int, seconds: float) -> None:
-        """So long it took at this size."""
+    def note(self, size: int, seconds: float, pace: float) -> None:
+        """So long it took at this size, on a machine of this pace."""
         self.num_notes += 1
+        self._pace = pace
         place = _place(size)
         point = self._points.get(place)
         if point is not None:
-            point.note(seconds, self.num_notes)
+            point.note(seconds / pace, self.num_notes, pace)
             return
-        self._points[place] = _Point(seconds, self.num_notes)
+        self._points[place] = _Point(seconds / pace, self.num_notes, pace)
         self._places = sorted(self._points)
 
     def count(self, size: int) -> int:
@@ -85,15 +93,15 @@ class Curve:
         return 0 if point is None else point.count
 
     def at(self, size: int) -> float:
-        """Seconds at this size; 0 if nothing was measured.
+        """Seconds at this size, at the pace 1; 0 if nothing was measured.
 
-        A measurement that is old, or was made but once, counts only if it is lower than its neighbours say: what seems
-        dear would never be tried again.
+        A measurement that is old, or of another pace, or was made but once, counts only if it is lower than its
+        neighbours say: what seems dear would never be tried again.
         """
         point = self._points.get(size)
         if point is not None:
-            is_fresh = self.num_notes - point.noted_at <= _TRUSTED
-            if (is_fresh and point.count >= NUM_FIRST) or len(self._places) == 1:
+            is_sure = point.count >= NUM_FIRST and point.is_fresh(self.num_notes, self._pace)
+            if is_sure or len(self._places) == 1:
                 return point.value
             return min(point.value, self._between(size, [place for place in self._places if place != size]))
         return self._between(size, self._places)
@@ -197,12 +205,12 @@ class RoundCosts:
         pace, self._has_parts = self.pace, verify is not None
         drafting = self._line(size, drafter) if k and is_typical else None
         if verify is not None:
-            self._verify.note(num_rows, verify / pace)
-            self._rest.note(size, max(0.0, seconds - verify - (draft or 0.0)) / pace)
+            self._verify.note(num_rows, verify, pace)
+            self._rest.note(size, max(0.0, seconds - verify - (draft or 0.0)), pace)
             if drafting is not None and draft is not None:
                 drafting.note(k, draft / pace)
         elif not k:
-            self._verify.note(size, seconds / pace)
+            self._verify.note(size, seconds, pace)
         elif drafting is not None:
             drafting.note(k, max(0.0, seconds / pace - self._verify.at(size)))
 

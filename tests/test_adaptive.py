@@ -182,7 +182,7 @@ def test_a_hopeless_draft_is_probed_at_doubling_distances_and_costs_little(cost:
     assert distances == sorted(distances)
     assert distances[-1] > 500
     if cost is CHEAP:  # else they are as far apart as what they take demands
-        assert distances[1:] == pytest.approx([33, 65, 129, 257, 513], abs=2)
+        assert distances[-5:] == pytest.approx([33, 65, 129, 257, 513], abs=2)
     assert {world.ks[index] for place in at for index in (place, place + 1)} == {1}
     assert sum(world.ks) < 80
 
@@ -234,7 +234,7 @@ def test_each_row_of_a_batch_has_its_own_k() -> None:
     assert rows[2].num_speculative_tokens == 1
     assert rows[0].num_speculative_tokens == rows[1].num_speculative_tokens > 3
     assert given.num_speculative_tokens == 3
-    assert world.chooser.costs.row() * world.chooser.costs.pace == pytest.approx(0.04, rel=0.1)
+    assert world.chooser.costs.row() * world.chooser.costs.pace == pytest.approx(0.04, rel=0.25)
 
 
 def test_the_same_measurements_give_the_same_choices() -> None:
