@@ -251,6 +251,14 @@ class SamplingParams:
         flags=("-k",),
         aliases=("num_assistant_tokens",),
     )
+    draft_confidence: float = option(
+        0.0,
+        Number(0.0, 1.0),
+        "a draft model stops before a token of which it is less certain; 0 turns it off",
+        "that is: whose likeliest value has less probability, by the draft and after every filter; exact in every "
+        "mode, since it asks before a token is drawn. A request that has it is drafted for step by step from Python",
+        aliases=("assistant_confidence_threshold",),
+    )
     acceptance: str = option(
         AUTO,
         Choice(("auto", "coupled", "rejection", "block", "typical", "threshold")),

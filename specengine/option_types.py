@@ -62,6 +62,8 @@ class SamplingOptions(TypedDict, total=False):
     """independent samples. Default: 1."""
     num_speculative_tokens: int | str
     """draft tokens a round. Default: 'auto'."""
+    draft_confidence: float
+    """a draft model stops before a token of which it is less certain; 0 turns it off. Default: 0.0."""
     acceptance: str
     """how drafts are judged; auto is coupled if a seed is given, else rejection. Default: 'auto'."""
     acceptance_threshold: float
@@ -76,6 +78,8 @@ class SamplingOptions(TypedDict, total=False):
     """the same as stop."""
     num_assistant_tokens: int | str
     """the same as num_speculative_tokens."""
+    assistant_confidence_threshold: float
+    """the same as draft_confidence."""
     do_sample: bool | None
     """True alone means temperature 1, False greedy decoding."""
 

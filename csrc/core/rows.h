@@ -19,7 +19,8 @@
   COLUMN(float, frequency_penalty)     \
   COLUMN(int32_t, prompt_length)       \
   COLUMN(float, acceptance_threshold)  \
-  COLUMN(float, acceptance_delta)
+  COLUMN(float, acceptance_delta)      \
+  COLUMN(float, draft_confidence)
 
 namespace specengine {
 

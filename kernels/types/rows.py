@@ -36,6 +36,7 @@ class SamplingRows(NamedTuple):
     prompt_length: int32, tokens of the prompt: those from there on are generated
     acceptance_threshold, acceptance_delta: fp32, in [0, 1]: what the lossy rules accept, see
                  `specengine.kernels.reference.threshold_verify` and `typical_verify`
+    draft_confidence: fp32, in [0, 1]: the probability that a draft's likeliest token must have, or nothing is drafted
     """
 
     temperature: Annotated[Tensor, Column(torch.float32, "params.temperature")]
@@ -50,6 +51,7 @@ class SamplingRows(NamedTuple):
     prompt_length: Annotated[Tensor, Column(torch.int32, "prompt_length")]
     acceptance_threshold: Annotated[Tensor, Column(torch.float32, "params.acceptance_threshold")]
     acceptance_delta: Annotated[Tensor, Column(torch.float32, "params.acceptance_delta")]
+    draft_confidence: Annotated[Tensor, Column(torch.float32, "params.draft_confidence")]
 
     @classmethod
     def empty(cls, count: int, device: torch.device | str = "cpu") -> SamplingRows:

@@ -14,6 +14,7 @@ from specengine.drafters.base import DraftProposal, RowResult
 from specengine.kernels.types.program import ForwardBatch
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rules import Rule
+from specengine.kernels.types.statistics import STAT_ERROR, STAT_LOG_NORMALISER, STAT_MAX
 from specengine.ops.interpreter import row_keys
 from specengine.runtime.batch import Feed
 from specengine.runtime.model_runner import ModelRunner, draw_keys
@@ -57,7 +58,7 @@ class DraftModelDrafter:
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
-        if not batch.reads_law:
+        if not (batch.reads_law or batch.mode.has_confidence):
             drafted = self.runner.draft(batch, _first_start(batch.planned, self.num_fed))
             if drafted is not None:
                 tokens, error = drafted
@@ -68,10 +69,14 @@ class DraftModelDrafter:
         return draft.proposal()
 
     def observe(self, batch: RunningBatch, results: Collection[RowResult | None]) -> None:
-        """Notes what the draft's KV holds: of k drafts the last was never fed. Rollback is the block manager's."""
-        for result in results:
-            if result is not None and result.num_draft > 0:
-                self._set_computed(result.slot, result.length + result.num_draft - 1)
+        """Notes what the draft's KV holds: of k drafts the last was never fed, of fewer than were planned, because the
+        next would have been unsure, all were. Rollback is the block manager's."""
+        for sequence, limit, result in zip(batch.sequences, batch.draft_limits, results, strict=True):
+            if result is not None:
+                room = min(sequence.length_limit - 1, self.draft_positions + 1) - result.length
+                planned = min(limit, room)
+                if planned > 0:
+                    self._set_computed(result.slot, result.length + min(result.num_draft, planned - 1))
 
     def hear(self, sequence: Sequence) -> None:
         """Nothing to do: it reads the committed tokens on the device."""
@@ -160,7 +165,7 @@ class _Draft:
         """Draws token `step` of every sequence that still drafts, and stages it."""
         batch, plan, runner = self._batch, self._batch.planned, self._runner
         count = batch.slots.numel()
-        wanted = plan.is_drafting[step]
+        wanted = self._wanted(step)
         if step == 0 and self._num_fed > 1:
             feed = Feed(plan.draft_start[0], plan.draft_q_len[0], wanted, self._num_fed * count, count)
         else:
@@ -169,11 +174,16 @@ class _Draft:
         rows = runner.build(batch, feed)
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return
-        if not batch.reads_law:
+        if not (batch.reads_law or batch.mode.has_confidence):
             self._stage(step, *runner.draw(rows, batch))
             return
         _, logits, stats = runner.judge(rows, batch)
         tokens, log_probs = self._sample(step, rows, logits, stats)
+        if batch.mode.has_confidence:
+            self._end_unsure(rows, stats)
+        if not batch.reads_law:
+            self._stage(step, tokens, stats[:, STAT_ERROR].int())
+            return
         if self._law is None:
             self._law = _Law.empty(self._tokens.shape, logits)
         self._stage(step, tokens, None, (log_probs, logits, stats))
@@ -193,10 +203,26 @@ class _Draft:
         drawn_from: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
     ) -> None:
         batch, plan, law = self._batch, self._batch.planned, self._law
-        where = (batch.tokens, batch.slots, plan.seq_len, plan.is_drafting[step])
+        where = (batch.tokens, batch.slots, plan.seq_len, self._wanted(step))
         kept = (None, None, None) if law is None else (law.log_probs, law.logits, law.stats)
         drafts = (self._tokens, self._num_draft)
         self._runner.backend.stage_draft(step, *where, drawn, error, *drafts, *drawn_from, *kept)
+
+    def _wanted(self, step: int) -> Tensor:
+        """`[B]` int32, who drafts in this step: all that the plan says, but for those that have been ended."""
+        wanted = self._batch.planned.is_drafting[step]
+        if not (step and self._batch.mode.has_confidence):
+            return wanted
+        return wanted * (self._num_draft > step)
+
+    def _end_unsure(self, rows: ForwardBatch, stats: Tensor) -> None:
+        """Marks the rows whose likeliest token is too unlikely, as if they were no distribution: drafts end before
+        them. What was drawn there plays no part, so this is exact in rejection mode, too."""
+        by_row, _ = row_keys(self._runner.backend, draw_keys(self._batch), rows)
+        likeliest = (stats[:, STAT_MAX] - stats[:, STAT_LOG_NORMALISER]).exp()
+        stats[:, STAT_ERROR] = torch.maximum(
+            stats[:, STAT_ERROR], (likeliest < by_row.draft_confidence).float()
+        )
 
     def _sample(self, step: int, rows: ForwardBatch, logits: Tensor, stats: Tensor) -> tuple[Tensor, Tensor]:
         """Each row draws with the noise that its rule asks for: the target's own, or the draft's."""

@@ -31,6 +31,7 @@ class RoundMode(NamedTuple):
     wants_logprobs: whether any row's log-probabilities are wanted
     has_transforms: whether any row asks for something to be done to its logits
     has_processors: whether any row's logits go through code of its request's own: such a round runs from Python
+    has_confidence: whether any row's drafts end where its draft model is not certain enough
     """
 
     rules: tuple[Rule, ...] = (Rule.MATCH,)
@@ -38,6 +39,7 @@ class RoundMode(NamedTuple):
     wants_logprobs: bool = False
     has_transforms: bool = False
     has_processors: bool = False
+    has_confidence: bool = False
 
 
 class RunningBatch(NamedTuple):
@@ -261,7 +263,7 @@ class BatchState:
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:
     """The mode that a round of these sequences has."""
     rules: list[Rule] = []
-    has_filters = wants_logprobs = has_transforms = has_processors = False
+    has_filters = wants_logprobs = has_transforms = has_processors = has_confidence = False
     for sequence in sequences:
         params = sequence.params
         if sequence.rule not in rules:
@@ -270,5 +272,6 @@ def round_mode(sequences: Collection[Sequence]) -> RoundMode:
         wants_logprobs = wants_logprobs or params.logprobs is not None
         has_transforms = has_transforms or sequence.has_transforms
         has_processors = has_processors or params.logits_processor != ()
-    asked = (has_filters, wants_logprobs, has_transforms, has_processors)
+        has_confidence = has_confidence or params.draft_confidence > 0.0
+    asked = (has_filters, wants_logprobs, has_transforms, has_processors, has_confidence)
     return RoundMode(tuple(sorted(rules)) or (Rule.MATCH,), *asked)
