@@ -65,6 +65,27 @@ def test_the_longest_match_counts_then_the_most_recent(shortest: int, longest: i
     assert num_missed
 
 
+def test_what_is_drafted_is_looked_for_too_and_nothing_is_kept_of_it() -> None:
+    for drafter in (
+        NgramDrafter(2, 4),
+        SuffixDrafter(text_size=50),
+        SuffixDrafter(text_size=50, history_size=50),
+    ):
+        tell(drafter, [1, 2, 3, 4, 5, 6, 7, 1, 2])
+        for _ in range(2):
+            assert drafter.follow(0, (), 2) == [3, 4]
+            assert drafter.follow(0, [3, 4], 2) == [5, 6]
+            assert drafter.follow(0, [4, 5, 6], 1) == [7]
+            assert drafter.follow(0, [8], 2) == []
+            assert drafter.follow(0, [3], 0) == []
+    history = SuffixDrafter(text_size=50, history_size=50)
+    history.hear(0, [1, 9, 8, 7, 6], 4)
+    history.release(0)
+    tell(history, [2, 2, 9])
+    assert history.follow(0, [8], 5) == [7, 6]
+    assert history.follow(0, [8, *range(40, 80), 9, 8], 2) == [7, 6]
+
+
 @pytest.mark.parametrize("drafter", [NgramDrafter(2, 4), SuffixDrafter(text_size=50)])
 def test_texts_are_kept_apart_and_forgotten_when_they_end(drafter: Any) -> None:
     tell(drafter, [1, 2, 3, 1, 2], [1, 2, 4, 1, 2])

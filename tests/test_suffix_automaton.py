@@ -46,6 +46,9 @@ class Model:
             next(c for s in starts if (c := context[s:]) == [] or self._find(c, self.text)), limit
         )
 
+    def draft_behind(self, limit: int, drafted: Sequence[int]) -> tuple[int, list[int]]:
+        return self.draft_after([*self.text, *drafted], limit)
+
     def _earlier_suffix(self, suffix: list[int]) -> list[int]:
         """The longest suffix of it that ends at more places than it does."""
         num_places = len(self._find(suffix, self.text))
@@ -99,6 +102,10 @@ def check_one_text(seed: int, max_tokens: int, find: Find = places_of) -> int:
         drafted = automaton.draft(limit)
         assert drafted == model.draft(limit), f"seed {seed}, after {text[:at]}"
         context = write_text(chance, chance.randint(0, 12))
+        behind = context[: chance.randint(1, 4)]
+        if behind:
+            found = automaton.draft(limit, behind)
+            assert found == model.draft_behind(limit, behind), f"seed {seed}, {behind} behind {text[:at]}"
         found = automaton.draft_after(context, limit)
         assert found == model.draft_after(context, limit), f"seed {seed}, {context} after {text[:at]}"
         num_drafted += len(drafted[1])

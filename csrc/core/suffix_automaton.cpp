@@ -40,26 +40,16 @@ void SuffixAutomaton::append(std::span<const int32_t> tokens) {
   }
 }
 
-SuffixAutomaton::Draft SuffixAutomaton::draft(int64_t limit) const {
+SuffixAutomaton::Draft SuffixAutomaton::draft(int64_t limit,
+                                              std::span<const int32_t> drafted) const {
+  if (!drafted.empty()) return follow(read({last_, num_tokens()}, drafted), limit);
   const int32_t match = states_[last_].link;
-  return match == kNone ? Draft{0, {}} : follow(match, states_[match].length, limit);
+  return match == kNone ? Draft{0, {}} : follow({match, states_[match].length}, limit);
 }
 
 SuffixAutomaton::Draft SuffixAutomaton::draft_after(std::span<const int32_t> context,
                                                     int64_t limit) const {
-  int32_t state = kRoot;
-  int64_t length = 0;
-  for (const int32_t token : context) {
-    int32_t edge = find(state, token);
-    for (; edge == kNone && state != kRoot; edge = find(state, token)) {
-      state = states_[state].link;
-      length = states_[state].length;
-    }
-    if (edge == kNone) continue;
-    state = edges_[edge].target;
-    ++length;
-  }
-  return follow(state, length, limit);
+  return follow(read({kRoot, 0}, context), limit);
 }
 
 int64_t SuffixAutomaton::num_bytes() const {
@@ -180,10 +170,26 @@ size_t SuffixAutomaton::bucket(int32_t source, int32_t token) const {
   return (key * 0x9E3779B97F4A7C15u >> 32) & (buckets_.size() - 1);
 }
 
-SuffixAutomaton::Draft SuffixAutomaton::follow(int32_t state, int64_t match_length,
-                                               int64_t limit) const {
-  Draft draft{match_length, {}};
-  limit = std::min(limit, match_length);
+// The longest suffix of the match and the tokens after it that occurs in the text.
+SuffixAutomaton::Match SuffixAutomaton::read(Match match, std::span<const int32_t> tokens) const {
+  auto [state, length] = match;
+  for (const int32_t token : tokens) {
+    int32_t edge = find(state, token);
+    for (; edge == kNone && state != kRoot; edge = find(state, token)) {
+      state = states_[state].link;
+      length = states_[state].length;
+    }
+    if (edge == kNone) continue;
+    state = edges_[edge].target;
+    ++length;
+  }
+  return {state, length};
+}
+
+SuffixAutomaton::Draft SuffixAutomaton::follow(Match match, int64_t limit) const {
+  Draft draft{match.length, {}};
+  limit = std::min(limit, match.length);
+  int32_t state = match.state;
   double share = 1.0;
   while (static_cast<int64_t>(draft.tokens.size()) < limit) {
     // At the text's end nothing has followed yet, but it did where a suffix of it occurred before.

@@ -34,11 +34,12 @@ class SuffixAutomaton {
 
   void append(std::span<const int32_t> tokens);
 
-  // What follows the longest suffix of the text that occurred before; or, below, the longest suffix
-  // of `context` that occurs in the text. Each token is the one seen most often; as many as the
-  // match is long, but at most `limit`, and none that fewer than a tenth of the occurrences led to.
-  // A negative token, which separates texts, is never drafted.
-  Draft draft(int64_t limit) const;
+  // What follows the longest suffix of the text that occurred before, or, where `drafted` follows
+  // the text, of both that occurs in the text; or, below, the longest suffix of `context` that
+  // does. Each token is the one seen most often; as many as the match is long, but at most `limit`,
+  // and none that fewer than a tenth of the occurrences led to. A negative token, which separates
+  // texts, is never drafted.
+  Draft draft(int64_t limit, std::span<const int32_t> drafted = {}) const;
   Draft draft_after(std::span<const int32_t> context, int64_t limit) const;
 
   int64_t num_seen() const { return num_seen_; }  // tokens appended, the forgotten ones included
@@ -68,7 +69,12 @@ class SuffixAutomaton {
   void count_occurrence(int32_t before, int32_t token);
   int32_t find(int32_t source, int32_t token) const;
   size_t bucket(int32_t source, int32_t token) const;
-  Draft follow(int32_t state, int64_t match_length, int64_t limit) const;
+  struct Match {
+    int32_t state;
+    int64_t length;
+  };
+  Match read(Match match, std::span<const int32_t> tokens) const;
+  Draft follow(Match match, int64_t limit) const;
 
   int64_t max_tokens_, num_seen_ = 0;
   std::vector<int32_t> text_;

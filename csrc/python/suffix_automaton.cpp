@@ -31,8 +31,12 @@ void bind_suffix_automaton(py::module_& m) {
           py::arg("tokens"), "Lengthen the text.")
       .def(
           "draft",
-          [](const SuffixAutomaton& self, int64_t limit) { return as_tuple(self.draft(limit)); },
-          py::arg("limit"), "Length of the match with the text's end, and what followed it.")
+          [](const SuffixAutomaton& self, int64_t limit, const Tokens& drafted) {
+            return as_tuple(self.draft(limit, drafted));
+          },
+          py::arg("limit"), py::arg("drafted") = Tokens{},
+          "Length of the match with the end of the text, and of what is drafted behind it, and "
+          "what followed.")
       .def(
           "draft_after",
           [](const SuffixAutomaton& self, const Tokens& context, int64_t limit) {

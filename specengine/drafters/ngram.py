@@ -42,8 +42,12 @@ class NgramDrafter:
 
     def propose(self, batch: RunningBatch) -> DraftProposal:
         rows = zip(batch.sequence_ids, batch.draft_limits, strict=True)
-        drafts = [self._texts[sequence_id].draft(limit) for sequence_id, limit in rows]
+        drafts = [self.follow(sequence_id, (), limit) for sequence_id, limit in rows]
         return DraftProposal.from_lists(drafts, device=batch.slots.device)
+
+    def follow(self, sequence_id: int, drafted: Sequence[int], limit: int) -> list[int]:
+        """What is drafted is looked for, and nothing is looked for in it."""
+        return self._texts[sequence_id].draft(drafted, limit)
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         """Nothing to do: it hears of every token."""
@@ -68,13 +72,14 @@ class _Text:
                     self._followed_at[tuple(self.tokens[-length:])] = len(self.tokens)
             self.tokens.append(token)
 
-    def draft(self, limit: int) -> list[int]:
-        """At most `limit` tokens. A match that overlaps the text's end is a repetition, and goes on as one."""
+    def draft(self, drafted: Sequence[int], limit: int) -> list[int]:
+        """At most `limit` tokens. A match that overlaps the end is a repetition, and goes on as one."""
+        text = [*self.tokens, *drafted] if drafted else self.tokens
         for length in self._lengths:
-            start = self._followed_at.get(tuple(self.tokens[-length:]))
+            start = self._followed_at.get(tuple(text[-length:]))
             if start is not None:
-                period = len(self.tokens) - start
-                return [self.tokens[start + offset % period] for offset in range(limit)]
+                period = len(text) - start
+                return [text[start + offset % period] for offset in range(limit)]
         return []
 
 

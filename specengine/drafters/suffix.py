@@ -64,8 +64,17 @@ class SuffixDrafter:
 
     def propose(self, batch: RunningBatch) -> DraftProposal:
         rows = zip(batch.sequence_ids, batch.draft_limits, strict=True)
-        drafts = [self._draft(sequence_id, limit) for sequence_id, limit in rows]
+        drafts = [self.follow(sequence_id, (), limit) for sequence_id, limit in rows]
         return DraftProposal.from_lists(drafts, device=batch.slots.device)
+
+    def follow(self, sequence_id: int, drafted: Sequence[int], limit: int) -> list[int]:
+        """Of equally long matches the text's own counts."""
+        match_length, tokens = self._texts[sequence_id].draft(limit, drafted)
+        if self._history is not None:
+            history_length, history_tokens = self._history.draft(sequence_id, drafted, limit)
+            if history_length > match_length:
+                return history_tokens
+        return tokens
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         """Nothing to do: it hears of every token."""
@@ -74,15 +83,6 @@ class SuffixDrafter:
         self._texts.pop(sequence_id, None)
         if self._history is not None:
             self._history.release(sequence_id)
-
-    def _draft(self, sequence_id: int, limit: int) -> list[int]:
-        """Of equally long matches the text's own counts."""
-        match_length, tokens = self._texts[sequence_id].draft(limit)
-        if self._history is not None:
-            history_length, history_tokens = self._history.draft(sequence_id, limit)
-            if history_length > match_length:
-                return history_tokens
-        return tokens
 
 
 class _History:
@@ -99,10 +99,10 @@ class _History:
         start, kept = self._running.setdefault(sequence_id, (start, []))
         kept += tokens[start + len(kept) :]
 
-    def draft(self, sequence_id: int, limit: int) -> tuple[int, list[int]]:
-        """Length of the match with the sequence's end, and what followed it."""
+    def draft(self, sequence_id: int, drafted: Sequence[int], limit: int) -> tuple[int, list[int]]:
+        """Length of the match with the end of the sequence and of `drafted`, and what followed it."""
         _, kept = self._running[sequence_id]
-        return self._automaton.draft_after(kept[-_NUM_CONTEXT:], limit)
+        return self._automaton.draft_after([*kept[-_NUM_CONTEXT:], *drafted][-_NUM_CONTEXT:], limit)
 
     def release(self, sequence_id: int) -> None:
         _, kept = self._running.pop(sequence_id, (0, []))
