@@ -55,10 +55,10 @@ def generate(
               transformers' `TextStreamer` (one prompt, n=1); end() comes also when the call fails
     progress: show progress bars; None = on a terminal only
     options:  model and draft_model: directories, names on the Hugging Face Hub or `transformers` models, the draft also
-              a drafter's name ("self:6") or a `Drafter`; without either the bundled pair, without a draft plain
-              decoding. The others are the fields of `SamplingParams` (how to continue) and `EngineConfig` (how to
-              compute), described there. max_tokens, assistant_model, num_assistant_tokens, stop_strings and do_sample
-              are understood too
+              a drafter's name ("self:6"), a `Drafter` or a list of these; without either the bundled pair, without a
+              draft plain decoding. The others are the fields of `SamplingParams` (how to continue) and `EngineConfig`
+              (how to compute), described there. max_tokens, assistant_model, num_assistant_tokens, stop_strings and
+              do_sample are understood too
 
     One prompt gives one `GenerationResult`, a list gives a list in its order. Everything is checked before a
     model is loaded: `TypeError` for an unknown name or a wrong type, `ValueError` for a value out of range or
@@ -117,7 +117,8 @@ def lease_engine(call: Call) -> Iterator[Engine]:
         return Engine(*models, config=call.config, progress=call.progress)
 
     key = (model_key(call.model), model_key(call.draft_model), model_key(call.config.tokenizer), call.config)
-    in_memory = [model for model in models if is_in_memory(model)]
+    drafts = call.draft_model if isinstance(call.draft_model, tuple) else (call.draft_model,)
+    in_memory = [model for model in (call.model, *drafts) if is_in_memory(model)]
     with _engines.lease(key, build, in_memory=in_memory) as engine:
         yield engine
 

@@ -56,7 +56,8 @@ def _resolve_models(model: object, draft_model: object, num_speculative_tokens: 
     if model is None:
         if draft_model is None:
             return bundled.target_path(), bundled.draft_path()
-        if _names_a_checkpoint(draft_model):
+        drafts = draft_model if isinstance(draft_model, tuple) else (draft_model,)
+        if any(_names_a_checkpoint(draft) for draft in drafts):
             raise ValueError(
                 f"draft_model={_describe(draft_model)} needs a model: without one the target is the bundled "
                 "one, and the draft that fits it is its own"
@@ -78,4 +79,6 @@ def _names_a_checkpoint(draft_model: object) -> bool:
 
 
 def _describe(model: object) -> str:
+    if isinstance(model, tuple):
+        return f"[{', '.join(map(_describe, model))}]"
     return repr(str(model)) if isinstance(model, str | os.PathLike) else type(model).__name__

@@ -131,7 +131,8 @@ class ModelOptions:
         None,
         Drafting(),
         "what drafts for it: a directory, a Hub name or self:<layers>; without one decoding is plain",
-        "self:6 drafts with the target's own first six layers; also a `transformers` model, or a `Drafter`",
+        "self:6 drafts with the target's own first six layers; also a `transformers` model, a `Drafter`, or a list of "
+        "all of these",
         aliases=("assistant_model",),
     )
 

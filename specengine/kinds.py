@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,6 +20,7 @@ MAX_TOKEN_ID = 2**31 - 1
 MAX_NUM_STOP_STRINGS = 16
 MAX_STOP_STRING_LENGTH = 256
 MAX_LOGIT_BIAS = 1e4
+MAX_NUM_DRAFTERS = 16
 MAX_NUM_BAD_WORDS = 1024
 MAX_BAD_WORD_LENGTH = 256
 _DEVICE = re.compile(r"auto|(cpu|cuda)(:\d+)?")
@@ -295,6 +297,13 @@ class Model(Kind):
         return value
 
 
+def _is_same(one: object, other: object) -> bool:
+    """Whether these name the same, or are the same object."""
+    if isinstance(one, str | os.PathLike) and isinstance(other, str | os.PathLike):
+        return os.fspath(one) == os.fspath(other)
+    return one is other
+
+
 @dataclass(frozen=True)
 class Drafting(Model):
     """What drafts: one thing or a list of them."""
@@ -302,9 +311,20 @@ class Drafting(Model):
     is_repeated: ClassVar[bool] = True
 
     def check(self, name: str, value: Any) -> Any:
-        for each in value if isinstance(value, list | tuple) else (value,):
+        if not isinstance(value, list | tuple):
+            return super().check(name, value)
+        if not 0 < len(value) <= MAX_NUM_DRAFTERS:
+            raise ValueError(f"{name} must list 1 to {MAX_NUM_DRAFTERS} drafters, got {len(value)}")
+        for each in value:
+            if each is None or isinstance(each, list | tuple):
+                raise TypeError(
+                    f"{name} must list models, names and Drafter objects, got {each!r} among them"
+                )
             super().check(name, each)
-        return value
+        for place, each in enumerate(value):
+            if any(_is_same(each, other) for other in value[:place]):
+                raise ValueError(f"{name} must list a drafter once, got {each!r} twice")
+        return tuple(value)
 
     def gather(self, values: list[Any]) -> Any:
         return values[0] if len(values) == 1 else values

@@ -20,10 +20,10 @@ from law_helpers import (
     EngineFactory,
     GreedyOracle,
     Tally,
+    choose_ways,
 )
 
 from specengine import _C, metrics
-from specengine.drafters.base import Drafter
 from specengine.engine import Engine, assembly
 from specengine.ops.backend import Backend
 
@@ -149,11 +149,12 @@ def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> d
 def build_engine(rounds: dict[str, Any]) -> Iterator[EngineFactory]:
     """build_engine(model, drafter_or_draft_path=None, **config): an engine of the laws' backend, closed at the end.
 
-    Small by default: fp32, blocks of 4 tokens, 8 sequences, one thread.
+    Small by default: fp32, blocks of 4 tokens, 8 sequences, one thread. With a list of drafters every row of every
+    round gets one of their ways at random (`choose_ways`).
     """
     engines: list[Engine] = []
 
-    def build(model: Any, drafter: Drafter | Path | None = None, **config: Any) -> Engine:
+    def build(model: Any, drafter: Any = None, **config: Any) -> Engine:
         defaults: dict[str, Any] = {
             "backend": BACKEND,
             "device": str(kernel_cases.DEVICE) if BACKEND == "triton" else "cpu",
@@ -165,6 +166,8 @@ def build_engine(rounds: dict[str, Any]) -> Iterator[EngineFactory]:
         }
         engine = Engine(model, drafter, **{**defaults, **config})
         engines.append(engine)
+        if isinstance(drafter, list):
+            choose_ways(engine)
         return engine
 
     yield build

@@ -38,6 +38,35 @@ BuildTwins = Callable[..., tuple[Engine, Engine]]
 
 # Every name of the registry; one that wants an argument has one.
 NAMED_DRAFTERS = [{"self": "self:1"}.get(name, name) for name in registry.DRAFTERS]
+# Lists, as `drafters_of` reads them.
+LISTS_OF_DRAFTERS = ["ngram+suffix", "draft+self:1", "self:1+draft+other+suffix+ngram"]
+
+
+def drafters_of(name: str, checkpoint: CheckpointFactory, **build: Any) -> Any:
+    """A drafter's name, or a list of what is joined by "+": "draft" and "other" are models that agree with
+    checkpoint(**build) now and then."""
+    noise = {"draft": 0.1, "other": 0.3}
+    parts = [checkpoint(**build, noise=noise[part]) if part in noise else part for part in name.split("+")]
+    return parts if "+" in name else parts[0]
+
+
+def choose_ways(engine: Engine, choose: Callable[[Any, int, int], tuple[int, int]] | None = None) -> None:
+    """Before each round of a list of drafters, every sequence gets a way and a number of a model's own drafts: those
+    that choose(sequence, the round's number, how many ways there are) says, else at random, the same for a prompt's
+    round whatever runs beside it. The last call counts."""
+    stepper, num_ways = engine._stepper, len(engine._drafter.ways)  # type: ignore[attr-defined]
+
+    def at_random(sequence: Any, number: int, num_ways: int) -> tuple[int, int]:
+        chance = random.Random(f"{sequence.request.prompt_ids}, {sequence.sample_index}, {number}")
+        return chance.randrange(num_ways), chance.randint(0, 4)
+
+    def step_with_ways() -> None:
+        for sequence in stepper.scheduler.running:
+            number = sequence.settled.num_rounds + sequence.num_rounds_ahead
+            sequence.way, sequence.num_own_drafts = (choose or at_random)(sequence, number, num_ways)
+        type(stepper).step(stepper)
+
+    stepper.step = step_with_ways  # type: ignore[method-assign]
 
 
 def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:

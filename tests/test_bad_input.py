@@ -13,10 +13,11 @@ import torch
 from law_helpers import assert_idle, assert_same, make_prompt, spec
 from scripted_drafters import RandomDrafter
 
+import specengine
 from conftest import CheckpointFactory, EngineFactory
 from specengine import DraftProposal, Engine, EngineConfig, SamplingParams, SpecEngineError
 from specengine.engine import assembly
-from specengine.errors import InsufficientMemoryError, VocabularyMismatchError
+from specengine.errors import InsufficientMemoryError, ModelLoadError, VocabularyMismatchError
 from specengine.runtime import kv_cache
 
 VOCAB = 64
@@ -234,10 +235,39 @@ def test_engine_arguments_that_contradict_or_do_not_exist_are_named(checkpoint: 
         lambda: Engine(path, config=EngineConfig(), block_size=8), "config", "block_size", error=TypeError
     )
     check_refused(lambda: Engine(path, num_blocks=9, kv_cache_bytes=99), "num_blocks=9", "kv_cache_bytes=99")
-    for draft in ("ngram:0", "suffix:2", "self:x", "self:9", ["ngram", "suffix"]):
-        check_refused(lambda draft=draft: Engine(path, draft), "draft_model", repr(draft))
+    for draft in ("ngram:0", "suffix:2", "self:x", "self:9"):
+        for given in (draft, [draft], ("suffix", draft)):
+            check_refused(lambda given=given: Engine(path, given), "draft_model", repr(draft))
     if not torch.cuda.is_available():
         check_refused(lambda: Engine(path, device="cuda"), "device", "cuda")
+
+
+@pytest.mark.usefixtures("nothing_loads")
+@pytest.mark.parametrize(
+    ("drafters", "what"),
+    [
+        ([], "got 0"),
+        (["ngram"] * 17, "1 to 16 drafters"),
+        (["ngram", "suffix", "ngram"], "'ngram' twice"),
+        (["self:1", ["suffix"]], "['suffix']"),
+        (["self:1", None], "None"),
+        (["self:1", ""], "''"),
+        (["self:1", 7], "7"),
+        (["suffix", Path("/nowhere")], "/nowhere"),
+        ({"ngram": "suffix"}, "{'ngram': 'suffix'}"),
+    ],
+    ids=str,
+)
+def test_a_list_of_drafters_that_cannot_be_is_named(
+    checkpoint: CheckpointFactory, drafters: Any, what: str
+) -> None:
+    path = checkpoint(seed=1)
+    error = (ValueError, TypeError, ModelLoadError)
+    name = "" if "nowhere" in what else "draft_model"
+    check_refused(lambda: Engine(path, drafters), name, what, error=error)
+    check_refused(
+        lambda: specengine.generate("a", model=str(path), draft_model=drafters), name, what, error=error
+    )
 
 
 @pytest.mark.usefixtures("nothing_loads")

@@ -1,6 +1,7 @@
-"""What holds for every drafter that has a name, in small: laws A, C, D, G, J, L, N, O and P.
+"""What holds for every drafter that has a name, and for lists of drafters, in small: laws A, C, D, G, J, L, N, O and P.
 
-A new one is tested as soon as it stands in the registry.
+A new one is tested as soon as it stands in the registry. Of a list, every row of every round is drafted for in a way
+that is drawn at random (`law_helpers.choose_ways`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from law_helpers import (
+    LISTS_OF_DRAFTERS,
     NAMED_DRAFTERS,
     BuildTwins,
     CheckpointFactory,
@@ -17,6 +19,7 @@ from law_helpers import (
     Tally,
     assert_idle,
     assert_same,
+    drafters_of,
     make_prompt,
     plain,
     spec,
@@ -29,10 +32,12 @@ from specengine.outputs import GenerationResult
 
 HOLDS_FOR_REPLAYED_ROUNDS = True
 VOCAB, BLOCK, K = 12, 4, 5  # few ids: what was drawn at random is found again
+TINY: dict[str, Any] = {"seed": 1, "vocab_size": VOCAB}
+SPELLED: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
 GREEDY: dict[str, Any] = {"ignore_eos": True, "logprobs": 1, "max_new_tokens": 30}
 COUPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 3}
 REJECTION: dict[str, Any] = {**COUPLED, "acceptance": "rejection"}
-each_drafter = pytest.mark.parametrize("name", NAMED_DRAFTERS)
+each_drafter = pytest.mark.parametrize("name", [*NAMED_DRAFTERS, *LISTS_OF_DRAFTERS])
 
 
 def make_copy_prompt(length: int, seed: int = 0) -> list[int]:
@@ -56,7 +61,7 @@ def statistics(result: GenerationResult) -> Any:
 def test_a_around_the_edges_of_blocks_drafts_change_nothing(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=1, vocab_size=VOCAB), name, block_size=BLOCK)
+    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), block_size=BLOCK)
     num_free = engine.num_free_blocks
     for length in (1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1):
         prompt = make_copy_prompt(length)
@@ -71,7 +76,7 @@ def test_a_around_the_edges_of_blocks_drafts_change_nothing(
 def test_c_wherever_a_text_ends_it_ends_as_without_drafts(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=9, with_tokenizer=True), name)
+    engine = build_engine(checkpoint(**SPELLED), drafters_of(name, checkpoint, **SPELLED))
     prompt = "a = [1, 2, 3]\nb = [1, 2, 3]\n"
     whole = plain(engine, prompt, **GREEDY)
     for index in range(0, len(whole.token_ids), 4):
@@ -85,7 +90,7 @@ def test_c_wherever_a_text_ends_it_ends_as_without_drafts(
 def test_d_budgets_and_contexts_are_kept(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=1, vocab_size=VOCAB), name, max_seq_len=40)
+    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), max_seq_len=40)
     for length in (1, 40 - K - 1, 40 - K, 38, 39):
         for budget in (1, 2, K + 1, K + 2, 60):
             result = spec(engine, make_copy_prompt(length), K, ignore_eos=True, max_new_tokens=budget)
@@ -97,7 +102,7 @@ def test_d_budgets_and_contexts_are_kept(
 def test_g_j_a_seeds_text_depends_on_nothing_else_and_every_row_is_as_alone(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=1, vocab_size=VOCAB), name)
+    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
     expected = [plain(engine, prompt, **COUPLED) for prompt in PROMPTS]
     for k in (1, K):
         for result, truth in zip(spec(engine, PROMPTS, k, **COUPLED), expected, strict=True):
@@ -116,7 +121,7 @@ def test_g_j_a_seeds_text_depends_on_nothing_else_and_every_row_is_as_alone(
 def test_l_replayed_rounds_are_those_that_python_runs(
     name: str, checkpoint: CheckpointFactory, build_twins: BuildTwins, tally: Tally
 ) -> None:
-    direct, replayed = build_twins(checkpoint(seed=1, vocab_size=VOCAB), name)
+    direct, replayed = build_twins(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
     chance = random.Random(5)
     for count in (1, 4, 2):
         prompts = [make_copy_prompt(3 + 4 * row, row) for row in range(count)]
@@ -149,7 +154,7 @@ def test_n_preemption_and_shared_prefixes_change_nothing(
     shared = make_copy_prompt(2 * BLOCK)
     prompts = [shared + prompt[:4] for prompt in PROMPTS]
     roomy, tight = (
-        build_engine(checkpoint(seed=1, vocab_size=VOCAB), name, block_size=BLOCK, **config)
+        build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), block_size=BLOCK, **config)
         for config in ({"enable_prefix_cache": False}, {"num_blocks": 17, "prefill_chunk_size": 3})
     )
     num_free = tight.num_free_blocks
@@ -169,7 +174,7 @@ def test_n_preemption_and_shared_prefixes_change_nothing(
 def test_o_a_consumer_may_leave_after_any_event(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=1, vocab_size=VOCAB), name)
+    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
     num_free = engine.num_free_blocks
     expected = spec(engine, PROMPTS[0], K, **GREEDY)
     for num_events in range(1, 8):
@@ -188,7 +193,7 @@ def test_o_a_consumer_may_leave_after_any_event(
 def test_p_what_is_counted_is_what_was_said(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(seed=1, vocab_size=VOCAB), name)
+    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
     for prompt in PROMPTS:
         result = spec(engine, prompt, K, **GREEDY)
         found = statistics(result)
@@ -199,7 +204,7 @@ def test_p_what_is_counted_is_what_was_said(
     tally.check()
 
 
-@each_drafter
+@pytest.mark.parametrize("name", NAMED_DRAFTERS)
 def test_a_name_works_in_a_call_and_in_an_engine(name: str, checkpoint: CheckpointFactory) -> None:
     path = checkpoint(seed=9, with_tokenizer=True)
     call = {"max_new_tokens": 20, "ignore_eos": True}

@@ -14,10 +14,19 @@ from types import FrameType
 from typing import Any
 
 import pytest
-from law_helpers import NAMED_DRAFTERS, CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same
+from law_helpers import (
+    LISTS_OF_DRAFTERS,
+    NAMED_DRAFTERS,
+    CheckpointFactory,
+    EngineFactory,
+    Tally,
+    assert_idle,
+    assert_same,
+    drafters_of,
+)
 
 from specengine.config import SamplingParams
-from specengine.drafters import host, registry
+from specengine.drafters import host, registry, several
 from specengine.engine import Engine, record
 from specengine.engine.stepper import Stepper
 from specengine.outputs import GenerationResult, StreamEvent
@@ -159,16 +168,17 @@ def test_an_interruption_at_sampled_lines_of_a_step_changes_nothing(engine: Engi
     tally.check()
 
 
-@pytest.mark.parametrize("name", NAMED_DRAFTERS)
+@pytest.mark.parametrize("name", [*NAMED_DRAFTERS, LISTS_OF_DRAFTERS[-1]])
 def test_an_interruption_at_sampled_lines_of_a_named_drafter_changes_nothing(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    """Its own lines, and those that ask it."""
-    engine = build_engine(checkpoint("gpt2", seed=9, with_tokenizer=True), name, prefill_chunk_size=7)
-    files = {
-        inspect.getsourcefile(importlib.import_module(registry.DRAFTERS[registry.split(name)[0]])),
-        host.__file__,
-    }
+    """Its own lines, and those that ask it; of a list, those that ask them all."""
+    like: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
+    engine = build_engine(checkpoint(**like), drafters_of(name, checkpoint, **like), prefill_chunk_size=7)
+    module = several
+    if name in NAMED_DRAFTERS:
+        module = importlib.import_module(registry.DRAFTERS[registry.split(name)[0]])
+    files = {module.__file__, host.__file__}
     lines = [line for line in some_turns(lines_of_a_run(engine), seed=4) if line[0] in files]
     check_interrupted_at(engine, lines[:16])
     tally.check(rejected=False)

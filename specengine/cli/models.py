@@ -17,7 +17,7 @@ def models(options: dict[str, Any], as_json: AsJson = False) -> None:
     from specengine.models.describe import describe_model, supported_architectures
 
     chosen = ModelOptions(**options)
-    drafts = chosen.draft_model if isinstance(chosen.draft_model, list) else [chosen.draft_model]
+    drafts = chosen.draft_model if isinstance(chosen.draft_model, tuple) else (chosen.draft_model,)
     models_drafting = [name for name in drafts if not names_a_drafter(name)]
     named = [name for name in (chosen.model, *models_drafting) if name is not None]
     if named:

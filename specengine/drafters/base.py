@@ -43,7 +43,7 @@ from torch import Tensor
 from specengine.kernels.types.drafts import DraftLaw
 from specengine.models.loader import LoadedModel
 from specengine.ops.backend import Backend
-from specengine.runtime.kv_cache import KVCache
+from specengine.runtime.kv_cache import DRAFT, KVCache
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
@@ -104,16 +104,33 @@ class DraftProposal:
         chosen = log_probs.gather(2, tokens.long()[..., None])[..., 0]
         return DraftProposal(tokens, num_tokens, chosen, log_probs * scale, stats)
 
+    def take(self, rows: Sequence[int]) -> DraftProposal:
+        """The proposal for some of the batch's rows."""
+        if len(rows) == self.num_tokens.numel():
+            return self
+        at = torch.tensor(rows, device=self.tokens.device, dtype=torch.int64)
+        parts = (self.tokens, self.num_tokens, self.log_probs, self.logits, self.stats, self.has_law)
+        return DraftProposal(*[None if part is None else part[at] for part in parts])  # type: ignore[arg-type]
+
     @staticmethod
-    def combine(batch_size: int, parts: Sequence[tuple[Sequence[int], DraftProposal]]) -> DraftProposal:
+    def combine(
+        batch_size: int,
+        parts: Sequence[tuple[Sequence[int], DraftProposal]],
+        *,
+        min_width: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> DraftProposal:
         """One proposal of several, each with a law of its own: point masses for some rows, say, beside draws.
 
-        parts: the rows of the batch that a part is for, and its proposal; rows of no part draft nothing
+        parts:     the rows of the batch that a part is for, and its proposal; rows of no part draft nothing
+        min_width: the least k that the result has room for
+        device:    where the result is if there is no part
         """
         given = [part for _, part in parts]
         width = max((part.tokens.shape[1] for part in given), default=0)
+        width = max(width, min_width)
         vocab = max((part.logits.shape[2] for part in given if part.logits is not None), default=0)
-        device = given[0].tokens.device if given else "cpu"
+        device = given[0].tokens.device if given else device
         tokens = torch.zeros(batch_size, width, dtype=torch.int32, device=device)
         num_tokens = torch.zeros(batch_size, dtype=torch.int32, device=device)
         log_probs = torch.zeros(batch_size, width, device=device)
@@ -253,9 +270,11 @@ class DrafterContext:
     name:       what was asked for, `name` or `name:argument`: what the drafter may be called
     argument:   what follows the colon, or ""
     target:     the target, its tokenizer included
-    draft:      what the drafter's module loaded (`load_draft`), its tokenizer included: its keys and values are the
-                cache's second tensor, in the target's blocks; None: there is one tensor, the target's
+    draft:      what the drafter's module loaded (`load_draft`), its tokenizer included: its keys and values are a
+                tensor of the cache's, in the target's blocks; None: it has no such tensor
     load_model: loads another model as the engine's configuration says of drafts
+    model_index: which of the cache's tensors is its own, if it has a model
+    place:      its place in a list of drafters
     backend:    computes every op
     kv_cache:   keys and values of target and draft, and the blocks that sequences own
     vocab_size: ids that may be proposed: 0 … vocab_size - 1
@@ -276,3 +295,5 @@ class DrafterContext:
     max_batch_size: int
     chunk_size: int
     num_bytes: int = 256 << 20
+    model_index: int = DRAFT
+    place: int = 0

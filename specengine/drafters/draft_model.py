@@ -31,16 +31,19 @@ class DraftModelDrafter:
 
     What its KV lacks beyond the last two committed tokens (after a prompt, after rounds without drafting, or a prefix
     hit that only the target had) is computed in chunks before the round.
+
+    place: in a list of drafters its own, which is the way of rounds in which it drafts alone
     """
 
     may_run_ahead = True
     num_fed = _NUM_FED  # committed tokens, the last ones, that a round's first forward feeds: 1 or 2
 
-    def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int) -> None:
+    def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int, place: int = 0) -> None:
         self.name = name
         self.runner = runner
         self.draft_positions = runner.max_positions
         self._chunk_size = chunk_size
+        self._place = place
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """Computes all but the last two committed tokens of what the draft's KV lacks.
@@ -94,11 +97,14 @@ class DraftModelDrafter:
     def _gap(self, sequence: Sequence, draft_limit: int) -> _Gap:
         """What the draft's KV may lack of a sequence before its last two committed tokens.
 
-        A round that drafts leaves no gap, one that does not leaves one of a token.
+        A round in which it drafts leaves no gap, another one of what it emits. (Where a lookup goes on behind its
+        drafts there is one too, and no such round is under way.)
         """
-        length, num_undrafted = sequence.num_tokens, sequence.num_undrafted_ahead
-        num_rounds = sequence.num_rounds_ahead - num_undrafted  # up to the latest that drafts
-        if draft_limit <= 0 or length > self.draft_positions or (num_rounds and not num_undrafted):
+        length, ahead = sequence.num_tokens, sequence.ways_ahead
+        num_rounds = len(ahead)  # up to the latest in which it drafts
+        while num_rounds and ahead[num_rounds - 1] != self._place:
+            num_rounds -= 1
+        if draft_limit <= 0 or length > self.draft_positions or (num_rounds and num_rounds == len(ahead)):
             return _NO_GAP
         assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
         # Each of these rounds emits a token or more, and the last leaves all before its first draft computed.

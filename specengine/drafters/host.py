@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import Drafter, DraftProposal, ListeningDrafter, RowResult
+from specengine.drafters.base import Drafter, DraftProposal, ListeningDrafter, LookupDrafter, RowResult
 from specengine.drafters.given import take_proposal
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -31,6 +33,8 @@ class HostDrafter:
     def __init__(self, drafter: Drafter, *, vocab_size: int) -> None:
         self.name = drafter.name
         self._drafter = drafter
+        self._listener = drafter if isinstance(drafter, ListeningDrafter) else None
+        self._lookup = drafter if isinstance(drafter, LookupDrafter) else None
         self._vocab_size = vocab_size
         self._uploads: dict[int, tuple[Tensor, Tensor]] = {}
         # The round's own: a proposal with a law until it is judged, and the batch until the drafter has observed it.
@@ -42,12 +46,7 @@ class HostDrafter:
         """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is, and is not for recordings."""
         self._proposal = None
         if batch.size:
-            for sequence in batch.sequences:
-                self.hear(sequence)
-            self._asked = asked = state.plan(batch.without_padding())
-            proposal = take_proposal(
-                self._drafter.propose(asked), asked, name=self.name, vocab_size=self._vocab_size
-            )
+            proposal = self.ask(batch, state)
             if proposal.logits is not None:
                 self._proposal = proposal
                 return None
@@ -57,6 +56,39 @@ class HostDrafter:
             tokens[: batch.size, : proposal.tokens.shape[1]] = proposal.tokens
             num_tokens[: batch.size] = proposal.num_tokens
         return "upload", self.name
+
+    def ask(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
+        """What the drafter proposes for the batch's sequences, checked; padding gets no row."""
+        for sequence in batch.sequences:
+            self.hear(sequence)
+        self._asked = asked = state.plan(batch.without_padding())
+        proposal = self._drafter.propose(asked)
+        return take_proposal(proposal, asked, name=self.name, vocab_size=self._vocab_size)
+
+    @property
+    def can_follow(self) -> bool:
+        """Whether it is a `LookupDrafter`."""
+        return self._lookup is not None
+
+    def follow(self, sequence: HostSequence, drafted: Sequence[int], limit: int) -> list[int]:
+        """What a `LookupDrafter` has for a sequence behind what is committed and then `drafted`, checked."""
+        assert self._lookup is not None, f"drafter {self.name!r} looks nothing up"
+        if limit <= 0:
+            return []
+        self.hear(sequence)
+        found = self._lookup.follow(sequence.sequence_id, drafted, limit)
+        try:
+            tokens = list(map(index, found))[:limit]
+        except TypeError:
+            raise TypeError(
+                f"drafter {self.name!r}: follow must return token ids, got {reprlib.repr(found)}"
+            ) from None
+        if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):
+            wrong = next(token for token in tokens if not 0 <= token < self._vocab_size)
+            raise ValueError(
+                f"drafter {self.name!r} proposed token id {wrong}, outside 0 … {self._vocab_size - 1}"
+            )
+        return tokens
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """What was prepared for this round."""
@@ -79,7 +111,7 @@ class HostDrafter:
 
     def hear(self, sequence: HostSequence) -> None:
         """Passed on to a drafter that listens, unless it has heard."""
-        if not isinstance(self._drafter, ListeningDrafter):
+        if self._listener is None:
             return
         heard = self._heard.setdefault(sequence.sequence_id, _Heard())
         prompt = sequence.request.prompt_ids
@@ -87,7 +119,7 @@ class HostDrafter:
             sequence.output_ids[len(heard.tokens) - len(prompt) :] if heard.tokens else sequence.token_ids
         )
         if heard.num_heard < len(heard.tokens):
-            self._drafter.hear(sequence.sequence_id, heard.tokens, len(heard.tokens) - heard.num_heard)
+            self._listener.hear(sequence.sequence_id, heard.tokens, len(heard.tokens) - heard.num_heard)
             heard.num_heard = len(heard.tokens)
 
     def release(self, sequence_id: int) -> None:

@@ -39,14 +39,6 @@ def names_a_drafter(draft_model: object) -> bool:
     return isinstance(draft_model, str) and split(draft_model)[0] in DRAFTERS
 
 
-def check_available(draft_model: object) -> None:
-    """Raises `ValueError` for several drafters at once, which do not exist yet."""
-    if isinstance(draft_model, list | tuple):
-        raise ValueError(
-            f"draft_model={draft_model!r} is not available in this version; give a model or a Drafter object"
-        )
-
-
 def check(draft_model: object, target: DecoderSpec | None = None) -> None:
     """Raises `ValueError` for the argument of a named drafter that cannot be, as far as is known without the target or
     with its config."""

@@ -19,7 +19,7 @@ from specengine.drafters.base import DrafterContext, LoadModel, RowResult
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel
-from specengine.runtime.kv_cache import DRAFT, TARGET
+from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -48,9 +48,9 @@ def build(context: DrafterContext) -> DraftModelDrafter:
         build_drafter, model_index = SelfDrafter, TARGET
     else:
         decoder = context.draft.decoder
-        build_drafter, model_index = DraftModelDrafter, DRAFT
+        build_drafter, model_index = DraftModelDrafter, context.model_index
     runner = ModelRunner(decoder, context.kv_cache, model_index=model_index, vocab_size=context.vocab_size)
-    return build_drafter(runner, name=context.name, chunk_size=context.chunk_size)
+    return build_drafter(runner, name=context.name, chunk_size=context.chunk_size, place=context.place)
 
 
 class SelfDrafter(DraftModelDrafter):

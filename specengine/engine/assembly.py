@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from specengine.drafters.base import Drafter, DrafterContext, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
-from specengine.kinds import AUTO
+from specengine.drafters.several import SeveralDrafters
+from specengine.kinds import AUTO, Drafting
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
 from specengine.models.checkpoints.given_tokenizer import open_tokenizer
 from specengine.models.decoder import DecoderSpec
@@ -30,6 +31,7 @@ from specengine.tokenizer import Tokenizer, Vocabulary, check_compatible, num_us
 from specengine.translation import Translation, translate
 
 Model = str | Path | torch.nn.Module
+DraftModel = Model | Drafter | Collection[Model | Drafter] | None
 
 
 def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> EngineConfig:
@@ -39,18 +41,22 @@ def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> 
     return config or EngineConfig(**config_fields)
 
 
-def check_draft_model(draft_model: object) -> None:
-    """Refuses what drafts nothing, drafters that do not exist yet, and arguments that no drafter has."""
-    registry.check_available(draft_model)
-    registry.check(draft_model)
-    # A class that has a Drafter's methods is not a Drafter.
-    if isinstance(draft_model, type) or not isinstance(
-        draft_model, str | os.PathLike | torch.nn.Module | Drafter | None
-    ):
-        raise TypeError(
-            "draft_model must be a directory, a name on the Hub, a transformers model or a Drafter object, got "
-            f"{reprlib.repr(draft_model)}"
-        )
+def list_drafters(draft_model: DraftModel) -> tuple[Model | Drafter, ...]:
+    """What drafts, checked: nothing, one thing, or all that a list has. Refuses what drafts nothing, and arguments that
+    no drafter has."""
+    if draft_model is None:
+        return ()
+    checked = Drafting().check("draft_model", draft_model)
+    parts: tuple[Model | Drafter, ...] = checked if isinstance(checked, tuple) else (checked,)
+    for part in parts:
+        registry.check(part)
+        # A class that has a Drafter's methods is not a Drafter.
+        if isinstance(part, type) or not isinstance(part, str | os.PathLike | torch.nn.Module | Drafter):
+            raise TypeError(
+                "draft_model must be a directory, a name on the Hub, a transformers model or a Drafter object, or a "
+                f"list of these, got {reprlib.repr(part)}"
+            )
+    return parts
 
 
 def resolve_device(name: str) -> torch.device:
@@ -79,11 +85,10 @@ def plan_max_seq_len(config: EngineConfig, spec: DecoderSpec) -> int:
     return config.max_seq_len
 
 
-def shared_vocab_size(target: LoadedModel, draft: LoadedModel | None) -> int:
-    """Ids that may be emitted: the target's, never more than its tokenizer has, and the draft must agree."""
-    if draft is None:
-        return num_usable_ids(target.vocabulary)
-    return check_compatible(target.vocabulary, draft.vocabulary)
+def shared_vocab_size(target: LoadedModel, drafts: Collection[LoadedModel]) -> int:
+    """Ids that may be emitted: the target's, never more than its tokenizer has, and every draft must agree."""
+    num_shared = [check_compatible(target.vocabulary, draft.vocabulary) for draft in drafts]
+    return min([num_usable_ids(target.vocabulary), *num_shared])
 
 
 def open_model(source: Model, config: EngineConfig) -> Checkpoint:
@@ -93,9 +98,9 @@ def open_model(source: Model, config: EngineConfig) -> Checkpoint:
     return checkpoint
 
 
-def open_draft(draft_model: Model | Drafter | None, config: EngineConfig) -> Checkpoint | None:
+def open_draft(draft_model: Model | Drafter, config: EngineConfig) -> Checkpoint | None:
     """The same for a draft model; None for whatever else drafts."""
-    if draft_model is None or isinstance(draft_model, Drafter) or registry.names_a_drafter(draft_model):
+    if isinstance(draft_model, Drafter) or registry.names_a_drafter(draft_model):
         return None
     return open_model(draft_model, config)
 
@@ -152,14 +157,14 @@ def load(
 
 def build_kv_cache(
     target: LoadedModel,
-    draft: LoadedModel | None,
+    drafts: Collection[LoadedModel],
     config: EngineConfig,
     *,
     max_seq_len: int,
     device: torch.device,
 ) -> KVCache:
-    """One cache for both models: the same block ids, a tensor each."""
-    models = [model for model in (target, draft) if model is not None]
+    """One cache for all models: the same block ids, a tensor each, the target's first."""
+    models = [target, *drafts]
     dtypes = [model.decoder.weights.token_table.dtype for model in models]
     if config.kv_dtype != "auto":
         dtypes = [getattr(torch, config.kv_dtype)] * len(models)
@@ -206,19 +211,46 @@ class DraftLoader:
         )
 
 
-def build_drafter(given: Model | Drafter | None, context: DrafterContext) -> RoundDrafter:
-    """The drafter of a name or for a draft model, the caller's own (checked from now on), or none."""
+def build_contexts(
+    given: Collection[Model | Drafter],
+    drafts: Collection[LoadedModel | None],
+    describe: Callable[..., DrafterContext],
+) -> list[DrafterContext]:
+    """What each drafter may be built of. describe: a `DrafterContext` but for what differs from one to the next."""
+    contexts: list[DrafterContext] = []
+    for place, (each, draft) in enumerate(zip(given, drafts, strict=True)):
+        name = each if isinstance(each, str) else ""
+        index = DRAFT + sum(context.draft is not None for context in contexts)
+        argument = registry.split(name)[1]
+        contexts.append(describe(name=name, argument=argument, draft=draft, model_index=index, place=place))
+    return contexts
+
+
+def build_drafters(given: Collection[Model | Drafter], contexts: Collection[DrafterContext]) -> RoundDrafter:
+    """What drafts in the engine's rounds: the one, several as one, or nobody."""
+    parts = [build_drafter(*each) for each in zip(given, contexts, strict=True)]
+    if len(parts) > 1:
+        return SeveralDrafters(parts)
+    return parts[0] if parts else NoDrafter()
+
+
+def build_drafter(given: Model | Drafter, context: DrafterContext) -> RoundDrafter:
+    """The drafter of a name or for a draft model, or the caller's own, which is checked from now on."""
     if isinstance(given, str) and registry.names_a_drafter(given):
         named = registry.build(given, context)
         return named if isinstance(named, RoundDrafter) else HostDrafter(named, vocab_size=context.vocab_size)
     if context.draft is not None:
         runner = ModelRunner(
-            context.draft.decoder, context.kv_cache, model_index=DRAFT, vocab_size=context.vocab_size
+            context.draft.decoder,
+            context.kv_cache,
+            model_index=context.model_index,
+            vocab_size=context.vocab_size,
         )
-        return DraftModelDrafter(runner, name=context.draft.name, chunk_size=context.chunk_size)
-    if isinstance(given, Drafter):
-        return HostDrafter(given, vocab_size=context.vocab_size)
-    return NoDrafter()
+        return DraftModelDrafter(
+            runner, name=context.draft.name, chunk_size=context.chunk_size, place=context.place
+        )
+    assert isinstance(given, Drafter), f"draft_model {given!r} was checked"
+    return HostDrafter(given, vocab_size=context.vocab_size)
 
 
 def build_recorder(config: EngineConfig, device: torch.device, backend_name: str) -> Recorder | None:

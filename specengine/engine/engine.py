@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Collection
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,7 +22,7 @@ from specengine.drafters import registry
 from specengine.drafters.base import Drafter, DrafterContext
 from specengine.drafters.no_draft import NoDrafter
 from specengine.engine import assembly
-from specengine.engine.assembly import Model
+from specengine.engine.assembly import DraftModel, Model
 from specengine.engine.intake import Intake
 from specengine.engine.outbox import News, Outbox, build_events
 from specengine.engine.rounds import Rounds
@@ -36,7 +37,7 @@ from specengine.outputs import GenerationResult, StreamEvent
 from specengine.progress import progress_bar
 from specengine.prompt import Prompt, check_prompts
 from specengine.runtime.graphs import GraphReport
-from specengine.runtime.kv_cache import TARGET
+from specengine.runtime.kv_cache import DRAFT, TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request
 from specengine.runtime.state import BatchState, RoundMode
@@ -67,7 +68,7 @@ class Engine:
     """Loads a target, and optionally something that drafts for it, and generates exactly what the target would.
 
     model:       a directory, a name on the Hub, or a `transformers` model in memory
-    draft_model: the same, a drafter's name ("self:6"), a `Drafter` object, or None for plain decoding
+    draft_model: the same, a drafter's name ("self:6"), a `Drafter` object, a list of these, or None for plain decoding
     config:      an `EngineConfig`; its fields can also be given one by one
 
     Safe to call from several threads: whoever waits for a result moves everybody's requests on. A forked process
@@ -81,30 +82,32 @@ class Engine:
     def __init__(
         self,
         model: Model,
-        draft_model: Model | Drafter | None = None,
+        draft_model: DraftModel = None,
         *,
         config: EngineConfig | None = None,
         progress: bool | None = None,
         **config_fields: Unpack[EngineOptions],
     ) -> None:
         self.config = assembly.build_config(config, dict(config_fields))
-        assembly.check_draft_model(draft_model)
+        drafters = assembly.list_drafters(draft_model)
         self.device = assembly.resolve_device(self.config.device)
         backend = load_backend(self.config.backend, self.device, num_threads=self.config.num_threads)
         self.backend_name = backend.name
         recorder = assembly.build_recorder(self.config, self.device, backend.name)
         # Whatever a config says is checked before anything is loaded.
         checkpoint = assembly.open_model(model, self.config)
-        registry.check(draft_model, checkpoint.spec)
-        draft_checkpoint = assembly.open_draft(draft_model, self.config)
+        for drafter in drafters:
+            registry.check(drafter, checkpoint.spec)
+        draft_checkpoints = [assembly.open_draft(drafter, self.config) for drafter in drafters]
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
-        target, draft = self._load_models(
-            checkpoint, draft_model, draft_checkpoint, tokenizer, backend, progress
+        target, drafts = self._load_models(
+            checkpoint, drafters, draft_checkpoints, tokenizer, backend, progress
         )
-        vocab_size = assembly.shared_vocab_size(target, draft)
+        own_models = [draft for draft in drafts if draft is not None]
+        vocab_size = assembly.shared_vocab_size(target, own_models)
         kv_cache = assembly.build_kv_cache(
-            target, draft, self.config, max_seq_len=self.max_seq_len, device=self.device
+            target, own_models, self.config, max_seq_len=self.max_seq_len, device=self.device
         )
         self.target_name = target.name
         self.tokenizer: Tokenizer | None = target.tokenizer
@@ -119,12 +122,9 @@ class Engine:
             forced_acceptance=self.config.forced_acceptance,
         )
         self._target = ModelRunner(target.decoder, kv_cache, model_index=TARGET, vocab_size=vocab_size)
-        asked_for = draft_model if isinstance(draft_model, str) else ""
-        context = DrafterContext(
-            name=asked_for,
-            argument=registry.split(asked_for)[1],
+        describe = partial(
+            DrafterContext,
             target=target,
-            draft=draft,
             load_model=assembly.DraftLoader(
                 checkpoint, target, self.config, self.device, backend, lambda *_: None
             ),
@@ -135,7 +135,8 @@ class Engine:
             max_batch_size=self.config.max_batch_size,
             chunk_size=self.config.prefill_chunk_size,
         )
-        self._drafter = assembly.build_drafter(draft_model, context)
+        contexts = assembly.build_contexts(drafters, drafts, describe)
+        self._drafter = assembly.build_drafters(drafters, contexts)
         rounds_ahead = assembly.resolve_rounds_ahead(self.config, self.device)
         self._rounds = Rounds(
             self._state,
@@ -180,14 +181,15 @@ class Engine:
     def _load_models(
         self,
         target: Checkpoint,
-        draft_model: Model | Drafter | None,
-        draft: Checkpoint | None,
+        drafters: Collection[Model | Drafter],
+        drafts: Collection[Checkpoint | None],
         tokenizer: Tokenizer | None,
         backend: Backend,
         progress: bool | None,
-    ) -> tuple[LoadedModel, LoadedModel | None]:
+    ) -> tuple[LoadedModel, list[LoadedModel | None]]:
+        """The target, and for each drafter the model that it drafts with, if it has one of its own."""
         config = self.config
-        translation = assembly.plan_translation(target, tokenizer, draft)
+        translations = [assembly.plan_translation(target, tokenizer, draft) for draft in drafts]
         with progress_bar("loading", "bytes", enabled=progress) as update:
 
             def load(
@@ -208,13 +210,17 @@ class Engine:
                 )
 
             loaded = load(target, config.weight_dtype, tokenizer)
-            if isinstance(draft_model, str) and registry.names_a_drafter(draft_model):
-                loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
-                return loaded, registry.load_draft(draft_model, loaded, loader)
-            if draft is None:
-                return loaded, None
-            speaks = None if translation is None else loaded.tokenizer
-            return loaded, load(draft, config.draft_weight_dtype, speaks, translation)
+            loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
+            models: list[LoadedModel | None] = []
+            for drafter, draft, translation in zip(drafters, drafts, translations, strict=True):
+                if isinstance(drafter, str) and registry.names_a_drafter(drafter):
+                    models.append(registry.load_draft(drafter, loaded, loader))
+                elif draft is None:
+                    models.append(None)
+                else:
+                    speaks = None if translation is None else loaded.tokenizer
+                    models.append(load(draft, config.draft_weight_dtype, speaks, translation))
+            return loaded, models
 
     @torch.inference_mode()
     def _record_rounds(self) -> None:
@@ -232,7 +238,7 @@ class Engine:
 
     @property
     def draft_name(self) -> str | None:
-        """What drafts, or None."""
+        """What drafts, or None; of a list all of them, as in "distilgpt2+suffix"."""
         return self._drafter.name if self.has_drafter else None
 
     @property
@@ -243,11 +249,14 @@ class Engine:
 
     @property
     def weights(self) -> dict[str, object]:
-        """The loaded tensors, in dataclasses: of the "target" and, if a model of its own drafts, the "draft"."""
+        """The loaded tensors, in dataclasses: of the "target" and, if a model of its own drafts, the "draft"; of a list
+        of drafters with several such models "draft", "draft 2" and so on."""
         weights: dict[str, object] = {"target": self._target.decoder.weights}
-        draft = getattr(self._drafter, "runner", None)
-        if draft is not None and draft.model_index != TARGET:
-            weights["draft"] = draft.decoder.weights
+        for part in getattr(self._drafter, "parts", (self._drafter,)):
+            draft = getattr(part, "runner", None)
+            if draft is not None and draft.model_index != TARGET:
+                name = "draft" if draft.model_index == DRAFT else f"draft {draft.model_index}"
+                weights[name] = draft.decoder.weights
         return weights
 
     def kv_bytes(self, num_tokens: int | None = None) -> int:

@@ -18,6 +18,8 @@ from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.text import TextStream
 
 _sequence_ids = itertools.count()
+# Of a round, the way to draft of a sequence that drafts nothing.
+UNDRAFTED = -1
 
 
 class Settled(NamedTuple):
@@ -76,7 +78,10 @@ class Sequence:
     reported: what the caller has been told
     output_ids, token_source, logprobs, rounds: see `Settled`
     num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
-    num_undrafted_ahead: how many of them, the latest, drafted nothing
+    ways_ahead: the way in which each of them drafts, the latest last; UNDRAFTED: none
+    way, num_own_drafts: with several drafters, which of their ways (`SeveralDrafters.ways`) drafts in the next round,
+              and, where a lookup goes on behind a model, how many drafts are the model's. Whoever chooses sets them
+              before a step
     num_prompt_forwards: forwards over chunks of its prompt, repeated ones included
     """
 
@@ -97,7 +102,9 @@ class Sequence:
     rounds: list[RoundCounts] = field(default_factory=list)
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
-    num_undrafted_ahead: int = 0
+    ways_ahead: list[int] = field(default_factory=list)
+    way: int = 0
+    num_own_drafts: int = 0
     num_prompt_forwards: int = 0
     has_auto_k: bool = False
     way: int = 0
@@ -160,13 +167,13 @@ class Sequence:
         """A round of up to `draft_limit` drafts is under way."""
         self.num_rounds_ahead += 1
         self.num_tokens_ahead += draft_limit + 1
-        self.num_undrafted_ahead = 0 if draft_limit else self.num_undrafted_ahead + 1
+        self.ways_ahead.append(self.way if draft_limit else UNDRAFTED)
 
     def drop_round_ahead(self, draft_limit: int) -> None:
         """The round that has been under way longest is not any more."""
         self.num_rounds_ahead -= 1
         self.num_tokens_ahead -= draft_limit + 1
-        self.num_undrafted_ahead = min(self.num_undrafted_ahead, self.num_rounds_ahead)
+        del self.ways_ahead[:1]
 
     @property
     def may_run(self) -> bool:
@@ -214,7 +221,8 @@ class Sequence:
         for entries in (self.output_ids, self.token_source, self.logprobs):
             del entries[settled.num_tokens :]
         del self.rounds[settled.num_rounds :]
-        self.num_rounds_ahead = self.num_tokens_ahead = self.num_undrafted_ahead = 0
+        self.num_rounds_ahead = self.num_tokens_ahead = 0
+        self.ways_ahead.clear()
         if not self.is_finished:
             self.text = self.text.rebuilt(self.output_ids)
 

@@ -59,6 +59,7 @@ class RunningBatch(NamedTuple):
                     them (`lengths` lags behind while earlier rounds have not been read)
     forced_acceptance: for timing only, see `EngineConfig`
     sequences:      the host's record of each sequence
+    ways:           how each sequence drafts: its `way` and `num_own_drafts`; (): all of them 0
     plan:           what the round feeds, found on the device when it begins
     """
 
@@ -75,6 +76,7 @@ class RunningBatch(NamedTuple):
     forced_acceptance: float | None = None
     transforms: Transforms | None = None
     sequences: tuple[Sequence, ...] = ()
+    ways: tuple[tuple[int, int], ...] = ()
     plan: RoundPlan | None = None
 
     @property
@@ -123,6 +125,27 @@ class RunningBatch(NamedTuple):
         if self.size == self.slots.numel():
             return self
         return self._replace(slots=self.slots[: self.size], rows=self.rows.take(slice(self.size)))
+
+    def take(self, rows: Collection[int]) -> RunningBatch:
+        """The batch of some of its sequences."""
+        at = torch.tensor(rows, dtype=torch.int64, device=self.slots.device)
+        limits = tuple([self.draft_limits[row] for row in rows])
+        return self._replace(
+            sequence_ids=tuple([self.sequence_ids[row] for row in rows]),
+            slots=self.slots[at],
+            k=max(limits),
+            rows=self.rows.take(at),
+            host_slots=tuple([self.host_slots[row] for row in rows]),
+            lengths=tuple([self.lengths[row] for row in rows]),
+            draft_limits=limits,
+            sequences=tuple([self.sequences[row] for row in rows]),
+            ways=tuple([self.ways[row] for row in rows]),
+            plan=None,
+        )
+
+    def with_limits(self, limits: Collection[int]) -> RunningBatch:
+        """The batch whose sequences draft no more than this, one number each."""
+        return self._replace(k=max(limits), draft_limits=tuple(limits), plan=None)
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included. Asks no device."""
@@ -210,6 +233,7 @@ class BatchState:
             draft_limits=tuple([min(k, max(0, sequence.max_draft_tokens)) for sequence in sequences]),
             forced_acceptance=self._forced_acceptance,
             sequences=tuple(sequences),
+            ways=tuple([(sequence.way, sequence.num_own_drafts) for sequence in sequences]),
         )
 
     def _set_num_speculative(self, slot: int, k: int) -> None:
@@ -236,7 +260,17 @@ class BatchState:
 
     def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
         """The batch with what its round feeds, as the state stands now."""
-        where = (batch.slots, self.seq_len, self.length_limit, self.num_speculative)
+        return self._plan(batch, self.num_speculative, draft_positions)
+
+    def plan_within_limits(self, batch: RunningBatch, *, draft_positions: int) -> RunningBatch:
+        """The same where nobody drafts more than the batch says, in whatever round it is a part of."""
+        limits = [0] * (self.num_slots + 1)
+        for slot, limit in zip(batch.host_slots, batch.draft_limits, strict=True):
+            limits[slot] = limit
+        return self._plan(batch, torch.tensor(limits, dtype=torch.int32, device=self.device), draft_positions)
+
+    def _plan(self, batch: RunningBatch, num_speculative: Tensor, draft_positions: int) -> RunningBatch:
+        where = (batch.slots, self.seq_len, self.length_limit, num_speculative)
         return batch.with_plan(self._backend.plan_round(*where, batch.k, draft_positions))
 
     @property
