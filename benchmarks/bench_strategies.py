@@ -1,15 +1,17 @@
-"""Ways to draft on the bundled target at a real size, in turn, where most of what is written was given.
+"""Ways to draft on the bundled target at a real size, in turn, where most of what is written was given, or half of it.
 
     python benchmarks/bench_strategies.py
     python benchmarks/bench_strategies.py --strategies ngram,suffix,distilgpt2 --k 4,8,16 --dtype float32
+    python benchmarks/bench_strategies.py --texts mixed --strategies suffix,distilgpt2,distilgpt2+suffix
 
-Every text begins as an edit of given code: the code, then its beginning once more with a name changed, and the model
-goes on. Each repetition gives every strategy with every draft length a turn with every text, to and fro, plain
+Of the texts "copy" each begins as an edit of given code: the code, then its beginning once more with a name changed,
+and the model goes on. Between these, "mixed" has as many that are new: a beginning, and what is drawn
+behind it. Each repetition gives every strategy with every draft length a turn with every text, to and fro, plain
 decoding among them. Decoding is timed, from the first token to the last. All tokens must be those of plain decoding,
 or nothing is reported. A speed-up is the median over the repetitions, beside the 95 % interval of a bootstrap of them.
 
-A strategy is a drafter's name, or a shape: the bundled draft widened to it, in int8. With "suffix:history" every
-repetition finds the answers of those before it.
+A strategy is a drafter's name, or a shape: the bundled draft widened to it, in int8; or a list of these, joined by "+".
+With "suffix:history" every repetition finds the answers of those before it.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from measure import ROOT, machine_name
@@ -55,6 +58,22 @@ CODE = """class Account:
 """
 
 
+# Drawn, so that it does not come to repeat itself.
+PROSE = (
+    '"""Read and write settings.',
+    'def parse_date(text):\n    """Return',
+    "class Server:\n    def __init__(self, address",
+)
+PROSE_SAMPLING = {"temperature": 0.8, "seed": 1}
+
+
+class Text(NamedTuple):
+    """A text's beginning, and how it goes on."""
+
+    prompt: str
+    sampling: dict[str, Any]
+
+
 @dataclass
 class Entry:
     """A strategy with a draft length, and what its turns gave: seconds a repetition, and counts of the last one."""
@@ -65,17 +84,20 @@ class Entry:
     seconds: list[float] = field(default_factory=list)
     results: list[GenerationResult] = field(default_factory=list)
 
-    def take_turn(self, texts: list[str], max_new_tokens: int) -> None:
-        params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True, num_speculative_tokens=self.k)
-        self.results = [self.engine.generate(text, params) for text in texts]
+    def take_turn(self, texts: list[Text], max_new_tokens: int) -> None:
+        given = {"max_new_tokens": max_new_tokens, "ignore_eos": True, "num_speculative_tokens": self.k}
+        self.results = [
+            self.engine.generate(prompt, SamplingParams(**given, **sampling)) for prompt, sampling in texts
+        ]
         self.seconds.append(sum(result.metrics.decode_time for result in self.results))
 
     def tokens(self) -> list[list[int]]:
         return [result.token_ids for result in self.results]
 
 
-def write_texts() -> list[str]:
-    """An edit at different places: what it was given once more, as far as the line before."""
+def write_texts(kind: str) -> list[Text]:
+    """An edit at different places: what it was given once more, as far as the line before. In turn with new texts if
+    `kind` says so."""
     texts = []
     for old, new, stop in (
         ("amount", "value", "    def deposit"),
@@ -83,8 +105,12 @@ def write_texts() -> list[str]:
         ("history", "log", "    def withdraw"),
     ):
         edited = CODE.replace(old, new)
-        texts.append(f"{CODE}\n\n{edited[: edited.index(stop)]}")
-    return texts
+        texts.append(Text(f"{CODE}\n\n{edited[: edited.index(stop)]}", {}))
+    if kind == "copy":
+        return texts
+    return [
+        text for prose, copy in zip(PROSE, texts, strict=True) for text in (Text(prose, PROSE_SAMPLING), copy)
+    ]
 
 
 def build_entries(options: argparse.Namespace, stack: ExitStack) -> Iterator[Entry]:
@@ -93,17 +119,18 @@ def build_entries(options: argparse.Namespace, stack: ExitStack) -> Iterator[Ent
         "target", SHAPES[options.shape], cache / f"target-{options.shape}-{options.dtype}", dtype=dtype
     )
     for strategy in (PLAIN, *options.strategies):
-        draft: str | Path | None = None if strategy == PLAIN else strategy
-        if strategy in SHAPES:
-            draft = build_widened(
-                "draft", SHAPES[strategy], cache / f"draft-{strategy}-{options.dtype}", dtype=dtype
-            )
+        parts: list[str | Path] = [] if strategy == PLAIN else [*strategy.split("+")]
+        drafts = [part for part in parts if part in SHAPES]
+        for place, part in enumerate(parts):
+            if part in drafts:
+                path = cache / f"draft-{part}-{options.dtype}"
+                parts[place] = build_widened("draft", SHAPES[str(part)], path, dtype=dtype)
         engine = stack.enter_context(
             Engine(
                 target,
-                draft,
+                parts or None,
                 dtype=options.dtype,
-                draft_weight_dtype="int8" if strategy in SHAPES else "auto",
+                draft_weight_dtype="int8" if drafts else "auto",
                 num_threads=options.threads,
                 enable_prefix_cache=False,
             )
@@ -154,6 +181,7 @@ def describe(entry: Entry, plain: Entry) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--strategies", type=lambda text: text.split(","), default="ngram,suffix")
+    parser.add_argument("--texts", choices=("copy", "mixed"), default="copy")
     parser.add_argument("--k", type=lambda text: [int(k) for k in text.split(",")], default="4,8,16")
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-medium")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
@@ -165,7 +193,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    texts = write_texts()
+    texts = write_texts(options.texts)
     with ExitStack() as stack:
         entries = list(build_entries(options, stack))
         for entry in entries:
@@ -181,7 +209,8 @@ def main() -> None:
             end="",
         )
         print(
-            f"{len(texts)} texts, {options.max_new_tokens} tokens, {options.repetitions} repetitions in turn\n"
+            f"{len(texts)} texts ({options.texts}), {options.max_new_tokens} tokens, "
+            f"{options.repetitions} repetitions in turn\n"
         )
         print("| strategy | k | tokens/s | × plain (95 %) | accepted | tokens a round |")
         print("|---|---:|---:|---:|---:|---:|")

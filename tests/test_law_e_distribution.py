@@ -359,7 +359,7 @@ def _build_batch(
     rule = Rule.MATCH if acceptance == "coupled" else Rule[acceptance.upper()]
     nothing_ahead = {"num_rounds_ahead": 0, "num_tokens_ahead": 0, "ways_ahead": []}
     records: Any = tuple(
-        SimpleNamespace(slot=slot, num_tokens=length, **nothing_ahead)
+        SimpleNamespace(slot=slot, sequence_id=slot, num_tokens=length, **nothing_ahead)
         for slot, length in zip(slots, lengths, strict=True)
     )
     return RunningBatch(

@@ -6,6 +6,7 @@ the native backend, in the files of their names; `SPECENGINE_TEST_BACKEND=triton
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,17 @@ def test_a_padded_row_that_runs_is_noticed(
     monkeypatch.setattr(backend, "plan_round", mutant)
     with pytest.raises(AssertionError):
         check_padding(replayed)
+
+
+def test_rows_that_draft_in_ways_of_their_own(checkpoint: CheckpointFactory, build_twins: BuildTwins) -> None:
+    """Models that draft for some rows of a round, and lookups beside and behind them."""
+    target = small(checkpoint, seed=1, vocab_size=16)
+    draft = small(checkpoint, seed=1, vocab_size=16, noise=0.1)
+    direct, replayed = build_twins(target, [draft, "self:1", "ngram:1"])
+    prompts = [[1, 2, 3, 1, 2], [5, 5, 6], [4, 3]]
+    rows = [params(3, 6, **sampling) for sampling in ({}, COUPLED, REJECTION)]
+    results, expected = (engine.generate(prompts, rows) for engine in (replayed, direct))
+    assert_results(results, expected)
+    for engine in (direct, replayed):
+        for prompt, row, result in zip(prompts[:2], rows, results, strict=False):
+            assert_same(result, engine.generate(prompt, replace(row, num_speculative_tokens=0)))
