@@ -26,6 +26,7 @@ from test_law_e_distribution import (
     sample_engine,
     sample_rounds,
 )
+from torch import Tensor
 
 from specengine.drafters import several
 from specengine.drafters.base import DraftProposal
@@ -141,8 +142,8 @@ def test_an_engine_with_a_tail_behind_a_model_samples_the_targets_law(
 def tails_have_no_law(patch: pytest.MonkeyPatch) -> None:
     append = several._append
 
-    def faulty(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> None:
-        append(replace(proposal, logits=None), row, start, tokens)
+    def faulty(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> Tensor:
+        return append(replace(proposal, logits=None), row, start, tokens)
 
     patch.setattr(several, "_append", faulty)
 
@@ -150,13 +151,14 @@ def tails_have_no_law(patch: pytest.MonkeyPatch) -> None:
 def tails_have_the_law_of_the_draft_before(patch: pytest.MonkeyPatch) -> None:
     append = several._append
 
-    def faulty(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> None:
-        append(replace(proposal, logits=None), row, start, tokens)
+    def faulty(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> Tensor:
+        drafts = append(replace(proposal, logits=None), row, start, tokens)
         if start and proposal.logits is not None:
             assert proposal.log_probs is not None
             assert proposal.stats is not None
             for values in (proposal.log_probs, proposal.logits, proposal.stats):
                 values[row, start : start + len(tokens)] = values[row, start - 1].clone()
+        return drafts
 
     patch.setattr(several, "_append", faulty)
 

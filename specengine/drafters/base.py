@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from specengine.kernels.types.drafts import DraftLaw
@@ -112,23 +113,32 @@ class DraftProposal:
         parts = (self.tokens, self.num_tokens, self.log_probs, self.logits, self.stats, self.has_law)
         return DraftProposal(*[None if part is None else part[at] for part in parts])  # type: ignore[arg-type]
 
+    def widened(self, width: int) -> DraftProposal:
+        """The proposal with room for `width` tokens a row."""
+        more = width - self.tokens.shape[1]
+        if more <= 0:
+            return self
+        tokens = F.pad(self.tokens, (0, more))
+        if self.log_probs is None or self.logits is None or self.stats is None:
+            return DraftProposal(tokens, self.num_tokens)
+        log_probs = F.pad(self.log_probs, (0, more))
+        logits, stats = (F.pad(values, (0, 0, 0, more)) for values in (self.logits, self.stats))
+        return DraftProposal(tokens, self.num_tokens, log_probs, logits, stats, self.has_law)
+
     @staticmethod
     def combine(
         batch_size: int,
         parts: Sequence[tuple[Sequence[int], DraftProposal]],
         *,
-        min_width: int = 0,
         device: torch.device | str = "cpu",
     ) -> DraftProposal:
         """One proposal of several, each with a law of its own: point masses for some rows, say, beside draws.
 
-        parts:     the rows of the batch that a part is for, and its proposal; rows of no part draft nothing
-        min_width: the least k that the result has room for
-        device:    where the result is if there is no part
+        parts:  the rows of the batch that a part is for, and its proposal; rows of no part draft nothing
+        device: where the result is if there is no part
         """
         given = [part for _, part in parts]
         width = max((part.tokens.shape[1] for part in given), default=0)
-        width = max(width, min_width)
         vocab = max((part.logits.shape[2] for part in given if part.logits is not None), default=0)
         device = given[0].tokens.device if given else device
         tokens = torch.zeros(batch_size, width, dtype=torch.int32, device=device)

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from specengine.drafters.base import DraftProposal, RoundDrafter, RowResult
 from specengine.drafters.host import HostDrafter
@@ -88,7 +89,8 @@ class SeveralDrafters:
         """The part's own where one drafts alone; else all proposals, put together."""
         if self._alone is not None:
             return self._alone.propose(batch, state)
-        parts, self._asked = self._asked, []
+        asked, self._asked = self._asked, []
+        parts = list(asked)
         shares, drafted = self._shares(batch), {}
         for place, limits in shares.items():
             if self._hosts[place] is None:
@@ -98,11 +100,17 @@ class SeveralDrafters:
                 rows = _rows_of(limits)
                 parts.append((rows, proposal.take(rows)))
         tails = self._look_up_tails(batch, shares, drafted)
-        width = max([start + len(tokens) for _, start, tokens in tails], default=0)
-        merged = DraftProposal.combine(batch.size, parts, min_width=width, device=batch.slots.device)
+        if len(parts) == 1 and len(parts[0][0]) == batch.size:
+            merged = parts[0][1]
+        else:
+            merged = DraftProposal.combine(batch.size, parts, device=batch.slots.device)
+        merged = merged.widened(max([start + len(tokens) for _, start, tokens in tails], default=0))
         for row, start, tokens in tails:
-            _append(merged, row, start, tokens)
-        state.stage(batch, merged.tokens)
+            drafts = _append(merged, row, start, tokens)
+            first = batch.lengths[row] + start
+            batch.tokens[batch.host_slots[row], first : first + len(tokens)] = drafts
+        if asked:  # models have staged their own
+            state.stage(batch, merged.tokens)
         return merged
 
     def observe(self, batch: RunningBatch, results: Collection[RowResult | None]) -> None:
@@ -195,9 +203,10 @@ def _own_result(result: RowResult | None, limit: int) -> RowResult | None:
     return RowResult(slot, length, min(num_draft, limit), min(num_accepted, limit))
 
 
-def _append(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> None:
+def _append(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> Tensor:
     """Writes point masses behind the first `start` drafts of a row. In a row that has a law they need one, too: the
-    logit 0 for the token and -inf for all others, with a maximum, a threshold and a log-normaliser of 0."""
+    logit 0 for the token and -inf for all others, with a maximum, a threshold and a log-normaliser of 0. Returns the
+    tokens `[n]` int32."""
     end = start + len(tokens)
     drafts = torch.tensor(tokens, dtype=torch.int32, device=proposal.tokens.device)
     proposal.tokens[row, start:end] = drafts
@@ -207,3 +216,4 @@ def _append(proposal: DraftProposal, row: int, start: int, tokens: list[int]) ->
         proposal.logits[row, start:end] = float("-inf")
         proposal.logits[row, start:end].scatter_(1, drafts.long()[:, None], 0.0)
         proposal.stats[row, start:end] = 0.0
+    return drafts
