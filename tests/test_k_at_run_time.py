@@ -206,8 +206,11 @@ def test_a_draft_that_catches_up_writes_no_shared_block(
     monkeypatch.setattr(runner.runner, "build", checked)
     shared = make_prompt(17, 1, VOCAB)
     prompts = [shared, [*shared, 5], [*shared, 7, 8]]
+    drawn = [
+        {"temperature": 1.0, "seed": 1, "acceptance": "rejection"}
+    ] * 3  # drafts are built row by row then
     generate_with_k(
-        engine, prompts, params_of([{}] * 3), lambda step, row: 3 * (step > 5 or row == 1), joins_every=2
+        engine, prompts, params_of(drawn), lambda step, row: 3 * (step > 5 or row == 1), joins_every=2
     )
     assert len(written) > 10
     assert set(written) == {1}

@@ -161,14 +161,15 @@ def test_the_host_stays_behind_whatever_k_does(
     pattern: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two rounds stay under way after every step; with a steady k, nothing is caught up but the prompt."""
-    fill, num_fills = DraftModelDrafter._fill, 0
+    find, num_gaps = DraftModelDrafter._gap, 0
 
     def counted(*given: Any) -> Any:
-        nonlocal num_fills
-        num_fills += 1
-        return fill(*given)
+        nonlocal num_gaps
+        gap = find(*given)
+        num_gaps += gap.length > 0
+        return gap
 
-    monkeypatch.setattr(DraftModelDrafter, "_fill", counted)
+    monkeypatch.setattr(DraftModelDrafter, "_gap", counted)
     path = checkpoint("gpt2", seed=4, max_positions=560)
     engine = build_engine(path, path, rounds_ahead=2)
     under_way = []
@@ -181,7 +182,7 @@ def test_the_host_stays_behind_whatever_k_does(
     generate_with_k(engine, [make_prompt(8)], [params], choose_k)
     assert set(under_way[4:-2]) == {2}
     if pattern == "steady":
-        assert num_fills == 1
+        assert num_gaps == 1
 
 
 # -- planted faults -----------------------------------------------------------------------------------------------

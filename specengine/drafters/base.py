@@ -285,6 +285,7 @@ class DrafterContext:
     load_model: loads another model as the engine's configuration says of drafts
     model_index: which of the cache's tensors is its own, if it has a model
     place:      its place in a list of drafters
+    is_recorded: whether rounds are recorded
     backend:    computes every op
     kv_cache:   keys and values of target and draft, and the blocks that sequences own
     vocab_size: ids that may be proposed: 0 … vocab_size - 1
@@ -307,3 +308,4 @@ class DrafterContext:
     num_bytes: int = 256 << 20
     model_index: int = DRAFT
     place: int = 0
+    is_recorded: bool = True

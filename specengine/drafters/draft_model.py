@@ -30,43 +30,65 @@ class DraftModelDrafter:
     """Drafts k tokens one by one with a model that shares the target's block table.
 
     What its KV lacks beyond the last two committed tokens (after a prompt, after rounds without drafting, or a prefix
-    hit that only the target had) is computed in chunks before the round.
+    hit that only the target had) is computed in chunks before the round; where rounds are not recorded, the last chunk
+    in the round's first forward.
 
-    place: in a list of drafters its own, which is the way of rounds in which it drafts alone
+    place:       in a list of drafters its own, which is the way of rounds in which it drafts alone
+    is_recorded: whether rounds are recorded: then all of them feed the same
     """
 
     may_run_ahead = True
     num_fed = _NUM_FED  # committed tokens, the last ones, that a round's first forward feeds: 1 or 2
 
-    def __init__(self, runner: ModelRunner, *, name: str, chunk_size: int, place: int = 0) -> None:
+    def __init__(
+        self, runner: ModelRunner, *, name: str, chunk_size: int, place: int = 0, is_recorded: bool = True
+    ) -> None:
         self.name = name
         self.runner = runner
         self.draft_positions = runner.max_positions
         self._chunk_size = chunk_size
         self._place = place
+        self._is_recorded = is_recorded
+        # Of the round that was prepared: what the first forward feeds besides the last tokens.
+        self._lacking: _Lacking | None = None
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
-        """Computes all but the last two committed tokens of what the draft's KV lacks.
+        """Computes all but the last two committed tokens of what the draft's KV lacks; or leaves the last chunk of it
+        to the round's first forward.
 
         Rounds that are under way need not have been read: which tokens they lack is found on the device, within
         bounds that the host knows.
         """
+        self._lacking = None
         gaps = [
             self._gap(sequence, limit)
             for sequence, limit in zip(batch.sequences, batch.draft_limits, strict=True)
         ]
-        while any(gap.length for gap in gaps):
+        longest = max([gap.length for gap in gaps], default=0)
+        if not longest:
+            return "model", self.name
+        most_left = 0 if self._is_recorded else self._chunk_size
+        while longest > most_left:
             gaps = self._fill(gaps, batch, state)
-        return "model", self.name
+            longest = max(gap.length for gap in gaps)
+        if self._is_recorded:
+            return "model", self.name
+        starts = [gap.start if gap.length else _FOREVER for gap in gaps]
+        most = sum(gap.length for gap in gaps)
+        self._lacking = _Lacking(torch.tensor(starts, dtype=torch.int32, device=state.device), most)
+        return None
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
+        start = _first_start(batch.planned, self.num_fed)
+        if self._lacking is not None:
+            start = torch.minimum(start, self._lacking.start)
         if not (batch.reads_law or batch.mode.has_confidence):
-            drafted = self.runner.draft(batch, _first_start(batch.planned, self.num_fed))
+            drafted = self.runner.draft(batch, start)
             if drafted is not None:
                 tokens, error = drafted
                 return DraftProposal(tokens, _up_to_errors(batch.planned.num_draft, error))
-        draft = _Draft(batch, self.runner, num_fed=self.num_fed)
+        draft = _Draft(batch, self.runner, start, self._lacking, num_fed=self.num_fed)
         for step in range(batch.k):
             draft.draw(step)
         return draft.proposal()
@@ -143,7 +165,19 @@ class _Gap(NamedTuple):
     length: int
 
 
+class _Lacking(NamedTuple):
+    """Tokens before a round's last ones that its first forward is to feed.
+
+    start: `[B]` int32, where they begin; _FOREVER: there are none
+    most:  bound of their sum, as the host knows it
+    """
+
+    start: Tensor
+    most: int
+
+
 _NO_GAP = _Gap(0, 0)
+_FOREVER = 2**31 - 1
 
 
 def _first_start(plan: RoundPlan, num_fed: int) -> Tensor:
@@ -157,11 +191,25 @@ def _up_to_errors(num_draft: Tensor, error: Tensor) -> Tensor:
 
 
 class _Draft:
-    """The proposal under construction: tokens, and in rejection mode the rows they were drawn from."""
+    """The proposal under construction: tokens, and in rejection mode the rows they were drawn from.
 
-    def __init__(self, batch: RunningBatch, runner: ModelRunner, *, num_fed: int) -> None:
+    start:   `[B]` int32, where the first forward begins
+    num_fed: the tokens it feeds of each sequence that drafts, besides those that are lacking
+    """
+
+    def __init__(
+        self,
+        batch: RunningBatch,
+        runner: ModelRunner,
+        start: Tensor,
+        lacking: _Lacking | None,
+        *,
+        num_fed: int,
+    ) -> None:
         self._batch = batch
         self._runner = runner
+        self._start = start
+        self._lacking = lacking
         self._num_fed = num_fed
         self._tokens = batch.slots.new_empty(batch.slots.numel(), batch.k)
         self._num_draft = batch.planned.num_draft
@@ -172,11 +220,13 @@ class _Draft:
         batch, plan, runner = self._batch, self._batch.planned, self._runner
         count = batch.slots.numel()
         wanted = self._wanted(step)
-        if step == 0 and self._num_fed > 1:
-            feed = Feed(plan.draft_start[0], plan.draft_q_len[0], wanted, self._num_fed * count, count)
+        if step == 0 and self._lacking is not None:
+            q_len = (plan.seq_len - self._start) * wanted
+            feed = Feed(self._start, q_len, wanted, self._lacking.most + self._num_fed * count, count)
+        elif step == 0 and self._num_fed > 1:
+            feed = Feed(self._start, plan.draft_q_len[0], wanted, _NUM_FED * count, count)
         else:
-            start = plan.draft_start[step] if step else plan.last_position
-            feed = Feed(start, wanted, wanted, count, count)
+            feed = Feed(plan.draft_start[step] if step else self._start, wanted, wanted, count, count)
         rows = runner.build(batch, feed)
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return

@@ -50,7 +50,13 @@ def build(context: DrafterContext) -> DraftModelDrafter:
         decoder = context.draft.decoder
         build_drafter, model_index = DraftModelDrafter, context.model_index
     runner = ModelRunner(decoder, context.kv_cache, model_index=model_index, vocab_size=context.vocab_size)
-    return build_drafter(runner, name=context.name, chunk_size=context.chunk_size, place=context.place)
+    return build_drafter(
+        runner,
+        name=context.name,
+        chunk_size=context.chunk_size,
+        place=context.place,
+        is_recorded=context.is_recorded,
+    )
 
 
 class SelfDrafter(DraftModelDrafter):

@@ -247,7 +247,11 @@ def build_drafter(given: Model | Drafter, context: DrafterContext) -> RoundDraft
             vocab_size=context.vocab_size,
         )
         return DraftModelDrafter(
-            runner, name=context.draft.name, chunk_size=context.chunk_size, place=context.place
+            runner,
+            name=context.draft.name,
+            chunk_size=context.chunk_size,
+            place=context.place,
+            is_recorded=context.is_recorded,
         )
     assert isinstance(given, Drafter), f"draft_model {given!r} was checked"
     return HostDrafter(given, vocab_size=context.vocab_size)

@@ -134,6 +134,7 @@ class Engine:
             max_seq_len=self.max_seq_len,
             max_batch_size=self.config.max_batch_size,
             chunk_size=self.config.prefill_chunk_size,
+            is_recorded=recorder is not None,
         )
         contexts = assembly.build_contexts(drafters, drafts, describe)
         self._drafter = assembly.build_drafters(drafters, contexts)
