@@ -48,28 +48,22 @@ PROMPTS = [make_prompt(size, size, VOCAB) for size in (17, 3, 9, 30)]
 
 
 class WatchedLookup(NgramDrafter):
-    """Notes what it is asked. texts: what it has heard, by sequence"""
+    """Notes what it is asked and told."""
 
     def __init__(self, name: str = "watched") -> None:
         super().__init__(1, 3)
         self.name = name
-        self.asked: list[tuple[list[int], tuple[int, ...]]] = []
         self.observed: list[list[int]] = []
-        self.followed: list[tuple[list[int], int]] = []
+        self.followed: list[tuple[int, list[int], int]] = []
         self.released: list[int] = []
 
-    def propose(self, batch: RunningBatch) -> DraftProposal:
-        texts = [len(batch.committed(row)) for row in range(batch.size)]
-        assert texts == list(batch.lengths) == batch.seq_len.tolist()
-        self.asked.append((list(batch.sequence_ids), batch.draft_limits))
-        return super().propose(batch)
-
     def follow(self, sequence_id: int, drafted: Sequence[int], limit: int) -> list[int]:
-        self.followed.append((list(drafted), limit))
+        self.followed.append((sequence_id, list(drafted), limit))
         return super().follow(sequence_id, drafted, limit)
 
     def observe(self, batch: RunningBatch, num_accepted: Tensor) -> None:
         assert num_accepted.numel() == batch.size
+        assert list(batch.lengths) == batch.seq_len.tolist()
         self.observed.append(list(batch.sequence_ids))
 
     def release(self, sequence_id: int) -> None:
@@ -199,9 +193,10 @@ def test_rows_are_asked_of_the_drafter_of_their_way_alone(
         assert_same(result, truth)
     for place, lookup in enumerate(lookups, 1):
         assert len(lookup.released) == len(set(lookup.released)) == len(PROMPTS)
-        assert lookup.observed == [ids for ids, _ in lookup.asked]
-        assert any(len(ids) > 1 for ids, _ in lookup.asked)
-        assert any(len(drafted) == 2 and limit == K - 2 for drafted, limit in lookup.followed)
+        asked = [sequence_id for sequence_id, drafted, _ in lookup.followed if not drafted]
+        assert asked == [sequence_id for ids in lookup.observed for sequence_id in ids]
+        assert any(len(ids) > 1 for ids in lookup.observed)
+        assert any(len(drafted) == 2 and limit == K - 2 for _, drafted, limit in lookup.followed)
         assert any(way == Way(0, place) for way in chosen.values())
     tally.check()
 
@@ -462,4 +457,4 @@ def test_a_tail_ends_before_a_draft_whose_distribution_is_none(
     result = spec(engine, PROMPTS[0], K, **GREEDY)
     assert_same(result, expected)
     assert result.metrics.speculative_decoding.num_draft_tokens > 0
-    assert all(len(drafted) < 2 for drafted, _ in lookup.followed)
+    assert all(len(drafted) < 2 for _, drafted, _ in lookup.followed)

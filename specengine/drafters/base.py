@@ -199,8 +199,8 @@ class LookupDrafter(ListeningDrafter, Protocol):
     def follow(self, sequence_id: int, drafted: Sequence[int], limit: int) -> Sequence[int]:
         """At most `limit` tokens that may follow what it has heard of the sequence and then `drafted`, as a point mass.
 
-        It changes nothing, and takes microseconds: in a list of drafters it is asked before rounds for which another
-        drafts in the end.
+        An engine asks this, sequence by sequence, in the place of `propose`. It changes nothing, and takes
+        microseconds: in a list of drafters it is also asked before rounds for which another drafts in the end.
         """
 
 

@@ -59,9 +59,13 @@ class HostDrafter:
 
     def ask(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """What the drafter proposes for the batch's sequences, checked; padding gets no row."""
+        self._asked = asked = state.plan(batch.without_padding())
+        if self._lookup is not None:
+            rows = zip(batch.sequences, batch.draft_limits, strict=True)
+            drafts = [self.follow(sequence, (), limit) for sequence, limit in rows]
+            return DraftProposal.from_lists(drafts, device=batch.slots.device)
         for sequence in batch.sequences:
             self.hear(sequence)
-        self._asked = asked = state.plan(batch.without_padding())
         proposal = self._drafter.propose(asked)
         return take_proposal(proposal, asked, name=self.name, vocab_size=self._vocab_size)
 
