@@ -20,14 +20,16 @@ seed) is reproducible only with a number instead of "auto", and one drafter.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS
-from specengine.drafters.base import ALONE, RowResult, Way
+from specengine.drafters.base import ALONE, RoundDrafter, RowResult, Way
+from specengine.drafters.host import HostDrafter
+from specengine.drafters.several import SeveralDrafters
 from specengine.round_costs import RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import Sequence
@@ -56,6 +58,11 @@ _PROBE_SHARE = 0.02
 _PROBE_NEW_SEQUENCE = 32
 _PROBE_MOST = 2048
 _PROBE_MEMORY = 2.0
+
+
+# Of a round, at the pace 1, before anything was measured.
+_LEAST_SECONDS = 1e-9
+_NO_LOOKUPS: Mapping[int, HostDrafter] = {}
 
 
 class Acceptance:
@@ -152,12 +159,14 @@ class _Row:
 
     acceptance: by way; of a lookup alone, by whether its offer was long, too
     offers:     by way, what lookups had for it when it had num_output tokens
+    reach:      how many tokens the next offers may have: twice what was right of the last
     last_part:  the drafter of its latest round, of those that have been read; None: it had no drafts
     """
 
     acceptance: dict[tuple[int, bool], Acceptance] = field(default_factory=dict)
     offers: dict[int, list[int]] = field(default_factory=dict)
     num_output: int = 0
+    reach: int = 2 * AUTO_NUM_SPECULATIVE_TOKENS
     last_part: int | None = None
 
 
@@ -199,8 +208,7 @@ class Chooser:
 
     hides_host: whether the device works while the host does, so that a round takes no longer than the longer of both
     ways:       how a sequence may draft
-    offer:      (sequence, drafter, limit): the tokens that a lookup has for a sequence now
-    lookups:    the drafters, as ways number them, that can be asked so
+    lookups:    those of the drafters, by place, that can be asked at once what they have for a sequence
     costs:      of this engine's rounds
     """
 
@@ -209,13 +217,12 @@ class Chooser:
         *,
         hides_host: bool,
         ways: Collection[Way] = (ALONE,),
-        lookups: Collection[int] = (),
-        offer: Callable[[Sequence, int, int], list[int]] | None = None,
+        lookups: Mapping[int, HostDrafter] = _NO_LOOKUPS,
     ) -> None:
         self.costs = RoundCosts()
         self._hides_host = hides_host
         self._ways = tuple(ways)
-        self._offer = offer
+        self._hosts = tuple(lookups.items())
         # By drafter, its way alone: of lookups, and of those whose drafts are steps of a round.
         alone = {way.part: index for index, way in enumerate(ways) if way.tail is None}
         self._lookups = {part: index for part, index in alone.items() if part in lookups}
@@ -234,6 +241,15 @@ class Chooser:
         self._num_held = 0
         # Rounds of a probe that are to come.
         self._num_probes = 0
+
+    @staticmethod
+    def of(drafter: RoundDrafter, *, hides_host: bool) -> Chooser:
+        """The chooser of an engine's drafter, or list of them."""
+        if isinstance(drafter, SeveralDrafters):
+            return Chooser(hides_host=hides_host, ways=drafter.ways, lookups=drafter.lookups)
+        if isinstance(drafter, HostDrafter) and drafter.can_follow:
+            return Chooser(hides_host=hides_host, lookups={0: drafter})
+        return Chooser(hides_host=hides_host)
 
     @property
     def reads_text(self) -> bool:
@@ -256,7 +272,7 @@ class Chooser:
             ]
             others = [] if has_ways else others
         self._num_held = 0
-        if not self.costs.knows_plain:
+        if not self.costs.knows_plain and any(each.has_auto_k for each in chosen):
             self._apply([(each, _NOTHING) for each in chosen])
             return
         if self._lookups:
@@ -288,7 +304,7 @@ class Chooser:
         limits: Collection[int],
         results: Collection[RowResult | None],
         *,
-        ways: Collection[int] | None = None,
+        ways: Collection[tuple[int, int]] = (),
         device: float,
         draft: float | None,
         verify: float | None,
@@ -298,7 +314,7 @@ class Chooser:
 
         limits:  the drafts that each may have had
         results: None: the sequence was over before
-        ways:    how each drafted; None: the one way there is
+        ways:    how each drafted, and with how many drafts before a lookup's; (): all in the first way
         device, draft, verify, host: seconds as in `RoundTimes`
         """
         has_ways = len(self._ways) > 1
@@ -311,8 +327,9 @@ class Chooser:
             if result is None:
                 continue
             num_rows += result.num_draft + 1
-            way = self._ways[0 if ways is None else ways[index]]
-            num_own = min(limit, sequence.num_own_drafts) if way.tail is not None else limit
+            number, num_own = ways[index] if ways else (0, 0)
+            way = self._ways[number]
+            num_own = limit if way.tail is None else min(limit, num_own)
             part = way.part if num_own else None
             if part is not None and part in self._steppers:
                 stepper, num_steps = part, max(num_steps, num_own)
@@ -383,24 +400,24 @@ class Chooser:
 
     def _note_offers(self, row: _Row, written: list[int]) -> None:
         """What would have become of the offers, whether they were taken or not."""
+        reach = 0
         for way, offer in row.offers.items():
             count = min(len(offer), len(written))
             if count:
                 same = next((i for i in range(count) if offer[i] != written[i]), count)
                 self._note(row, way, count, same, is_long=len(offer) >= _LONG_OFFER)
+                reach = max(reach, 2 * same)
+        row.reach = min(max(reach, 2 * AUTO_NUM_SPECULATIVE_TOKENS), DRAFT_COUNTS[-1])
         row.offers = {}
 
     def _look(self, chosen: Collection[Sequence]) -> None:
         """Asks the lookups."""
-        assert self._offer is not None, "lookups are asked"
-        limit = min(2 * max(AUTO_NUM_SPECULATIVE_TOKENS, self._k), DRAFT_COUNTS[-1])
         for sequence in chosen:
             row = self._row(sequence)
-            most = min(limit if sequence.has_auto_k else sequence.num_speculative_tokens, _room(sequence))
+            most = row.reach if sequence.has_auto_k else sequence.num_speculative_tokens
+            most = min(most, _room(sequence))
             row.num_output = len(sequence.output_ids)
-            row.offers = {
-                way: self._offer(sequence, part, most) for part, way in self._lookups.items() if most > 0
-            }
+            row.offers = {self._lookups[part]: host.follow(sequence, (), most) for part, host in self._hosts}
 
     # -- what is best -----------------------------------------------------------------------------------------
 
@@ -413,7 +430,7 @@ class Chooser:
         # Of drafts whose number is given half are taken to be accepted: what matters is that they cost nothing more.
         num_rows, expected = size + sum(others), size + sum(others) / 2
         if not self._rate:
-            self._rate = size / (costs.verify(size, size) + costs.rest(size))
+            self._rate = size / max(costs.verify(size, size) + costs.rest(size), _LEAST_SECONDS)
         # The chance of being emitted that a draft must have to be worth the time of its row.
         least = self._rate * costs.row()
         rows = [self._row(each) for each in chosen]
@@ -439,11 +456,9 @@ class Chooser:
                     total = expected + sum([choice.gain for choice in choices])
                     steps = max([choice.num_steps for choice in choices])
                     total_rows = num_rows + sum([choice.limit for choice in choices])
-                rate = total / (
-                    (draft(max(given, steps)) if given or steps else 0.0)
-                    + costs.verify(total_rows, size)
-                    + rest
-                )
+                steps = max(given, steps)
+                seconds = costs.verify(total_rows, size) + rest + (draft(steps) if steps else 0.0)
+                rate = total / max(seconds, _LEAST_SECONDS)
                 if rate > best[0]:
                     best = rate, part, k
                 if k and rate > best_rate:

@@ -13,6 +13,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,13 +61,14 @@ def choose_ways(engine: Engine, choose: Callable[[Any, int, int], tuple[int, int
         chance = random.Random(f"{sequence.request.prompt_ids}, {sequence.sample_index}, {number}")
         return chance.randrange(num_ways), chance.randint(0, 4)
 
-    def step_with_ways() -> None:
-        for sequence in stepper.scheduler.running:
+    def choose_each(running: Sequence[Any]) -> None:
+        for sequence in running:
             number = sequence.settled.num_rounds + sequence.num_rounds_ahead
             sequence.way, sequence.num_own_drafts = (choose or at_random)(sequence, number, num_ways)
-        type(stepper).step(stepper)
 
-    stepper.step = step_with_ways  # type: ignore[method-assign]
+    stepper.chooser = SimpleNamespace(  # type: ignore[assignment]
+        reads_text=False, choose=choose_each, observe=lambda *_, **__: None, release=lambda _: None
+    )
 
 
 def plain(engine: Engine, prompts: Any, **sampling: Any) -> Any:

@@ -358,8 +358,9 @@ def _build_batch(
     lengths = engine._state.seq_len[slots].tolist()
     rule = Rule.MATCH if acceptance == "coupled" else Rule[acceptance.upper()]
     nothing_ahead = {"num_rounds_ahead": 0, "num_tokens_ahead": 0, "ways_ahead": []}
+    limit = len(PROMPT) + NUM_TOKENS
     records: Any = tuple(
-        SimpleNamespace(slot=slot, sequence_id=slot, num_tokens=length, **nothing_ahead)
+        SimpleNamespace(slot=slot, sequence_id=slot, num_tokens=length, length_limit=limit, **nothing_ahead)
         for slot, length in zip(slots, lengths, strict=True)
     )
     return RunningBatch(

@@ -29,9 +29,9 @@ from test_law_e_distribution import (
 from torch import Tensor
 
 from specengine.drafters import several
-from specengine.drafters.base import DraftProposal
+from specengine.drafters.base import DraftProposal, Way
 from specengine.drafters.host import HostDrafter
-from specengine.drafters.several import SeveralDrafters, Way
+from specengine.drafters.several import SeveralDrafters
 from specengine.engine import Engine
 from specengine.runtime.state import RunningBatch
 

@@ -28,11 +28,11 @@ from torch import Tensor
 
 import specengine
 from specengine import DraftProposal, SamplingParams, VocabularyMismatchError, bundled
-from specengine.drafters import draft_model, several
-from specengine.drafters.base import LookupDrafter
+from specengine.drafters import draft_model
+from specengine.drafters.base import LookupDrafter, Way
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.ngram import NgramDrafter
-from specengine.drafters.several import SeveralDrafters, Way
+from specengine.drafters.several import SeveralDrafters
 from specengine.engine import Engine
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.state import RunningBatch
@@ -201,6 +201,11 @@ def test_rows_are_asked_of_the_drafter_of_their_way_alone(
     tally.check()
 
 
+def offers_of(drafter: SeveralDrafters, sequence: Any, limit: int) -> tuple[int | None, ...]:
+    hosts = [drafter.lookups.get(place) for place in range(len(drafter.parts))]
+    return tuple(None if host is None else len(host.follow(sequence, (), limit)) for host in hosts)
+
+
 def test_offers_say_how_many_drafts_a_lookup_has_and_change_nothing(
     checkpoint: CheckpointFactory, build_engine: EngineFactory
 ) -> None:
@@ -211,9 +216,9 @@ def test_offers_say_how_many_drafts_a_lookup_has_and_change_nothing(
     def choose(sequence: Any, number: int, num_ways: int) -> tuple[int, int]:
         if sequence.output_ids:
             drafter, rounds = drafter_of(engine), sequence.ways_ahead
-            offers = drafter.offers(sequence, 3)
-            assert offers == drafter.offers(sequence, 3)
-            assert drafter.offers(sequence, 0) == (None, 0, 0, None, 0)
+            offers = offers_of(drafter, sequence, 3)
+            assert offers == offers_of(drafter, sequence, 3)
+            assert offers_of(drafter, sequence, 0) == (None, 0, 0, None, 0)
             found.append(offers)
             assert sequence.ways_ahead is rounds
         return 1, 0
@@ -361,12 +366,29 @@ def test_b_what_the_target_drafts_is_accepted_whoever_drafted_before(
     check_twins(only_models, {0: 1, 2: 2}, sampling)
 
 
+def note_what_was_never_fed(engine: Engine, patch: pytest.MonkeyPatch) -> None:
+    note = DraftModelDrafter._set_computed
+    patch.setattr(DraftModelDrafter, "_set_computed", lambda part, slot, count: note(part, slot, count + 1))
+
+
 def note_tails_as_computed(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(several, "_own_result", lambda result, limit: result if limit else None)
+    observe = DraftModelDrafter.observe
+
+    def faulty(part: Any, batch: Any, results: Any) -> None:
+        limits = [K if limit else 0 for limit in batch.draft_limits]
+        observe(part, batch._replace(draft_limits=tuple(limits)), results)
+
+    patch.setattr(DraftModelDrafter, "observe", faulty)
 
 
 def note_others_drafts_as_computed(engine: Engine, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(several, "_own_result", lambda result, limit: result)
+    observe = DraftModelDrafter.observe
+
+    def faulty(part: Any, batch: Any, results: Any) -> None:
+        limits = [1 if result is None else result.num_draft for result in results]
+        observe(part, batch._replace(draft_limits=tuple(limits)), results)
+
+    patch.setattr(DraftModelDrafter, "observe", faulty)
 
 
 def nothing_is_caught_up_with(engine: Engine, patch: pytest.MonkeyPatch) -> None:
@@ -388,7 +410,13 @@ def forget_the_ways_of_rounds_under_way(engine: Engine, patch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    "plant", [note_tails_as_computed, note_others_drafts_as_computed, nothing_is_caught_up_with]
+    "plant",
+    [
+        note_what_was_never_fed,
+        note_tails_as_computed,
+        note_others_drafts_as_computed,
+        nothing_is_caught_up_with,
+    ],
 )
 def test_b_notices_a_cache_that_is_not_what_it_says(
     plant: Callable[..., None], twins: list[Any], build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch

@@ -229,7 +229,11 @@ class RoundDrafter(Protocol):
         """The proposal for a round that has begun, staged behind the committed tokens."""
 
     def observe(self, batch: RunningBatch, results: Sequence[RowResult | None]) -> None:
-        """Told, once the host knows, what became of each sequence of a round; None: it was over before."""
+        """Told, once the host knows, what became of each sequence of a round; None: it was over before.
+
+        Its own drafts are the first batch.draft_limits[b]: others may have followed, or, where that is 0, taken its
+        place.
+        """
 
     def hear(self, sequence: HostSequence) -> None:
         """The host's record of a sequence has grown: by its prompt's first token, or a round, whoever drafted."""
@@ -252,13 +256,13 @@ class RowResult(NamedTuple):
 
 
 class Way(NamedTuple):
-    """How a sequence drafts where there are several drafters, by their numbers in the list: with one, and, if tail is
-    not None, with a lookup that goes on after its drafts."""
+    """A way to draft for a sequence: one drafter, by its place in a list; or one, and a lookup behind its drafts."""
 
     part: int
     tail: int | None = None
 
 
+# With the one drafter that there is.
 ALONE = Way(0)
 
 

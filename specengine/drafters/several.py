@@ -11,12 +11,11 @@ from __future__ import annotations
 from collections.abc import Hashable
 from collections.abc import Sequence as Collection
 from contextlib import ExitStack
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import DraftProposal, RoundDrafter, RowResult
+from specengine.drafters.base import DraftProposal, RoundDrafter, RowResult, Way
 from specengine.drafters.host import HostDrafter
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -24,17 +23,11 @@ from specengine.runtime.state import BatchState, RunningBatch
 _NO_LIMIT = 2**31 - 1
 
 
-class Way(NamedTuple):
-    """A way to draft for a row: one drafter, by its place in the list; or one, and a lookup that goes on behind it."""
-
-    part: int
-    tail: int | None = None
-
-
 class SeveralDrafters:
     """Drafters as one.
 
     parts: the drafters, in the list's order
+    lookups: by place, those that can be asked at once what they have for a sequence (`HostDrafter.follow`)
     ways:  every part alone, in that order; then every part that drafts with a model, with every `LookupDrafter` behind
            it
     draft_positions: those of the part that drafts in the round that was prepared last; where several do, each keeps to
@@ -48,24 +41,14 @@ class SeveralDrafters:
         self.draft_positions = _NO_LIMIT
         self._hosts = tuple(part if isinstance(part, HostDrafter) else None for part in parts)
         models = [place for place, host in enumerate(self._hosts) if host is None]
-        lookups = [place for place, host in enumerate(self._hosts) if host is not None and host.can_follow]
+        self.lookups = {
+            place: host for place, host in enumerate(self._hosts) if host is not None and host.can_follow
+        }
         alone = [Way(place) for place in range(len(self.parts))]
-        self.ways = (*alone, *(Way(model, lookup) for model in models for lookup in lookups))
+        self.ways = (*alone, *(Way(model, lookup) for model in models for lookup in self.lookups))
         # Of the round that was prepared: who drafts alone; else what was asked of the host's drafters, by rows.
         self._alone: RoundDrafter | None = None
         self._asked: list[tuple[list[int], DraftProposal]] = []
-
-    def offers(self, sequence: Sequence, limit: int) -> tuple[int | None, ...]:
-        """How many drafts each part has for the sequence now, `limit` at most; None: it knows once it has drafted.
-
-        The host's record of the sequence is what counts: rounds under way have not been read.
-        """
-        return tuple(
-            [
-                len(host.follow(sequence, (), limit)) if host is not None and host.can_follow else None
-                for host in self._hosts
-            ]
-        )
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """The part's own where one drafts alone. Else all of them do the host's part, and the round is Python's."""
@@ -114,17 +97,16 @@ class SeveralDrafters:
         return merged
 
     def observe(self, batch: RunningBatch, results: Collection[RowResult | None]) -> None:
-        """Each part hears of its rows, and of its own drafts alone."""
+        """Each part hears what became of its rows; a model's drafts are the first, as many as the batch says."""
         place = self._who_drafts_alone(batch)
         if place is not None:
             self.parts[place].observe(batch, results)
             return
         for place, limits in self._shares(batch).items():
             if self._hosts[place] is None:
-                of_part = [_own_result(result, limit) for result, limit in zip(results, limits, strict=True)]
+                self.parts[place].observe(batch.with_limits(limits), results)
             else:
-                of_part = [results[row] for row in _rows_of(limits)]
-            self.parts[place].observe(batch, of_part)
+                self.parts[place].observe(batch, [results[row] for row in _rows_of(limits)])
 
     def hear(self, sequence: Sequence) -> None:
         """Passed on."""
@@ -193,14 +175,6 @@ class SeveralDrafters:
 def _rows_of(limits: Collection[int]) -> list[int]:
     """The rows that draft."""
     return [row for row, limit in enumerate(limits) if limit]
-
-
-def _own_result(result: RowResult | None, limit: int) -> RowResult | None:
-    """What became of a row's first `limit` drafts."""
-    if result is None or not limit:
-        return None
-    slot, length, num_draft, num_accepted = result
-    return RowResult(slot, length, min(num_draft, limit), min(num_accepted, limit))
 
 
 def _append(proposal: DraftProposal, row: int, start: int, tokens: list[int]) -> Tensor:

@@ -39,7 +39,7 @@ class Stepper:
         hides_host: bool,
     ) -> None:
         self.is_stepping = False
-        self.chooser = Chooser(hides_host=hides_host)
+        self.chooser = Chooser.of(drafter, hides_host=hides_host)
         # Seconds of the host's before the latest round.
         self._preparation = 0.0
         self._kv_cache = kv_cache
@@ -113,6 +113,7 @@ class Stepper:
                 flight.sequences,
                 flight.batch.draft_limits,
                 results,
+                ways=flight.batch.ways,
                 device=times.device,
                 draft=times.draft,
                 verify=times.verify,

@@ -72,7 +72,6 @@ class Sequence:
 
     num_speculative_tokens: drafts a round; may be changed while the sequence runs: the next round follows
     has_auto_k: whether it is the engine that changes it
-    way, num_own_drafts: which of several drafters drafts next, and how many before another goes on (see `Way`)
     round_seconds, plain_seconds: then, what its rounds took, and what their tokens would have taken one by one
     text:     turns the settled tokens into text; can be built again from them
     reported: what the caller has been told
@@ -103,8 +102,6 @@ class Sequence:
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
     ways_ahead: list[int] = field(default_factory=list)
-    way: int = 0
-    num_own_drafts: int = 0
     num_prompt_forwards: int = 0
     has_auto_k: bool = False
     way: int = 0
