@@ -79,6 +79,19 @@ def test_json_is_one_object_and_nothing_else(expected: str) -> None:
     assert (result["model"], result["draft_model"]) == (str(bundled.target_path()), str(bundled.draft_path()))
 
 
+def test_several_drafters_one_by_one(expected: str) -> None:
+    given = ("--draft-model", "ngram", "--draft-model", "self:1")
+    code, out, _ = invoke("generate", PROMPT, "--max-new-tokens", "12", "-k", "3", "--json", *given)
+    assert code == 0
+    result = json.loads(out)
+    assert result["text"] == expected
+    assert result["draft_model"] == "ngram:2-4+self:1"
+    for wrong, shown in (("ngram", "'ngram' twice"), ("self:99", "'self:99'")):
+        code, out, err = invoke("generate", PROMPT, *given, "--draft-model", wrong)
+        assert (code, out) == (2, "")
+        assert shown in err
+
+
 def test_statistics_go_to_stderr(expected: str) -> None:
     code, out, err = invoke("generate", PROMPT, "--max-new-tokens", "12", "--stats")
     assert (code, out) == (0, expected + "\n")

@@ -20,6 +20,7 @@ from law_helpers import (
     Tally,
     assert_idle,
     assert_same,
+    drafters_of,
     make_prompt,
     plain,
 )
@@ -165,7 +166,7 @@ def check_combinations(engine: Engine, drafter: Any, oracle: GreedyOracle, count
     assert_idle(engine, num_free)
 
 
-@pytest.mark.parametrize("drafter", [*DRAFTERS, "model"])
+@pytest.mark.parametrize("drafter", [*DRAFTERS, "draft", "draft+suffix+self:1+ngram:1"])
 @pytest.mark.parametrize("count", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_combinations(
     drafter: str,
@@ -175,8 +176,8 @@ def test_combinations(
     oracle: Callable[..., GreedyOracle],
     tally: Tally,
 ) -> None:
-    """128 for each drafter are 512."""
-    drafts = DRAFTERS[drafter]() if drafter != "model" else checkpoint(seed=3, noise=0.2)
+    """128 for each drafter are 640. Those joined by "+" draft in ways at random."""
+    drafts = DRAFTERS[drafter]() if drafter in DRAFTERS else drafters_of(drafter, checkpoint, seed=3)
     check_combinations(build_engine(checkpoint(seed=3), drafts), drafts, oracle(seed=3), count)
     tally.check(accepted=drafter != "random", rejected=drafter != "perfect")
 
