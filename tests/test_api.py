@@ -415,6 +415,30 @@ def test_a_deleted_model_does_not_keep_its_engine(engines: list[FakeEngine]) -> 
     assert engines[0].is_closed
 
 
+def test_the_drafters_of_a_list_are_known_one_by_one(engines: list[FakeEngine]) -> None:
+    drafts = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)]
+    given = [
+        ["ngram", drafts[0]],
+        ("ngram", drafts[0]),
+        [drafts[0], "ngram"],
+        ["ngram", drafts[1]],
+        ["ngram"],
+    ]
+    for draft_model in given:
+        specengine.generate(PROMPT, model="a", draft_model=draft_model)
+    assert [engine.draft_model for engine in engines] == [tuple(each) for each in given[1:]]
+    with torch.no_grad():
+        drafts[1].weight.add_(1)
+    specengine.generate(PROMPT, model="a", draft_model=["ngram", drafts[1]])
+    assert len(engines) == 5
+    for engine in engines:
+        engine.draft_model = None  # a real engine copies the weights
+    del draft_model, given, drafts
+    gc.collect()
+    specengine.generate(PROMPT, model="another")
+    assert [engine.is_closed for engine in engines] == [True, True, True, False, True, False]
+
+
 def test_a_directory_written_again_is_loaded_again(engines: list[FakeEngine], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     specengine.generate(PROMPT, model=tmp_path)
