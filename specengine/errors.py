@@ -10,7 +10,7 @@ class ModelLoadError(SpecEngineError, ValueError):
 
 
 class VocabularyMismatchError(SpecEngineError, ValueError):
-    """No token of the draft model's vocabulary is known to be one of the target's. Names both models."""
+    """A draft model that can neither read the target's tokens nor write its text. Names both models."""
 
 
 class InsufficientMemoryError(SpecEngineError, ValueError):

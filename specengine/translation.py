@@ -3,6 +3,9 @@
 Tokens match by the bytes that they stand for, never by id. A draft model is renumbered with this as it is loaded
 (`specengine.models.weights`): its table and head get one row for each of the target's ids, in the target's order.
 From then on it reads and proposes the target's ids, and nothing is translated while it runs.
+
+Where it has too few of the target's tokens for that, it drafts in tokens of its own, and only text goes between the two
+(`specengine.drafters.retokenized`).
 """
 
 from __future__ import annotations
@@ -13,8 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from specengine.errors import VocabularyMismatchError
 from specengine.tokenizer import REPLACEMENT, Tokenizer, Vocabulary, num_usable_ids
+
+# The least share of the target's tokens that a draft must have to be renumbered. What it has not it never proposes, and
+# reads as a mean of pieces; but what it proposes is drawn from its law, at the price of its forward alone.
+MIN_SHARED = 0.25
+
+
+@dataclass(frozen=True)
+class ByText:
+    """Too little is shared: num_shared of the target's num_ids tokens."""
+
+    num_shared: int
+    num_ids: int
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,9 @@ class Translation:
         ]
 
 
-def translate(target: Vocabulary, draft: Vocabulary) -> Translation | None:
+def translate(target: Vocabulary, draft: Vocabulary) -> Translation | ByText | None:
     """What makes a draft speak the target's vocabulary, or None: it does already, or there is nothing to compare but
-    sizes, which is `check_compatible`'s.
-
-    Raises `VocabularyMismatchError` naming both models where they share no token.
-    """
+    sizes, which is `check_compatible`'s."""
     mine, other = target.tokenizer, draft.tokenizer
     if mine is None or other is None or mine.vocabulary_fingerprint == other.vocabulary_fingerprint:
         return None
@@ -70,11 +81,9 @@ def translate(target: Vocabulary, draft: Vocabulary) -> Translation | None:
     spellings, draft_spellings = mine.spellings(as_bytes=as_bytes), other.spellings(as_bytes=as_bytes)
     known = {spelling: token for token, spelling in draft_spellings.items() if token < num_draft_ids}
     shared = [known.get(spellings[token]) if token in spellings else None for token in range(num_ids)]
-    if all(token is None for token in shared):
-        raise VocabularyMismatchError(
-            f"target {target.name!r} and draft {draft.name!r} have no token in common: "
-            f"{mine.difference_from(other)}"
-        )
+    num_shared = sum(token is not None for token in shared)
+    if num_shared < MIN_SHARED * num_ids:
+        return ByText(num_shared, num_ids)
     _pair_ends(shared, mine, other, num_draft_ids)
     missing = [token for token in spellings if token < num_ids and shared[token] is None]
     return Translation(tuple(shared), _spell(missing, mine, other, num_draft_ids))

@@ -11,16 +11,19 @@ import markers
 import pytest
 import tiny_models
 import torch
+import vocabulary_pairs
 from interpreter_speed import patch_once_a_launch
 from law_helpers import (
     BACKEND,
     BuildTwins,
     CheckpointFactory,
+    DraftedFactory,
     EagerRecorder,
     EngineFactory,
     GreedyOracle,
     Tally,
     choose_ways,
+    drafters_of,
 )
 
 from specengine import _C, metrics
@@ -81,6 +84,25 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> CheckpointFactory:
                 model = tiny_models.perturbed(model, noise=noise)
             directory = tmp_path_factory.mktemp(f"{model_type}-{len(made)}") / "model"
             made[key] = tiny_models.save_checkpoint(directory, model, tokenizer=tokenizer)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def drafted(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFactory) -> DraftedFactory:
+    """drafted("ngram", seed=1, …): a target, and what drafts for it: a drafter's name, or a draft model of another
+    vocabulary where the name is that of a pair (`vocabulary_pairs.PAIRS`), or a list of drafters
+    (`law_helpers.LISTS_OF_DRAFTERS`). Arguments are those of `checkpoint`."""
+    made: dict[str, tuple[Path, Path]] = {}
+
+    def make(name: str, **build: Any) -> tuple[Path, str | Path]:
+        if name not in vocabulary_pairs.PAIRS:
+            return checkpoint(**build), drafters_of(name, checkpoint, **build)
+        key = repr((name, sorted(build.items())))
+        if key not in made:
+            build.pop("with_tokenizer", None)
+            made[key] = vocabulary_pairs.build_pair(name, tmp_path_factory.mktemp(name), **build)
         return made[key]
 
     return make

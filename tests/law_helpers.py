@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import vocabulary_pairs
 
 from specengine.config import SamplingParams
 from specengine.drafters import registry
@@ -33,19 +34,21 @@ HAS_BITS = BACKEND != "reference"
 TOLERANCE = 1e-4
 
 CheckpointFactory = Callable[..., Path]
+DraftedFactory = Callable[..., tuple[Path, str | Path]]
 EngineFactory = Callable[..., Engine]
 BuildTwins = Callable[..., tuple[Engine, Engine]]
 
 
 # Every name of the registry; one that wants an argument has one.
 NAMED_DRAFTERS = [{"self": "self:1"}.get(name, name) for name in registry.DRAFTERS]
-# Lists, as `drafters_of` reads them.
+# What the fixture `drafted` takes: these, lists of drafters, and the pairs of models with two vocabularies. In a list
+# what is joined by "+"; "draft" and "other" are models that agree with the target now and then.
 LISTS_OF_DRAFTERS = ["ngram+suffix", "draft+self:1", "self:1+draft+other+suffix+ngram"]
+ALL_DRAFTERS = [*NAMED_DRAFTERS, *LISTS_OF_DRAFTERS, *vocabulary_pairs.PAIRS]
 
 
 def drafters_of(name: str, checkpoint: CheckpointFactory, **build: Any) -> Any:
-    """A drafter's name, or a list of what is joined by "+": "draft" and "other" are models that agree with
-    checkpoint(**build) now and then."""
+    """A drafter's name, or the list of such a name."""
     noise = {"draft": 0.1, "other": 0.3}
     parts = [checkpoint(**build, noise=noise[part]) if part in noise else part for part in name.split("+")]
     return parts if "+" in name else parts[0]

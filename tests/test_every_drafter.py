@@ -1,4 +1,5 @@
-"""What holds for every drafter that has a name, and for lists of drafters, in small: laws A, C, D, G, J, L, N, O and P.
+"""What holds for every drafter that has a name, for lists of drafters, and for draft models of other vocabularies, in
+small: laws A, C, D, G, J, L, N, O and P.
 
 A new one is tested as soon as it stands in the registry. Of a list, every row of every round is drafted for in a way
 that is drawn at random (`law_helpers.choose_ways`).
@@ -10,16 +11,17 @@ import random
 from typing import Any
 
 import pytest
+import vocabulary_pairs
 from law_helpers import (
-    LISTS_OF_DRAFTERS,
+    ALL_DRAFTERS,
     NAMED_DRAFTERS,
     BuildTwins,
     CheckpointFactory,
+    DraftedFactory,
     EngineFactory,
     Tally,
     assert_idle,
     assert_same,
-    drafters_of,
     make_prompt,
     plain,
     spec,
@@ -37,7 +39,7 @@ SPELLED: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
 GREEDY: dict[str, Any] = {"ignore_eos": True, "logprobs": 1, "max_new_tokens": 30}
 COUPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 3}
 REJECTION: dict[str, Any] = {**COUPLED, "acceptance": "rejection"}
-each_drafter = pytest.mark.parametrize("name", [*NAMED_DRAFTERS, *LISTS_OF_DRAFTERS])
+each_drafter = pytest.mark.parametrize("name", ALL_DRAFTERS)
 
 
 def make_copy_prompt(length: int, seed: int = 0) -> list[int]:
@@ -53,15 +55,20 @@ def make_copy_prompt(length: int, seed: int = 0) -> list[int]:
 PROMPTS = [make_copy_prompt(length, length) for length in (24, 7, 15, 9)]
 
 
+def make_text(name: str) -> str:
+    """Text that the target of this drafter can read."""
+    return " ba bb bc ba bb bc" if name in vocabulary_pairs.PAIRS else "a = [1, 2, 3]\nb = [1, 2, 3]\n"
+
+
 def statistics(result: GenerationResult) -> Any:
     return result.metrics.speculative_decoding
 
 
 @each_drafter
 def test_a_around_the_edges_of_blocks_drafts_change_nothing(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), block_size=BLOCK)
+    engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB), block_size=BLOCK)
     num_free = engine.num_free_blocks
     for length in (1, 2 * BLOCK - 1, 2 * BLOCK, 2 * BLOCK + 1):
         prompt = make_copy_prompt(length)
@@ -74,10 +81,10 @@ def test_a_around_the_edges_of_blocks_drafts_change_nothing(
 
 @each_drafter
 def test_c_wherever_a_text_ends_it_ends_as_without_drafts(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**SPELLED), drafters_of(name, checkpoint, **SPELLED))
-    prompt = "a = [1, 2, 3]\nb = [1, 2, 3]\n"
+    engine = build_engine(*drafted(name, seed=9, with_tokenizer=True))
+    prompt = make_text(name)
     whole = plain(engine, prompt, **GREEDY)
     for index in range(0, len(whole.token_ids), 4):
         for end in ({"stop_token_ids": [whole.token_ids[index]]}, {"stop": whole.text[index : index + 2]}):
@@ -88,9 +95,9 @@ def test_c_wherever_a_text_ends_it_ends_as_without_drafts(
 
 @each_drafter
 def test_d_budgets_and_contexts_are_kept(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), max_seq_len=40)
+    engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB), max_seq_len=40)
     for length in (1, 40 - K - 1, 40 - K, 38, 39):
         for budget in (1, 2, K + 1, K + 2, 60):
             result = spec(engine, make_copy_prompt(length), K, ignore_eos=True, max_new_tokens=budget)
@@ -100,9 +107,9 @@ def test_d_budgets_and_contexts_are_kept(
 
 @each_drafter
 def test_g_j_a_seeds_text_depends_on_nothing_else_and_every_row_is_as_alone(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
+    engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB))
     expected = [plain(engine, prompt, **COUPLED) for prompt in PROMPTS]
     for k in (1, K):
         for result, truth in zip(spec(engine, PROMPTS, k, **COUPLED), expected, strict=True):
@@ -119,9 +126,9 @@ def test_g_j_a_seeds_text_depends_on_nothing_else_and_every_row_is_as_alone(
 
 @each_drafter
 def test_l_replayed_rounds_are_those_that_python_runs(
-    name: str, checkpoint: CheckpointFactory, build_twins: BuildTwins, tally: Tally
+    name: str, drafted: DraftedFactory, build_twins: BuildTwins, tally: Tally
 ) -> None:
-    direct, replayed = build_twins(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
+    direct, replayed = build_twins(*drafted(name, seed=1, vocab_size=VOCAB))
     chance = random.Random(5)
     for count in (1, 4, 2):
         prompts = [make_copy_prompt(3 + 4 * row, row) for row in range(count)]
@@ -147,14 +154,14 @@ def test_l_replayed_rounds_are_those_that_python_runs(
 def test_n_preemption_and_shared_prefixes_change_nothing(
     name: str,
     sampling: dict[str, Any],
-    checkpoint: CheckpointFactory,
+    drafted: DraftedFactory,
     build_engine: EngineFactory,
     tally: Tally,
 ) -> None:
     shared = make_copy_prompt(2 * BLOCK)
     prompts = [shared + prompt[:4] for prompt in PROMPTS]
     roomy, tight = (
-        build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY), block_size=BLOCK, **config)
+        build_engine(*drafted(name, seed=1, vocab_size=VOCAB), block_size=BLOCK, **config)
         for config in ({"enable_prefix_cache": False}, {"num_blocks": 17, "prefill_chunk_size": 3})
     )
     num_free = tight.num_free_blocks
@@ -172,9 +179,9 @@ def test_n_preemption_and_shared_prefixes_change_nothing(
 
 @each_drafter
 def test_o_a_consumer_may_leave_after_any_event(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
+    engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB))
     num_free = engine.num_free_blocks
     expected = spec(engine, PROMPTS[0], K, **GREEDY)
     for num_events in range(1, 8):
@@ -191,9 +198,9 @@ def test_o_a_consumer_may_leave_after_any_event(
 
 @each_drafter
 def test_p_what_is_counted_is_what_was_said(
-    name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    engine = build_engine(checkpoint(**TINY), drafters_of(name, checkpoint, **TINY))
+    engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB))
     for prompt in PROMPTS:
         result = spec(engine, prompt, K, **GREEDY)
         found = statistics(result)

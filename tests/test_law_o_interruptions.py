@@ -10,10 +10,12 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import tiny_models
 from law_helpers import (
     LISTS_OF_DRAFTERS,
     NAMED_DRAFTERS,
@@ -25,8 +27,9 @@ from law_helpers import (
     drafters_of,
 )
 
+from specengine import translation
 from specengine.config import SamplingParams
-from specengine.drafters import host, registry, several
+from specengine.drafters import host, registry, retokenized, several
 from specengine.engine import Engine, record
 from specengine.engine.stepper import Stepper
 from specengine.outputs import GenerationResult, StreamEvent
@@ -168,20 +171,50 @@ def test_an_interruption_at_sampled_lines_of_a_step_changes_nothing(engine: Engi
     tally.check()
 
 
+def check_interrupted_in(engine: Engine, module: str) -> None:
+    """At lines of the drafter's own, and at those that ask it."""
+    files = {inspect.getsourcefile(importlib.import_module(module)), host.__file__}
+    lines = [line for line in some_turns(lines_of_a_run(engine), seed=4) if line[0] in files]
+    check_interrupted_at(engine, lines[:16])
+
+
 @pytest.mark.parametrize("name", [*NAMED_DRAFTERS, LISTS_OF_DRAFTERS[-1]])
 def test_an_interruption_at_sampled_lines_of_a_named_drafter_changes_nothing(
     name: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
-    """Its own lines, and those that ask it; of a list, those that ask them all."""
+    """Of a list, at the lines that ask them all."""
     like: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
     engine = build_engine(checkpoint(**like), drafters_of(name, checkpoint, **like), prefill_chunk_size=7)
-    module = several
-    if name in NAMED_DRAFTERS:
-        module = importlib.import_module(registry.DRAFTERS[registry.split(name)[0]])
-    files = {module.__file__, host.__file__}
-    lines = [line for line in some_turns(lines_of_a_run(engine), seed=4) if line[0] in files]
-    check_interrupted_at(engine, lines[:16])
+    is_named = name in NAMED_DRAFTERS
+    check_interrupted_in(
+        engine, registry.DRAFTERS[registry.split(name)[0]] if is_named else several.__name__
+    )
     tally.check(rejected=False)
+
+
+@pytest.fixture
+def retokenizing(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Engine:
+    """With a draft that reads text."""
+    monkeypatch.setattr(translation, "MIN_SHARED", 2.0)
+    noisy = tiny_models.perturbed(tiny_models.build_model(vocab_size=320, seed=9), noise=0.3)
+    draft, tokenizer = tiny_models.renumbered(noisy, tiny_models.build_tokenizer(320))
+    models = (
+        checkpoint("gpt2", seed=9, with_tokenizer=True),
+        tiny_models.save_checkpoint(tmp_path, draft, tokenizer=tokenizer),
+    )
+    return build_engine(*models, prefill_chunk_size=7)
+
+
+def test_an_interruption_at_sampled_lines_of_a_draft_that_reads_text_changes_nothing(
+    retokenizing: Engine, tally: Tally
+) -> None:
+    check_interrupted_in(retokenizing, retokenized.__name__)
+    tally.check()
 
 
 @pytest.mark.slow

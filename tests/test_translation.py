@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
 import tiny_models
 import tokenizers
 import torch
 from tokenizers import AddedToken, decoders, models
 
-from specengine.errors import VocabularyMismatchError
 from specengine.tokenizer import REPLACEMENT, Tokenizer, Vocabulary
-from specengine.translation import translate
+from specengine.translation import ByText, Translation, translate
 
 RAW = tiny_models.build_tokenizer(320)
 BYTE_LEVEL = Tokenizer(RAW, eos_token=tiny_models.END_OF_TEXT)
@@ -29,7 +27,7 @@ def build(tokens: list[str], decoder: decoders.Decoder | None, *, special: str |
 
 def shared_ids(target: Tokenizer, draft: Tokenizer) -> list[int | None]:
     translation = translate(vocabulary("T", target), vocabulary("D", draft))
-    assert translation is not None
+    assert isinstance(translation, Translation)
     return list(translation.shared)
 
 
@@ -78,14 +76,14 @@ def test_rows_beyond_the_tokenizer_or_the_model_are_no_tokens() -> None:
     permuted = build(["c", "b", "a"], decoders.ByteLevel())
     target = build(["a", "b", "c", "d"], decoders.ByteLevel())
     translation = translate(vocabulary("T", target, 7), vocabulary("D", permuted, 2))
-    assert translation is not None
+    assert isinstance(translation, Translation)
     assert list(translation.shared) == [None, 1, 0, None]
 
 
 def test_a_token_that_the_draft_has_not_is_read_as_the_mean_of_its_parts() -> None:
     smaller = Tokenizer(tiny_models.build_tokenizer(300), eos_token=tiny_models.END_OF_TEXT)
     translation = translate(vocabulary("T", BYTE_LEVEL), vocabulary("D", smaller))
-    assert translation is not None
+    assert isinstance(translation, Translation)
     assert list(translation.shared[:300]) == list(range(300))
     assert set(translation.spelled) == set(range(300, 320))
     rows = torch.randn(300, 4, generator=torch.Generator().manual_seed(0))
@@ -101,7 +99,6 @@ def test_a_token_that_the_draft_has_not_is_read_as_the_mean_of_its_parts() -> No
         assert torch.allclose(table[token], rows[list(pieces)].mean(dim=0))
 
 
-def test_nothing_in_common_is_refused_with_both_names() -> None:
+def test_nothing_in_common_leaves_the_text() -> None:
     other = build(["no token", "of theirs"], None)
-    with pytest.raises(VocabularyMismatchError, match=r"the-target.*the-draft.*no token in common"):
-        translate(vocabulary("the-target", BYTE_LEVEL), vocabulary("the-draft", other))
+    assert translate(vocabulary("T", BYTE_LEVEL), vocabulary("D", other)) == ByText(0, 320)

@@ -286,6 +286,7 @@ class DrafterContext:
     target:     the target, its tokenizer included
     draft:      what the drafter's module loaded (`load_draft`), its tokenizer included: its keys and values are a
                 tensor of the cache's, in the target's blocks; None: it has no such tensor
+    foreign:    a draft model that speaks a vocabulary of its own, and so has neither ids nor blocks of the target's
     load_model: loads another model as the engine's configuration says of drafts
     model_index: which of the cache's tensors is its own, if it has a model
     place:      its place in a list of drafters
@@ -311,5 +312,6 @@ class DrafterContext:
     chunk_size: int
     num_bytes: int = 256 << 20
     model_index: int = DRAFT
+    foreign: LoadedModel | None = None
     place: int = 0
     is_recorded: bool = True

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specengine.drafters.base import Drafter, DraftProposal, ListeningDrafter, LookupDrafter, RowResult
 from specengine.drafters.given import take_proposal
+from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
@@ -41,6 +42,12 @@ class HostDrafter:
         self._proposal: DraftProposal | None = None
         self._asked: RunningBatch | None = None
         self._heard: dict[int, _Heard] = {}
+
+    @property
+    def runner(self) -> ModelRunner | None:
+        """The model that it drafts with, if it is the engine's."""
+        runner = getattr(self._drafter, "runner", None)
+        return runner if isinstance(runner, ModelRunner) else None
 
     def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """Asks the drafter. The proposal's tokens are uploaded; a law stays where it is, and is not for recordings."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from specengine.drafters.base import Drafter, DrafterContext, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
+from specengine.drafters.retokenized import RetokenizedDrafter, check_texts
 from specengine.drafters.several import SeveralDrafters
+from specengine.errors import InsufficientMemoryError
 from specengine.kinds import AUTO, Drafting
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
 from specengine.models.checkpoints.given_tokenizer import open_tokenizer
@@ -25,13 +28,16 @@ from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
 from specengine.runtime.graphs import CudaRecorder, Recorder
-from specengine.runtime.kv_cache import DRAFT, KVCache
+from specengine.runtime.kv_cache import DRAFT, KVCache, bytes_per_token, plan_num_blocks
 from specengine.runtime.model_runner import ModelRunner
 from specengine.tokenizer import Tokenizer, Vocabulary, check_compatible, num_usable_ids
-from specengine.translation import Translation, translate
+from specengine.translation import ByText, Translation, translate
 
 Model = str | Path | torch.nn.Module
 DraftModel = Model | Drafter | Collection[Model | Drafter] | None
+# Of a draft with a vocabulary of its own, tokens for one of the target's that its cache has room for, if it has as many
+# positions.
+_MAX_DRAFT_TOKENS_EACH = 4
 
 
 def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> EngineConfig:
@@ -107,8 +113,9 @@ def open_draft(draft_model: Model | Drafter, config: EngineConfig) -> Checkpoint
 
 def plan_translation(
     target: Checkpoint, tokenizer: Tokenizer | None, draft: Checkpoint | None
-) -> Translation | None:
-    """What makes a draft model speak the target's vocabulary, if it has another; refuses a pair that cannot work.
+) -> Translation | ByText | None:
+    """What makes a draft model speak the target's vocabulary, if it has another, or `ByText`: it speaks its own;
+    refuses a pair that cannot work.
 
     tokenizer: the target's, where it is not its checkpoint's
     """
@@ -119,6 +126,8 @@ def plan_translation(
     translation = translate(vocabulary, draft_vocabulary)
     if translation is None:
         check_compatible(vocabulary, draft_vocabulary)
+    if isinstance(translation, ByText):
+        check_texts(vocabulary, draft_vocabulary)
     return translation
 
 
@@ -172,6 +181,33 @@ def build_kv_cache(
     return KVCache(specs, dtypes, config, max_seq_len=max_seq_len, device=device)
 
 
+def build_own_kv_cache(
+    draft: LoadedModel, config: EngineConfig, *, max_seq_len: int, device: torch.device
+) -> KVCache:
+    """A cache for a draft that counts its own tokens. Each slot has room for as many as the draft has positions, as a
+    text of the target's max_seq_len tokens takes, or as there is memory for."""
+    dtype = draft.decoder.weights.token_table.dtype
+    if config.kv_dtype != "auto":
+        dtype = getattr(torch, config.kv_dtype)
+    spec, size = draft.decoder.spec, config.block_size
+    longest = min(spec.max_positions, _MAX_DRAFT_TOKENS_EACH * max_seq_len)
+    most = plan_num_blocks(
+        replace(config, num_blocks=None), size * bytes_per_token(spec, dtype), longest, device
+    )
+    blocks = min(math.ceil(longest / size), (most - 1) // config.max_batch_size)
+    if not blocks:
+        raise InsufficientMemoryError(
+            f"draft {draft.name!r} has a vocabulary of its own and so a KV cache of its own: {most} blocks are not "
+            f"enough for max_batch_size={config.max_batch_size}"
+        )
+    own = replace(
+        config, num_blocks=1 + blocks * config.max_batch_size, kv_cache_bytes=None, enable_prefix_cache=False
+    )
+    cache = KVCache([spec], [dtype], own, max_seq_len=min(longest, blocks * size), device=device)
+    cache.reserve_all()
+    return cache
+
+
 @dataclass(frozen=True)
 class DraftLoader:
     """Loads whatever drafts: see `LoadModel`.
@@ -214,28 +250,36 @@ class DraftLoader:
 def build_contexts(
     given: Collection[Model | Drafter],
     drafts: Collection[LoadedModel | None],
+    translations: Collection[Translation | ByText | None],
     describe: Callable[..., DrafterContext],
 ) -> list[DrafterContext]:
     """What each drafter may be built of. describe: a `DrafterContext` but for what differs from one to the next."""
     contexts: list[DrafterContext] = []
-    for place, (each, draft) in enumerate(zip(given, drafts, strict=True)):
+    for place, (each, draft, translation) in enumerate(zip(given, drafts, translations, strict=True)):
         name = each if isinstance(each, str) else ""
         index = DRAFT + sum(context.draft is not None for context in contexts)
         argument = registry.split(name)[1]
-        contexts.append(describe(name=name, argument=argument, draft=draft, model_index=index, place=place))
+        own, foreign = (None, draft) if isinstance(translation, ByText) else (draft, None)
+        models = {"draft": own, "foreign": foreign, "model_index": index}
+        contexts.append(describe(name=name, argument=argument, place=place, **models))
     return contexts
 
 
-def build_drafters(given: Collection[Model | Drafter], contexts: Collection[DrafterContext]) -> RoundDrafter:
+def build_drafters(
+    given: Collection[Model | Drafter], contexts: Collection[DrafterContext], config: EngineConfig
+) -> RoundDrafter:
     """What drafts in the engine's rounds: the one, several as one, or nobody."""
-    parts = [build_drafter(*each) for each in zip(given, contexts, strict=True)]
+    parts = [build_drafter(*each, config) for each in zip(given, contexts, strict=True)]
     if len(parts) > 1:
         return SeveralDrafters(parts)
     return parts[0] if parts else NoDrafter()
 
 
-def build_drafter(given: Model | Drafter, context: DrafterContext) -> RoundDrafter:
+def build_drafter(given: Model | Drafter, context: DrafterContext, config: EngineConfig) -> RoundDrafter:
     """The drafter of a name or for a draft model, or the caller's own, which is checked from now on."""
+    if context.foreign is not None:
+        own = _build_retokenized(context.foreign, context, config)
+        return HostDrafter(own, vocab_size=context.vocab_size)
     if isinstance(given, str) and registry.names_a_drafter(given):
         named = registry.build(given, context)
         return named if isinstance(named, RoundDrafter) else HostDrafter(named, vocab_size=context.vocab_size)
@@ -255,6 +299,17 @@ def build_drafter(given: Model | Drafter, context: DrafterContext) -> RoundDraft
         )
     assert isinstance(given, Drafter), f"draft_model {given!r} was checked"
     return HostDrafter(given, vocab_size=context.vocab_size)
+
+
+def _build_retokenized(
+    draft: LoadedModel, context: DrafterContext, config: EngineConfig
+) -> RetokenizedDrafter:
+    target, tokenizer = context.target.tokenizer, draft.tokenizer
+    assert target is not None, "what reads a text has a tokenizer"
+    assert tokenizer is not None, "what reads a text has a tokenizer"
+    cache = build_own_kv_cache(draft, config, max_seq_len=context.max_seq_len, device=context.kv_cache.device)
+    sizes = {"vocab_size": context.vocab_size, "chunk_size": context.chunk_size}
+    return RetokenizedDrafter(draft, tokenizer, target, cache, **sizes)
 
 
 def build_recorder(config: EngineConfig, device: torch.device, backend_name: str) -> Recorder | None:

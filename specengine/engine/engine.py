@@ -37,12 +37,12 @@ from specengine.outputs import GenerationResult, StreamEvent
 from specengine.progress import progress_bar
 from specengine.prompt import Prompt, check_prompts
 from specengine.runtime.graphs import GraphReport
-from specengine.runtime.kv_cache import DRAFT, TARGET
+from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Request
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.tokenizer import Tokenizer
-from specengine.translation import Translation
+from specengine.translation import ByText, Translation
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,10 +101,16 @@ class Engine:
         draft_checkpoints = [assembly.open_draft(drafter, self.config) for drafter in drafters]
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
+        translations = [assembly.plan_translation(checkpoint, tokenizer, each) for each in draft_checkpoints]
         target, drafts = self._load_models(
-            checkpoint, drafters, draft_checkpoints, tokenizer, backend, progress
+            checkpoint, drafters, draft_checkpoints, tokenizer, translations, backend, progress
         )
-        own_models = [draft for draft in drafts if draft is not None]
+        # A draft that speaks another vocabulary shares neither ids nor blocks with the target.
+        own_models = [
+            draft
+            for draft, translation in zip(drafts, translations, strict=True)
+            if draft is not None and not isinstance(translation, ByText)
+        ]
         vocab_size = assembly.shared_vocab_size(target, own_models)
         kv_cache = assembly.build_kv_cache(
             target, own_models, self.config, max_seq_len=self.max_seq_len, device=self.device
@@ -136,8 +142,8 @@ class Engine:
             chunk_size=self.config.prefill_chunk_size,
             is_recorded=recorder is not None,
         )
-        contexts = assembly.build_contexts(drafters, drafts, describe)
-        self._drafter = assembly.build_drafters(drafters, contexts)
+        contexts = assembly.build_contexts(drafters, drafts, translations, describe)
+        self._drafter = assembly.build_drafters(drafters, contexts, self.config)
         rounds_ahead = assembly.resolve_rounds_ahead(self.config, self.device)
         self._rounds = Rounds(
             self._state,
@@ -185,12 +191,12 @@ class Engine:
         drafters: Collection[Model | Drafter],
         drafts: Collection[Checkpoint | None],
         tokenizer: Tokenizer | None,
+        translations: Collection[Translation | ByText | None],
         backend: Backend,
         progress: bool | None,
     ) -> tuple[LoadedModel, list[LoadedModel | None]]:
         """The target, and for each drafter the model that it drafts with, if it has one of its own."""
         config = self.config
-        translations = [assembly.plan_translation(target, tokenizer, draft) for draft in drafts]
         with progress_bar("loading", "bytes", enabled=progress) as update:
 
             def load(
@@ -218,9 +224,10 @@ class Engine:
                     models.append(registry.load_draft(drafter, loaded, loader))
                 elif draft is None:
                     models.append(None)
+                elif isinstance(translation, Translation):
+                    models.append(load(draft, config.draft_weight_dtype, loaded.tokenizer, translation))
                 else:
-                    speaks = None if translation is None else loaded.tokenizer
-                    models.append(load(draft, config.draft_weight_dtype, speaks, translation))
+                    models.append(load(draft, config.draft_weight_dtype))
             return loaded, models
 
     @torch.inference_mode()
@@ -255,13 +262,14 @@ class Engine:
         weights: dict[str, object] = {"target": self._target.decoder.weights}
         for part in getattr(self._drafter, "parts", (self._drafter,)):
             draft = getattr(part, "runner", None)
-            if draft is not None and draft.model_index != TARGET:
-                name = "draft" if draft.model_index == DRAFT else f"draft {draft.model_index}"
-                weights[name] = draft.decoder.weights
+            if draft is not None and (draft.kv_cache, draft.model_index) != (self._kv_cache, TARGET):
+                number = len(weights)
+                weights["draft" if number == 1 else f"draft {number}"] = draft.decoder.weights
         return weights
 
     def kv_bytes(self, num_tokens: int | None = None) -> int:
-        """Memory of the KV cache, all models together: what this many tokens of one sequence take, or all of it."""
+        """Memory of the KV cache, all models together: what this many tokens of one sequence take, or all of it. A
+        draft model that speaks a vocabulary of its own has a cache of its own besides."""
         cache = self._kv_cache
         size = sum(tensor.nbytes for tensor in cache.tensors)
         return size if num_tokens is None else size // cache.num_blocks * cache.blocks_for(num_tokens)

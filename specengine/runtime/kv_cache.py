@@ -7,6 +7,7 @@ import os
 from collections import deque
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -103,6 +104,12 @@ class KVCache:
             for tensor in self.tensors:
                 tensor[:, :, destination] = tensor[:, :, source]
         self.interrupted_slot = None
+
+    def reserve_all(self) -> None:
+        """Gives every slot blocks for `max_seq_len` tokens, for ever: a cache whose user manages its own rows."""
+        for _ in range(self.block_table.shape[0] - 1):
+            slot = self.manager.allocate(np.empty(0, dtype=np.int32), 0)
+            self.manager.extend(slot, 0, self.max_seq_len)
 
     def blocks_for(self, num_tokens: int) -> int:
         return math.ceil(num_tokens / self.block_size)
