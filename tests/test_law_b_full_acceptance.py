@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from law_helpers import (
     CheckpointFactory,
+    DraftedFactory,
     EngineFactory,
     assert_idle,
     assert_same,
@@ -95,6 +96,18 @@ def test_every_architecture_and_dtype_is_always_accepted(
     path = checkpoint(model_type, seed=4)
     engine = build_engine(path, path, dtype=dtype)
     check_everything_is_accepted(engine, [3, 4, 8], [GREEDY, COUPLED, REJECTION], num_tokens=70)
+
+
+@pytest.mark.parametrize(
+    ("pair", "modes"),
+    # One that reads text goes on with its likeliest tokens, whatever the request draws.
+    [("renumbered", [GREEDY, COUPLED, REJECTION, BLOCK, FILTERED]), ("retokenized", [GREEDY] * 3)],
+)
+def test_a_draft_that_is_the_target_in_another_vocabulary_is_always_accepted(
+    pair: str, modes: list[dict[str, Any]], drafted: DraftedFactory, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(*drafted(pair, seed=4, max_positions=560, noise=0.0))
+    check_everything_is_accepted(engine, [4, 3, 5, 2, 1][: len(modes)], modes, num_tokens=200)
 
 
 # What request r drafts in step s: k on and off, k = 0 for longer than any lag, rows apart from each other, and both.

@@ -6,7 +6,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from law_helpers import CheckpointFactory, EngineFactory, Tally, assert_idle, assert_same, make_prompt, plain
+import vocabulary_pairs
+from law_helpers import (
+    CheckpointFactory,
+    DraftedFactory,
+    EngineFactory,
+    Tally,
+    assert_idle,
+    assert_same,
+    make_prompt,
+    plain,
+)
 from scripted_drafters import KnowingDrafter, PerfectDrafter, ScriptedDrafter
 
 from specengine.config import SamplingParams
@@ -123,6 +133,25 @@ def test_a_draft_with_a_smaller_context_degrades_to_plain_decoding(
     if draft_context > 2:
         assert tally.num_accepted + tally.num_rejected > 0
         assert highest_position(draft_context) <= draft_context - 1
+
+
+@pytest.mark.parametrize("draft_context", [CONTEXT, 7])
+@pytest.mark.parametrize("pair", vocabulary_pairs.PAIRS)
+def test_a_draft_of_another_vocabulary_keeps_both_contexts(
+    pair: str,
+    draft_context: int,
+    drafted: DraftedFactory,
+    build_engine: EngineFactory,
+    highest_position: Callable[[int], int],
+    tally: Tally,
+) -> None:
+    """Of a text that is too long, one that reads text reads the end; the other drafts nothing."""
+    target, _ = drafted(pair, seed=1, max_positions=CONTEXT, noise=0.3)
+    _, draft = drafted(pair, seed=1, max_positions=draft_context, noise=0.3)
+    check_budget(build_engine(target, draft), None, ks=(1, 4))
+    if draft_context == CONTEXT or pair == "retokenized":
+        assert highest_position(draft_context) <= draft_context - 1
+        tally.check()
 
 
 def check_growing_past_the_draft(engine: Engine, draft_context: int) -> None:

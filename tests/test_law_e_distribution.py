@@ -23,6 +23,7 @@ import torch
 from scipy.stats import chi2
 from torch import Tensor
 from torch.nn.functional import one_hot
+from vocabulary_pairs import bare_words, byte_level_words
 
 from specengine import DraftProposal, Engine, SamplingParams, rng, speculative
 from specengine.adaptive import Chooser
@@ -437,6 +438,21 @@ def test_a_draft_of_another_vocabulary_samples_the_targets_law(
 ) -> None:
     with build_pair(*foreign) as engine:
         samples = sample_rounds(engine, filters, "rejection", NUM_SAMPLES // 2)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize("acceptance", ["rejection", "coupled", "block"])
+def test_a_draft_that_reads_text_samples_the_targets_law(
+    target: torch.nn.Module, acceptance: str, tmp_path: Path
+) -> None:
+    models = [
+        tiny_models.save_checkpoint(tmp_path / str(seed), build_tiny(seed), tokenizer=build_words(VOCAB))
+        for seed, build_words in enumerate((byte_level_words, bare_words), start=1)
+    ]
+    filters = Filters(1.0, 7, 0.97, 0.02)
+    with build_pair(*models) as engine:
+        samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 20)
     check_tally(samples)
     check_distribution(samples, exact_law(target, filters))
 

@@ -11,16 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+import vocabulary_pairs
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from law_helpers import (
     CheckpointFactory,
+    DraftedFactory,
     EngineFactory,
     GreedyOracle,
     Tally,
     assert_idle,
     assert_same,
-    drafters_of,
     make_prompt,
     plain,
 )
@@ -166,19 +167,25 @@ def check_combinations(engine: Engine, drafter: Any, oracle: GreedyOracle, count
     assert_idle(engine, num_free)
 
 
-@pytest.mark.parametrize("drafter", [*DRAFTERS, "draft", "draft+suffix+self:1+ngram:1"])
+EACH_DRAFTER = [*DRAFTERS, "draft", "draft+suffix+self:1+ngram:1", *vocabulary_pairs.PAIRS]
+
+
+@pytest.mark.parametrize("drafter", EACH_DRAFTER)
 @pytest.mark.parametrize("count", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_combinations(
     drafter: str,
     count: int,
     checkpoint: CheckpointFactory,
+    drafted: DraftedFactory,
     build_engine: EngineFactory,
     oracle: Callable[..., GreedyOracle],
     tally: Tally,
 ) -> None:
-    """128 for each drafter are 640. Those joined by "+" draft in ways at random."""
-    drafts = DRAFTERS[drafter]() if drafter in DRAFTERS else drafters_of(drafter, checkpoint, seed=3)
-    check_combinations(build_engine(checkpoint(seed=3), drafts), drafts, oracle(seed=3), count)
+    """128 for each drafter are 896. Those joined by "+" draft in ways at random."""
+    target, drafts = (
+        (checkpoint(seed=3), DRAFTERS[drafter]()) if drafter in DRAFTERS else drafted(drafter, seed=3)
+    )
+    check_combinations(build_engine(target, drafts), drafts, oracle(seed=3), count)
     tally.check(accepted=drafter != "random", rejected=drafter != "perfect")
 
 

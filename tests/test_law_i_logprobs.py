@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import vocabulary_pairs
 from law_helpers import TOLERANCE, Tally, assert_same, make_prompt, plain
 from torch import Tensor
 
-from conftest import CheckpointFactory, EngineFactory
+from conftest import CheckpointFactory, DraftedFactory, EngineFactory
 from specengine import CompletionOutput, Engine, GenerationResult, SamplingParams, TokenLogprob
 
 VOCAB = 64
@@ -112,6 +113,16 @@ def teacher() -> TeacherForcing:
 @pytest.fixture
 def engine(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
     return build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.3))
+
+
+@pytest.mark.parametrize("pair", vocabulary_pairs.PAIRS)
+def test_logprobs_of_every_pair_of_vocabularies(
+    pair: str, drafted: DraftedFactory, build_engine: EngineFactory, teacher: TeacherForcing, tally: Tally
+) -> None:
+    engine = build_engine(*drafted(pair, seed=1, noise=0.2))
+    for mode in MODES.values():
+        check_kinds(engine, teacher, mode)
+    tally.check()
 
 
 @each_mode

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+import vocabulary_pairs
 from law_helpers import (
     HAS_BITS,
     CheckpointFactory,
+    DraftedFactory,
     EngineFactory,
     Tally,
     assert_idle,
@@ -145,6 +147,17 @@ def test_a_draft_of_another_precision_gives_plains_bits(
         draft_weight_dtype=draft_weight_dtype,
     )
     check_bits(engine, None, ks=range(1, 17, 5))
+    tally.check()
+
+
+@pytest.mark.parametrize("pair", vocabulary_pairs.PAIRS)
+def test_a_draft_of_another_vocabulary_and_precision_gives_plains_bits(
+    pair: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
+) -> None:
+    models = drafted(pair, seed=8, noise=0.1)
+    check_bits(
+        build_engine(*models, weight_dtype="bfloat16", draft_weight_dtype="int8"), None, ks=range(1, 17, 5)
+    )
     tally.check()
 
 
