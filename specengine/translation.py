@@ -25,10 +25,10 @@ MIN_SHARED = 0.25
 
 @dataclass(frozen=True)
 class ByText:
-    """Too little is shared: num_shared of the target's num_ids tokens."""
+    """Too little is shared: num_shared of the target's num_tokens."""
 
     num_shared: int
-    num_ids: int
+    num_tokens: int
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,9 @@ def translate(target: Vocabulary, draft: Vocabulary) -> Translation | ByText | N
     known = {spelling: token for token, spelling in draft_spellings.items() if token < num_draft_ids}
     shared = [known.get(spellings[token]) if token in spellings else None for token in range(num_ids)]
     num_shared = sum(token is not None for token in shared)
-    if num_shared < MIN_SHARED * num_ids:
-        return ByText(num_shared, num_ids)
+    num_tokens = sum(token in spellings for token in range(num_ids))
+    if num_shared < MIN_SHARED * num_tokens:
+        return ByText(num_shared, num_tokens)
     _pair_ends(shared, mine, other, num_draft_ids)
     missing = [token for token in spellings if token < num_ids and shared[token] is None]
     return Translation(tuple(shared), _spell(missing, mine, other, num_draft_ids))

@@ -356,6 +356,15 @@ def test_too_little_is_less_than_a_share_of_the_targets_tokens() -> None:
     assert translate(*shared_words(0)) == ByText(0, 40)
 
 
+def test_ids_that_are_no_tokens_count_for_nothing() -> None:
+    """A vocabulary with holes."""
+    raw = tokenizers.Tokenizer(models.WordLevel({"ba": 0, "bb": 99}))
+    target, draft = Tokenizer(raw), Tokenizer(tokenizers.Tokenizer(models.WordLevel({"ba": 0})))
+    found = translate(Vocabulary("T", 100, target), Vocabulary("D", 1, draft))
+    assert isinstance(found, Translation)
+    assert found.num_shared == 1
+
+
 def test_a_cache_that_does_not_fit_is_refused(drafted: DraftedFactory, build_engine: EngineFactory) -> None:
     models = drafted("retokenized", seed=1, vocab_size=12)
     with pytest.raises(InsufficientMemoryError, match=r"KV"):
