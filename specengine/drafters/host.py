@@ -34,6 +34,7 @@ class HostDrafter:
     def __init__(self, drafter: Drafter, *, vocab_size: int) -> None:
         self.name = drafter.name
         self._drafter = drafter
+        # Asked once: to find out what a protocol wants takes longer than to hear.
         self._listener = drafter if isinstance(drafter, ListeningDrafter) else None
         self._lookup = drafter if isinstance(drafter, LookupDrafter) else None
         self._vocab_size = vocab_size
