@@ -135,7 +135,7 @@ def test_a_draft_with_a_smaller_context_degrades_to_plain_decoding(
         assert highest_position(draft_context) <= draft_context - 1
 
 
-@pytest.mark.parametrize("draft_context", [CONTEXT, 7])
+@pytest.mark.parametrize("draft_context", [CONTEXT, 7, 2, 1])
 @pytest.mark.parametrize("pair", vocabulary_pairs.PAIRS)
 def test_a_draft_of_another_vocabulary_keeps_both_contexts(
     pair: str,
@@ -149,9 +149,9 @@ def test_a_draft_of_another_vocabulary_keeps_both_contexts(
     target, _ = drafted(pair, seed=1, max_positions=CONTEXT, noise=0.3)
     _, draft = drafted(pair, seed=1, max_positions=draft_context, noise=0.3)
     check_budget(build_engine(target, draft), None, ks=(1, 4))
-    if draft_context == CONTEXT or pair == "retokenized":
+    if draft_context == CONTEXT or (pair == "retokenized" and draft_context > 1):
         assert highest_position(draft_context) <= draft_context - 1
-        tally.check()
+        tally.check(accepted=draft_context > 2)
 
 
 def check_growing_past_the_draft(engine: Engine, draft_context: int) -> None:

@@ -96,7 +96,7 @@ class RetokenizedDrafter:
 
     def _plan(self, sequence_id: int, slot: int, limit: int) -> _Turn | None:
         """What a sequence is fed and draws. From here on the cache holds what both texts begin with."""
-        if limit <= 0:
+        if limit <= 0 or not self._max_draws:  # a draft with one position draws nothing
             return None
         text = self._texts[sequence_id]
         ids = text.encode()
