@@ -8,6 +8,7 @@ that is drawn at random (`law_helpers.choose_ways`).
 from __future__ import annotations
 
 import random
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,6 +40,11 @@ SPELLED: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
 GREEDY: dict[str, Any] = {"ignore_eos": True, "logprobs": 1, "max_new_tokens": 30}
 COUPLED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 3}
 REJECTION: dict[str, Any] = {**COUPLED, "acceptance": "rejection"}
+MODES = [
+    GREEDY,
+    *({**COUPLED, "acceptance": mode} for mode in ("rejection", "block", "typical", "threshold")),
+]
+pytestmark = pytest.mark.filterwarnings("ignore:acceptance=")  # some are lossy, and say so
 each_drafter = pytest.mark.parametrize("name", ALL_DRAFTERS)
 
 
@@ -114,7 +120,7 @@ def test_g_j_a_seeds_text_depends_on_nothing_else_and_every_row_is_as_alone(
     for k in (1, K):
         for result, truth in zip(spec(engine, PROMPTS, k, **COUPLED), expected, strict=True):
             assert_same(result, truth)
-    for sampling in (GREEDY, REJECTION):
+    for sampling in MODES:
         alone = [spec(engine, prompt, K, **sampling) for prompt in PROMPTS]
         for order in ([3, 1, 0, 2], [0, 0, 1, 2, 3]):
             together = spec(engine, [PROMPTS[row] for row in order], K, **sampling)
@@ -134,7 +140,7 @@ def test_l_replayed_rounds_are_those_that_python_runs(
         prompts = [make_copy_prompt(3 + 4 * row, row) for row in range(count)]
         params = [
             SamplingParams(
-                **{**chance.choice((GREEDY, COUPLED, REJECTION)), "max_new_tokens": chance.randint(3, 30)},
+                **{**chance.choice([COUPLED, *MODES]), "max_new_tokens": chance.randint(3, 30)},
                 num_speculative_tokens=chance.choice((0, 1, 3, K)),
             )
             for _ in prompts
@@ -201,13 +207,16 @@ def test_p_what_is_counted_is_what_was_said(
     name: str, drafted: DraftedFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
     engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB))
-    for prompt in PROMPTS:
-        result = spec(engine, prompt, K, **GREEDY)
+    for prompt, sampling in product(PROMPTS, MODES):
+        result = spec(engine, prompt, K, **sampling)
         found = statistics(result)
         emitted = 1 + found.num_accepted_draft_tokens + found.num_rounds - found.num_trimmed_tokens
         assert emitted == len(result.token_ids)
         assert found.num_accepted_by_position == sorted(found.num_accepted_by_position, reverse=True)
-        assert statistics(spec(engine, prompt, K, **GREEDY)) == found
+        assert (
+            found.lossless == result.lossless == (sampling.get("acceptance") not in ("typical", "threshold"))
+        )
+        assert statistics(spec(engine, prompt, K, **sampling)) == found
     tally.check()
 
 
