@@ -186,9 +186,7 @@ def test_an_interruption_at_sampled_lines_of_a_named_drafter_changes_nothing(
     like: dict[str, Any] = {"seed": 9, "with_tokenizer": True}
     engine = build_engine(checkpoint(**like), drafters_of(name, checkpoint, **like), prefill_chunk_size=7)
     is_named = name in NAMED_DRAFTERS
-    check_interrupted_in(
-        engine, registry.DRAFTERS[registry.split(name)[0]] if is_named else several.__name__
-    )
+    check_interrupted_in(engine, registry.DRAFTERS[registry.split(name)[0]] if is_named else several.__name__)
     tally.check(rejected=False)
 
 
