@@ -112,7 +112,7 @@ class Contest:
     def run(self, k: int | str) -> None:
         engine = self._engine
         if k == "auto" and not self._is_warm:
-            engine._stepper.chooser = Chooser(hides_host=engine.device.type == "cuda")
+            engine._stepper.chooser = Chooser.of(engine._drafter, hides_host=engine.device.type == "cuda")
         engine._rounds.times = times = deque(maxlen=None)
         seconds, count = 0.0, 0
         for length in self._lengths:

@@ -79,7 +79,7 @@ class Entry:
     """A strategy with a draft length, and what its turns gave: seconds a repetition, and counts of the last one."""
 
     strategy: str
-    k: int
+    k: int | str
     engine: Engine
     seconds: list[float] = field(default_factory=list)
     results: list[GenerationResult] = field(default_factory=list)
@@ -178,11 +178,15 @@ def describe(entry: Entry, plain: Entry) -> str:
     )
 
 
+def read_ks(text: str) -> list[int | str]:
+    return [int(k) if k.isdigit() else k for k in text.split(",")]
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--strategies", type=lambda text: text.split(","), default="ngram,suffix")
     parser.add_argument("--texts", choices=("copy", "mixed"), default="copy")
-    parser.add_argument("--k", type=lambda text: [int(k) for k in text.split(",")], default="4,8,16")
+    parser.add_argument("--k", type=read_ks, default="4,8,16", help='numbers, or "auto"')
     parser.add_argument("--shape", choices=SHAPES, default="gpt2-medium")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--repetitions", type=int, default=7)
