@@ -327,7 +327,7 @@ def measure_opt(options: argparse.Namespace) -> None:
             for mode in modes if repetition % 2 == 0 else reversed(modes):
                 mode.take_turn(PROMPTS, [seed + repetition * options.seeds for seed in seeds])
             print(f"{repetition + 1} of {options.repetitions}", file=sys.stderr, flush=True)
-        said = [statistics.fmean(logprobs(mode, options.quality_seeds)) for mode in modes]
+        said = [logprobs(mode, options.quality_seeds) for mode in modes]
         texts = modes[0].results
     distance = threshold_distance(texts, order)
     print(
@@ -335,9 +335,11 @@ def measure_opt(options: argparse.Namespace) -> None:
         f"{len(PROMPTS)} prompts, {NUM_TOKENS} tokens, {options.repetitions} repetitions in turn of "
         f"{options.seeds} seeds; logprob from {options.quality_seeds} seeds\n"
     )
-    print("| acceptance | accepted | mean length | ms a prompt | × plain (95 %) | logprob | distance |")
+    print(
+        "| acceptance | accepted | mean length | ms a prompt | × plain (95 %) | logprob (± standard error) | distance |"
+    )
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for mode, logprob in zip(modes, said, strict=True):
+    for mode, (logprob, error) in zip(modes, said, strict=True):
         low, high = interval(modes[0].seconds, mode.seconds)
         seconds = statistics.median(mode.seconds)
         speed = statistics.median(modes[0].seconds) / seconds
@@ -345,14 +347,18 @@ def measure_opt(options: argparse.Namespace) -> None:
         print(
             f"| {mode.name} | {rate} | {mode.mean_length:.2f} "
             f"| {1000 * seconds / (len(PROMPTS) * options.seeds):.0f} | {speed:.2f} ({low:.2f} … {high:.2f}) "
-            f"| {logprob:.3f} | {distance if mode.name == 'threshold' else 0.0:.3f} |"
+            f"| {logprob:.3f} ± {error:.3f} | {distance if mode.name == 'threshold' else 0.0:.3f} |"
         )
 
 
-def logprobs(mode: Mode, num_seeds: int) -> list[float]:
-    """What the target thinks of each token that was said. Not timed: asking for it is another round."""
+def logprobs(mode: Mode, num_seeds: int) -> tuple[float, float]:
+    """What the target thinks of a token that was said, and the standard error, each text one observation. Not timed:
+    asking for it is another round."""
     results = mode.generate(PROMPTS, range(1000, 1000 + num_seeds), logprobs=0)
-    return [entry.logprob for result in results for entry in result.outputs[0].logprobs or []]
+    means = [
+        statistics.fmean(entry.logprob for entry in result.outputs[0].logprobs or []) for result in results
+    ]
+    return statistics.fmean(means), statistics.stdev(means) / math.sqrt(len(means))
 
 
 @torch.no_grad()
