@@ -77,9 +77,14 @@ def test_type_checkers_read_every_name_and_alias(types: type, groups: list[type]
 
 def test_aliases_are_no_names() -> None:
     names = {field.name for group in GROUPS for field in fields(group)}
-    assert {"max_tokens", "assistant_model", "num_assistant_tokens", "stop_strings", "bad_words_ids"} == set(
-        ALIASES
-    )
+    assert set(ALIASES) == {
+        "max_tokens",
+        "assistant_model",
+        "assistant_confidence_threshold",
+        "num_assistant_tokens",
+        "stop_strings",
+        "bad_words_ids",
+    }
     assert not names & set(ALIASES)
 
 

@@ -122,7 +122,9 @@ def test_every_model_has_a_cache_of_its_own_in_any_format(
     engine = build_engine(checkpoint(**TINY), drafts, draft_weight_dtype="int8")
     assert list(engine.weights) == ["target", "draft", "draft 2", "draft 3"]
     assert [tensor.shape[0] for tensor in engine._kv_cache.tensors][:2] == [2, 1]
-    models: list[Any] = [part for part in drafter_of(engine).parts if hasattr(part, "runner")]
+    models: list[Any] = [
+        part for part in drafter_of(engine).parts if getattr(part, "runner", None) is not None
+    ]
     assert [part.runner.model_index for part in models] == [1, 2, 3]
     for sampling in (GREEDY, COUPLED):
         for prompt in PROMPTS:
