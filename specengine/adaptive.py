@@ -176,13 +176,15 @@ class _Probing:
 
     num_idle:       rounds since it drafted last
     interval:       how many there must be, by doubling
-    least_interval: and by what the last probe took
+    lost:           seconds that the last probe took beyond what its tokens would have taken as chosen
+    least_interval: rounds that there must be for that
     is_asleep:      whether it was not worth using when it was probed last
     k:              the number of drafts that promises most
     """
 
     num_idle: int = 0
     interval: int = _PROBE_FIRST
+    lost: float = 0.0
     least_interval: int = 0
     is_asleep: bool = False
     k: int = AUTO_NUM_SPECULATIVE_TOKENS
@@ -193,8 +195,13 @@ class _Probing:
         return self.num_idle >= max(self.interval, self.least_interval)
 
     def begin(self) -> None:
-        self.num_idle, self.is_asleep = 0, True
+        self.num_idle, self.lost, self.is_asleep = 0, 0.0, True
         self.interval = min(2 * self.interval, _PROBE_MOST)
+
+    def note(self, lost: float, plain: float) -> None:
+        """A round of a probe. plain: seconds of one without drafts"""
+        self.lost += lost
+        self.least_interval = int(self.lost / (_PROBE_SHARE * plain))
 
     def wake(self) -> None:
         """It pays. If that was a short mood, probes need not begin from the start."""
@@ -358,8 +365,9 @@ class Chooser:
                 verify=verify,
                 is_typical=is_typical,
             )
-        if stepper is not None and not is_typical and plain is not None and self._probing[stepper].is_asleep:
-            self._probing[stepper].least_interval = int((seconds / plain - 1.0) / _PROBE_SHARE)
+        if stepper is not None and plain is not None and self._probing[stepper].is_asleep and self._rate:
+            num_tokens = sum([result.num_accepted + 1 for result in results if result is not None])
+            self._probing[stepper].note(seconds - num_tokens * self.costs.pace / self._rate, plain)
 
     def release(self, sequence_id: int) -> None:
         """The sequence is over."""

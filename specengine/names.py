@@ -22,6 +22,11 @@ ALIASES = {
     for alias in declaration(item).aliases
 }
 DO_SAMPLE = "do_sample"
+# Arguments of other engines' that will not come.
+_BEAM_SEARCH = "beam search is out of scope: an output is what the target says or samples, token by token"
+OUT_OF_SCOPE = dict.fromkeys(
+    ("num_beams", "num_beam_groups", "use_beam_search", "length_penalty", "early_stopping"), _BEAM_SEARCH
+)
 
 
 def takes_options(*groups: type) -> Callable[[Function], Function]:
@@ -95,6 +100,8 @@ def _resolve_do_sample(resolved: dict[str, Any], do_sample: object) -> dict[str,
 
 
 def _unknown_name(name: str, known: Sequence[str]) -> str:
+    if name in OUT_OF_SCOPE:
+        return f"{name!r}: {OUT_OF_SCOPE[name]}"
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"; did you mean {closest[0]!r}?" if closest else ""
     return f"unknown argument {name!r}{hint}"

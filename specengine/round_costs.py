@@ -116,12 +116,21 @@ class Curve:
             return low * _ASSUMED_ROW / (1.0 + _ASSUMED_ROW * first)
         return max(0.0, (self._points[last].value - low) / (last - first))
 
+    def _last_slope(self, places: list[int]) -> float:
+        """What one more adds beyond the highest place: as over the upper half, where that is more than on average. A
+        forward that has been waiting for memory begins to compute."""
+        last, slope = places[-1], self.slope()
+        middle = next((place for place in reversed(places) if 2 * place <= last), None)
+        if middle is None:
+            return slope
+        return max(slope, (self._points[last].value - self._points[middle].value) / (last - middle))
+
     def _between(self, size: int, places: list[int]) -> float:
         if not places:
             return 0.0
         index = bisect_left(places, size)
         if index == len(places):
-            return self._points[places[-1]].value + (size - places[-1]) * self.slope()
+            return self._points[places[-1]].value + (size - places[-1]) * self._last_slope(places)
         value = self._points[places[index]].value
         if places[index] == size:
             return value
