@@ -133,7 +133,7 @@ class RowTransforms {
       rows[r].frequency = decided.rows.frequency_penalty[r];
       if (rows[r].is_counting()) num_counted += decided.positions[r];
     }
-    mark(tables, decided, vocab, num_counted);
+    mark(decided, vocab, num_counted);
     return rows;
   }
 
@@ -149,8 +149,7 @@ class RowTransforms {
 
   // What each row penalises: a repetition penalty whatever stands before the position, the others
   // what was generated. num_counted: at most so many tokens are counted in all.
-  void mark(const TransformTables& tables, const DecidedRows& decided, int64_t vocab,
-            int64_t num_counted) {
+  void mark(const DecidedRows& decided, int64_t vocab, int64_t num_counted) {
     RowTransform* rows = rows_.reserve(decided.num_rows);
     const int64_t num_words = (vocab + 63) / 64;
     uint64_t* seen = seen_.reserve(decided.num_rows * num_words);
