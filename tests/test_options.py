@@ -102,6 +102,7 @@ def test_every_flag_is_a_bool(cls: type) -> None:
     ("door", "given", "message"),
     [
         (Engine, {"max_batch": 3}, "'max_batch'; did you mean 'max_batch_size'"),
+        (Engine.generate, {"num_beams": 4}, "'num_beams': beam search is out of scope"),
         (Engine, {"assistant_modl": "x"}, "did you mean 'assistant_model'"),
         (Engine.generate, {"temprature": 1}, "did you mean 'temperature'"),
         (Engine.generate, {"max_token": 1}, "did you mean 'max_tokens'"),
