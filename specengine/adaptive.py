@@ -45,6 +45,9 @@ _GUESS_RATE = 0.02
 _LONG_OFFER = 4
 # Of a lookup's drafts after a drafter's: the chance of being emitted that each must have.
 _LEAST_TAIL = 0.1
+# Rounds for which a drafter that is begun with is taken to be used, and tokens of each, near a text's end.
+_HORIZON = 32
+_TOKENS_EACH = 4
 # Another k must promise this much more than the last one: each change is a write to the device.
 _ENOUGH_BETTER = 1.02
 # Rounds that a choice holds, and sequences for which it does so one longer: it takes time in proportion to them.
@@ -161,6 +164,7 @@ class _Row:
     offers:     by way, what lookups had for it when it had num_output tokens
     reach:      how many tokens the next offers may have: twice what was right of the last
     last_part:  the drafter of its latest round, of those that have been read; None: it had no drafts
+    num_known:  by drafter, the tokens there were when it drafted last
     """
 
     acceptance: dict[tuple[int, bool], Acceptance] = field(default_factory=dict)
@@ -168,6 +172,7 @@ class _Row:
     num_output: int = 0
     reach: int = 2 * AUTO_NUM_SPECULATIVE_TOKENS
     last_part: int | None = None
+    num_known: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -328,7 +333,7 @@ class Chooser:
         if not has_ways and not any(sequence.has_auto_k for sequence in sequences):
             return
         seconds = max(device, host) if self._hides_host else device + host
-        size, num_rows, num_steps, is_typical = len(sequences), 0, 0, True
+        size, num_rows, num_steps, num_missed = len(sequences), 0, 0, 0
         plain, stepper = self.costs.plain(size), None
         for index, (sequence, limit, result) in enumerate(zip(sequences, limits, results, strict=True)):
             if result is None:
@@ -343,10 +348,12 @@ class Chooser:
             row = self._rows.get(sequence.sequence_id)
             if row is None:
                 # A draft model's first round computes the prompt.
-                is_typical = is_typical and (not num_own or len(sequence.rounds) > 1)
+                num_missed += result.length if num_own and len(sequence.rounds) <= 1 else 0
                 continue
-            # After rounds without drafts a draft model computes what it missed.
-            is_typical = is_typical and (part not in self._steppers or row.last_part == part)
+            if part is not None and part in self._steppers:
+                # After rounds without drafts of its own a draft model computes what it missed.
+                num_missed += result.length - row.num_known.get(part, 0) if row.last_part != part else 0
+                row.num_known[part] = result.length
             row.last_part = part
             self._note_drafts(row, way, num_own, limit, result)
             if row.offers:
@@ -363,7 +370,7 @@ class Chooser:
                 drafter=stepper,
                 draft=draft,
                 verify=verify,
-                is_typical=is_typical,
+                num_missed=num_missed,
             )
         if stepper is not None and plain is not None and self._probing[stepper].is_asleep and self._rate:
             num_tokens = sum([result.num_accepted + 1 for result in results if result is not None])
@@ -447,6 +454,7 @@ class Chooser:
         rest, best, last = costs.rest(size), (0.0, -1, 0), 0.0
         pick = partial(self._pick, chosen, rows, offers, least)
         for part in self._steppers or (-1,):
+            missed = self._missed_seconds(chosen, rows, part)
             draft, most = (
                 costs.draft(size, part),
                 min(2 * max(AUTO_NUM_SPECULATIVE_TOKENS, self._k), DRAFT_COUNTS[-1]),
@@ -465,7 +473,7 @@ class Chooser:
                     steps = max([choice.num_steps for choice in choices])
                     total_rows = num_rows + sum([choice.limit for choice in choices])
                 steps = max(given, steps)
-                seconds = costs.verify(total_rows, size) + rest + (draft(steps) if steps else 0.0)
+                seconds = costs.verify(total_rows, size) + rest + (draft(steps) + missed if steps else 0.0)
                 rate = total / max(seconds, _LEAST_SECONDS)
                 if rate > best[0]:
                     best = rate, part, k
@@ -478,6 +486,18 @@ class Chooser:
         self._rate, self._part, self._k = best
         options = self._options(chosen, rows, self._part, self._k, least if size > 1 else 0.0)
         return list(zip(chosen, pick(options, self._part, self._k), strict=True))
+
+    def _missed_seconds(self, chosen: Collection[Sequence], rows: Collection[_Row], part: int) -> float:
+        """A round's share of what the drafter would have to compute first, of sequences that others draft for, or
+        nobody."""
+        each_seconds, share = self.costs.missed(part), 0.0
+        if not each_seconds:
+            return 0.0
+        for each, row in zip(chosen, rows, strict=True):
+            if row.last_part != part:
+                num_missed = each.num_tokens - row.num_known.get(part, 0)
+                share += num_missed / min(_HORIZON, max(1, _room(each) // _TOKENS_EACH))
+        return share * each_seconds
 
     def _options(
         self, chosen: Collection[Sequence], rows: Collection[_Row], part: int, most: int, least: float

@@ -32,6 +32,8 @@ _TRUSTED_PACE = 1.5
 # Of the pace: how fast it follows, and how far off a round may be and still count in full.
 _PACE_RATE = 0.25
 _PACE_MOST = 2.0
+# What such a measurement still weighs at the next.
+_MISSED_MEMORY = 0.75
 # What one more row costs, of the whole, before two places of a curve are known.
 _ASSUMED_ROW = 0.05
 # What a draft costs, of a round without, before one was measured.
@@ -187,6 +189,8 @@ class RoundCosts:
         self._verify = Curve()
         self._rest = Curve()
         self._has_parts = True
+        # By drafter: seconds, at the pace 1, of tokens that it missed and had to compute before it drafted, and how many.
+        self._missed: dict[Hashable, tuple[float, float]] = {}
 
     def note(
         self,
@@ -198,20 +202,29 @@ class RoundCosts:
         drafter: Hashable = None,
         draft: float | None = None,
         verify: float | None = None,
-        is_typical: bool = True,
+        num_missed: int = 0,
     ) -> None:
         """A round took this long.
 
         k:             the most drafts that the drafter made of a sequence
         draft, verify: its parts, where they are known
-        is_typical:    False: its drafter did what it does not do in every round
+        num_missed:    tokens that others drafted, or nobody, which the drafter had to compute first
         """
+        is_typical = not num_missed
         if not self.pace:
             self.pace = seconds
         if is_typical and self._knows(size, k, num_rows, drafter):
             ratio = seconds / (self.pace * self._predict(size, k, num_rows, drafter))
             self.pace *= 1.0 + (min(max(ratio, 1.0 / _PACE_MOST), _PACE_MOST) - 1.0) * _PACE_RATE
         pace, self._has_parts = self.pace, verify is not None
+        if num_missed and self.knows_draft(drafter):
+            if verify is not None and draft is not None:
+                longer = draft / pace - self.draft(size, drafter)(k)
+            else:
+                longer = seconds / pace - self._predict(size, k, num_rows, drafter)
+            took, count = self._missed.get(drafter, (0.0, 0.0))
+            took, count = _MISSED_MEMORY * took + max(0.0, longer), _MISSED_MEMORY * count + num_missed
+            self._missed[drafter] = took, count
         drafting = self._line(size, drafter) if k and is_typical else None
         if verify is not None:
             self._verify.note(num_rows, verify, pace)
@@ -222,6 +235,11 @@ class RoundCosts:
             self._verify.note(size, seconds, pace)
         elif drafting is not None:
             drafting.note(k, max(0.0, seconds / pace - self._verify.at(size)))
+
+    def missed(self, drafter: Hashable = None) -> float:
+        """Seconds of a token that the drafter missed, at the pace 1."""
+        took, count = self._missed.get(drafter, (0.0, 1.0))
+        return took / count
 
     def _knows(self, size: int, k: int, num_rows: int, drafter: Hashable) -> bool:
         """Whether such a round has been measured, part by part."""

@@ -87,7 +87,7 @@ class World:
         )
         seconds = self._cost(len(rows), k, sum(limits)) + missed
         draft = None if self._draft is None else self._draft * k + missed
-        accepted = []
+        accepted, lengths = [], [row.num_tokens for row in rows]
         for row, limit in zip(rows, limits, strict=True):
             count = 0
             while count < limit and self._rng.random() < row.chance(row.num_tokens):
@@ -96,7 +96,7 @@ class World:
             row.num_missed = 0 if limit else row.num_missed + 1
             accepted.append(count)
         self.seconds += seconds
-        self._flights.append((list(rows), limits, accepted, seconds, draft))
+        self._flights.append((list(rows), limits, accepted, lengths, seconds, draft))
         while len(self._flights) > self._rounds_ahead:
             self._read(*self._flights.popleft())
 
@@ -105,12 +105,16 @@ class World:
         rows: list[Any],
         limits: list[int],
         accepted: list[int],
+        lengths: list[int],
         seconds: float,
         draft: float | None,
     ) -> None:
         for row, limit, count in zip(rows, limits, accepted, strict=True):
             row.rounds.append(RoundCounts(limit, count, count + 1))
-        results = [RowResult(0, 1, limit, count) for limit, count in zip(limits, accepted, strict=True)]
+        results = [
+            RowResult(0, length, limit, count)
+            for length, limit, count in zip(lengths, limits, accepted, strict=True)
+        ]
         verify = None if draft is None else seconds - draft
         self.chooser.observe(rows, limits, results, device=seconds, draft=draft, verify=verify, host=0.0)
 
