@@ -23,12 +23,14 @@ from collections.abc import Callable, Hashable
 
 # Of a curve: measurements of which the lowest counts (the first may have met a cold machine), how fast later ones move
 # it, how far off one may be and still count in full, for how many notes of the curve one is trusted, and for which
-# change of the pace (a machine whose memory is slow has other ratios, too).
+# change of the pace (a machine whose memory is slow has other ratios, too); how far above its neighbours a single one
+# may be.
 NUM_FIRST = 2
 _RATE = 0.08
 _MOST = 1.25
 _TRUSTED = 512
 _TRUSTED_PACE = 1.5
+_PLAUSIBLE = 2.0
 # Of the pace: how fast it follows, and how far off a round may be and still count in full.
 _PACE_RATE = 0.25
 _PACE_MOST = 2.0
@@ -97,15 +99,17 @@ class Curve:
     def at(self, size: int) -> float:
         """Seconds at this size, at the pace 1; 0 if nothing was measured.
 
-        A measurement that is old, or of another pace, or was made but once, counts only if it is lower than its
-        neighbours say: what seems dear would never be tried again.
+        A measurement that is old, or of another pace, counts only if it is lower than its neighbours say: what seems
+        dear would never be tried again. So does one that was made but once and is far from them.
         """
         point = self._points.get(size)
         if point is not None:
-            is_sure = point.count >= NUM_FIRST and point.is_fresh(self.num_notes, self._pace)
-            if is_sure or len(self._places) == 1:
+            is_fresh = point.is_fresh(self.num_notes, self._pace)
+            if (is_fresh and point.count >= NUM_FIRST) or len(self._places) == 1:
                 return point.value
-            return min(point.value, self._between(size, [place for place in self._places if place != size]))
+            expected = self._between(size, [place for place in self._places if place != size])
+            is_plausible = is_fresh and point.value <= _PLAUSIBLE * expected
+            return point.value if is_plausible else min(point.value, expected)
         return self._between(size, self._places)
 
     def slope(self) -> float:
