@@ -18,7 +18,7 @@ moves along. All curves are seconds at the pace 1.
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Hashable
 
 # Of a curve: measurements of which the lowest counts (the first may have met a cold machine), how fast later ones move
@@ -97,7 +97,16 @@ class Curve:
         return 0 if point is None else point.count
 
     def at(self, size: int) -> float:
-        """Seconds at this size, at the pace 1; 0 if nothing was measured.
+        """Seconds at this size, at the pace 1, never more than at the next larger one; 0 if nothing was measured."""
+        above = bisect_right(self._places, size)
+        while above < len(self._places) and self._points[self._places[above]].count < NUM_FIRST:
+            above += 1
+        if above == len(self._places):
+            return self._at(size)
+        return min(self._at(size), self._points[self._places[above]].value)
+
+    def _at(self, size: int) -> float:
+        """As it was measured, or as its neighbours say.
 
         A measurement that is old, or of another pace, counts only if it is lower than its neighbours say: what seems
         dear would never be tried again. So does one that was made but once and is far from them.
@@ -193,7 +202,7 @@ class RoundCosts:
         self._verify = Curve()
         self._rest = Curve()
         self._has_parts = True
-        # By drafter: seconds, at the pace 1, of tokens that it missed and had to compute before it drafted, and how many.
+        # By drafter, of tokens that it missed and computed before it drafted: seconds, at the pace 1, and how many.
         self._missed: dict[Hashable, tuple[float, float]] = {}
 
     def note(

@@ -27,6 +27,7 @@ from specengine.adaptive import Chooser
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
 from specengine.drafters.base import RowResult
 from specengine.engine.times import Clock, RoundTimes
+from specengine.round_costs import RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import RoundCounts
 
@@ -460,3 +461,13 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
             counts, times = rest
             observe(again, [rows[sequence_id] for sequence_id in entries], *counts, **times)  # type: ignore[misc]
     assert len(set(wild_clock)) >= 3
+
+
+def test_more_rows_never_seem_cheaper_than_fewer() -> None:
+    """Rounds without drafts were measured when the machine was slow, others when it was not."""
+    costs = RoundCosts()
+    for _ in range(40):
+        costs.note(1, 0, 1, 2.0, draft=0.0, verify=2.0)
+    for _ in range(8):
+        costs.note(1, 2, 3, 1.3, draft=0.2, verify=1.1)
+    assert costs.verify(1, 1) <= costs.verify(3, 1)
