@@ -234,6 +234,7 @@ class Chooser:
         self.costs = RoundCosts()
         self._hides_host = hides_host
         self._ways = tuple(ways)
+        self._has_ways = len(self._ways) > 1
         self._hosts = tuple(lookups.items())
         # By drafter, its way alone: of lookups, and of those whose drafts are steps of a round.
         alone = {way.part: index for index, way in enumerate(ways) if way.tail is None}
@@ -270,19 +271,17 @@ class Chooser:
 
     def choose(self, running: Collection[Sequence]) -> None:
         """Before a round of these, those among them that are not computing their prompt."""
-        has_ways = len(self._ways) > 1
-        chosen = [each for each in running if each.output_ids and (each.has_auto_k or has_ways)]
+        chosen = [each for each in running if each.output_ids and (each.has_auto_k or self._has_ways)]
         if not chosen:
             return
         if self._num_held and self._held == [each.sequence_id for each in chosen]:
             self._num_held -= 1
             return
         others = []
-        if len(running) > len(chosen):
+        if len(running) > len(chosen) and not self._has_ways:
             others = [
                 max(0, each.max_draft_tokens) for each in running if each.output_ids and not each.has_auto_k
             ]
-            others = [] if has_ways else others
         self._num_held = 0
         if not self.costs.knows_plain and any(each.has_auto_k for each in chosen):
             self._apply([(each, _NOTHING) for each in chosen])
@@ -329,8 +328,7 @@ class Chooser:
         ways:    how each drafted, and with how many drafts before a lookup's; (): all in the first way
         device, draft, verify, host: seconds as in `RoundTimes`
         """
-        has_ways = len(self._ways) > 1
-        if not has_ways and not any(sequence.has_auto_k for sequence in sequences):
+        if not self._has_ways and not any(sequence.has_auto_k for sequence in sequences):
             return
         seconds = max(device, host) if self._hides_host else device + host
         size, num_rows, num_steps, num_missed = len(sequences), 0, 0, 0

@@ -163,7 +163,6 @@ class Line:
 
     def __init__(self) -> None:
         self.num_notes = 0
-        self._first = 0.0
         # Weighted: measurements, and means of k, seconds, their products' deviations.
         self._weight = self._k = self._seconds = self._kk = self._ks = 0.0
 
