@@ -8,10 +8,11 @@ from itertools import zip_longest
 from specengine.outputs import SpeculativeDecodingMetrics
 
 
-def record_round(
-    metrics: SpeculativeDecodingMetrics, *, num_draft: int, num_accepted: int, num_kept: int
+def record_rounds(
+    metrics: SpeculativeDecodingMetrics, *, num_draft: int, num_accepted: int, num_kept: int, count: int = 1
 ) -> None:
-    """Adds a round that judged `num_draft` tokens, accepted a prefix, and of whose tokens `num_kept` were kept.
+    """Adds `count` rounds that each judged `num_draft` tokens, accepted a prefix, and of whose tokens `num_kept` were
+    kept.
 
     Without a stop num_kept = num_accepted + 1. With one, drafts beyond it were never needed and do not count,
     and if it falls inside the accepted run the target's own token is trimmed:
@@ -20,18 +21,18 @@ def record_round(
     is_trimmed = num_kept <= num_accepted
     accepted = min(num_accepted, num_kept)
     drafted = num_kept if is_trimmed else num_draft
-    metrics.num_rounds += 1
-    metrics.num_trimmed_tokens += is_trimmed
-    _increment(metrics.num_rounds_by_num_draft, drafted, range(drafted, drafted + 1))
+    metrics.num_rounds += count
+    metrics.num_trimmed_tokens += count * is_trimmed
+    _increase(metrics.num_rounds_by_num_draft, drafted, range(drafted, drafted + 1), count)
     if drafted == 0:
         return
-    metrics.num_spec_steps += 1
-    metrics.num_draft_tokens += drafted
-    metrics.num_accepted_draft_tokens += accepted
-    _increment(metrics.acceptance_histogram, accepted, range(accepted, accepted + 1))
-    _increment(metrics.num_drafted_by_position, drafted - 1, range(drafted))
-    _increment(metrics.num_accepted_by_position, drafted - 1, range(accepted))
-    _increment(metrics.rejection_positions, drafted - 1, range(accepted, min(accepted + 1, drafted)))
+    metrics.num_spec_steps += count
+    metrics.num_draft_tokens += count * drafted
+    metrics.num_accepted_draft_tokens += count * accepted
+    _increase(metrics.acceptance_histogram, accepted, range(accepted, accepted + 1), count)
+    _increase(metrics.num_drafted_by_position, drafted - 1, range(drafted), count)
+    _increase(metrics.num_accepted_by_position, drafted - 1, range(accepted), count)
+    _increase(metrics.rejection_positions, drafted - 1, range(accepted, min(accepted + 1, drafted)), count)
 
 
 def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMetrics:
@@ -62,7 +63,7 @@ def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMet
     return total
 
 
-def _increment(counts: list[int], last: int, indices: range) -> None:
+def _increase(counts: list[int], last: int, indices: range, by: int) -> None:
     counts.extend([0] * (last + 1 - len(counts)))
     for index in indices:
-        counts[index] += 1
+        counts[index] += by

@@ -216,13 +216,13 @@ def build_twins(build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch) ->
 def tally(monkeypatch: pytest.MonkeyPatch) -> Tally:
     """Counts every round of every engine of this test; end the test with `tally.check()`."""
     counted = Tally()
-    record_round = metrics.record_round
+    record_rounds = metrics.record_rounds
 
-    def record(own: Any, *, num_draft: int, num_accepted: int, num_kept: int) -> None:
-        record_round(own, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept)
-        counted.num_rounds += 1
-        counted.num_accepted += num_accepted
-        counted.num_rejected += num_accepted < num_draft
+    def record(own: Any, *, num_draft: int, num_accepted: int, num_kept: int, count: int = 1) -> None:
+        record_rounds(own, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept, count=count)
+        counted.num_rounds += count
+        counted.num_accepted += count * num_accepted
+        counted.num_rejected += count * (num_accepted < num_draft)
 
-    monkeypatch.setattr(metrics, "record_round", record)
+    monkeypatch.setattr(metrics, "record_rounds", record)
     return counted

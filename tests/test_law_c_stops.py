@@ -306,12 +306,12 @@ def look_for_stops_in_the_last_token_of_a_round_only(monkeypatch: pytest.MonkeyP
 
 
 def count_what_came_after_the_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    record_round = metrics.record_round
+    record_rounds = metrics.record_rounds
 
-    def faulty(own: Any, *, num_draft: int, num_accepted: int, num_kept: int) -> None:
-        record_round(own, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_accepted + 1)
+    def faulty(own: Any, **counts: int) -> None:
+        record_rounds(own, **{**counts, "num_kept": counts["num_accepted"] + 1})
 
-    monkeypatch.setattr(metrics, "record_round", faulty)
+    monkeypatch.setattr(metrics, "record_rounds", faulty)
 
 
 def keep_the_rest_of_the_accepted_run(monkeypatch: pytest.MonkeyPatch) -> None:

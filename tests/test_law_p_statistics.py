@@ -246,11 +246,18 @@ def count_the_prompt_as_a_round(found: SpeculativeDecodingMetrics, counts: dict[
     return counts
 
 
+def count_rounds_that_are_alike_once(
+    found: SpeculativeDecodingMetrics, counts: dict[str, int]
+) -> dict[str, int]:
+    return {**counts, "count": 1}
+
+
 FAULTS = [
     count_what_a_stop_cut_off,
     count_one_draft_more,
     count_the_next_token_as_accepted,
     count_the_prompt_as_a_round,
+    count_rounds_that_are_alike_once,
 ]
 
 
@@ -261,8 +268,8 @@ def test_a_wrong_count_is_noticed(
     monkeypatch: pytest.MonkeyPatch,
     fault: Callable[..., dict[str, int]],
 ) -> None:
-    mutant = _mutated(fault)(metrics.record_round)
-    monkeypatch.setattr(metrics, "record_round", mutant)
+    mutant = _mutated(fault)(metrics.record_rounds)
+    monkeypatch.setattr(metrics, "record_rounds", mutant)
     with pytest.raises(AssertionError):
         check_stops(engine, scripted)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from specengine import metrics
 from specengine.outputs import (
     CompletionOutput,
@@ -73,6 +75,6 @@ def _build_statistics(sequence: Sequence) -> SpeculativeDecodingMetrics:
         round_seconds=sequence.round_seconds,
         estimated_plain_seconds=sequence.plain_seconds,
     )
-    for num_draft, num_accepted, num_kept in sequence.rounds:
-        metrics.record_round(total, num_draft=num_draft, num_accepted=num_accepted, num_kept=num_kept)
+    for counts, count in Counter(sequence.rounds).items():
+        metrics.record_rounds(total, **counts._asdict(), count=count)
     return total

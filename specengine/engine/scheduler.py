@@ -78,9 +78,10 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """Reserves blocks for a round of everyone who decodes, admits whom there is room for, cuts prompt chunks."""
-        decoding = self._reserve_decoding()
+        prefilled = [sequence for sequence in self.running if self._is_prefilled(sequence)]
+        decoding = self._reserve(prefilled)
         self._admit()
-        return Plan(self._cut_chunks(), decoding)
+        return Plan(self._cut_chunks(others_than=set(prefilled)), decoding)
 
     def remove(self, sequence: Sequence) -> None:
         """Takes a finished or aborted sequence out, wherever it is; its full blocks stay findable by prefix."""
@@ -125,9 +126,10 @@ class Scheduler:
     def _is_prefilled(self, sequence: Sequence) -> bool:
         return bool(sequence.output_ids) and self.num_computed(sequence) >= sequence.num_tokens_to_compute
 
-    def _reserve_decoding(self) -> list[Sequence]:
+    def _reserve(self, decoding: list[Sequence]) -> list[Sequence]:
+        """Blocks for a round of those; whoever is preempted for that, or may emit no more, is left out."""
         reserved: list[Sequence] = []
-        for sequence in [sequence for sequence in self.running if self._is_prefilled(sequence)]:
+        for sequence in decoding:
             while sequence.slot is not None and sequence.may_run and not self._try_reserve(sequence):
                 # What is under way may end somebody; only then is anybody's work thrown away.
                 if not self._on_pressure():
@@ -204,10 +206,10 @@ class Scheduler:
             limit = 0  # every prompt row's logits are wanted
         return int(self._manager.allocate(np.asarray(sequence.token_ids, dtype=np.int32), limit))
 
-    def _cut_chunks(self) -> list[Chunk]:
+    def _cut_chunks(self, others_than: set[Sequence]) -> list[Chunk]:
         chunks = []
         budget = self._chunk_size
-        for sequence in self.running:
+        for sequence in [sequence for sequence in self.running if sequence not in others_than]:
             start = self.num_computed(sequence)
             length = min(sequence.num_tokens_to_compute - start, budget)
             if length > 0:
