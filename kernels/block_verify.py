@@ -8,20 +8,24 @@ row behind it is read. See `specengine.kernels.reference.block_verify`.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.judge import (
+    clamp_row,
+    commit,
+    launch_judge,
+    law_arguments,
+    load_num_draft,
+    token_log_probs,
+)
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, fast_log, key_token
 from specengine.kernels.device.race import (
     LOG_NORMALISER,
     NUM_STATS,
-    RACE_WARPS,
     THRESHOLD,
-    TILE,
     TOTAL_UNITS,
     first_lane,
     is_last_of,
@@ -34,15 +38,7 @@ from specengine.kernels.device.race import (
     tile_total,
     winner_key,
 )
-from specengine.kernels.device.workspace import zeroed
-from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
-from specengine.kernels.rejection_verify import (
-    accept_uniforms,
-    check_law,
-    load_draft_law,
-    load_draft_log_probs,
-    token_log_probs,
-)
+from specengine.kernels.rejection_verify import accept_uniforms, load_draft_law, load_draft_log_probs
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
@@ -176,24 +172,15 @@ def spec_block_verify(
 def block_verify(
     logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
-    """See `specengine.kernels.reference.block_verify`, and `match_verify` for values that are out of range."""
-    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    law = (None,) * 6 if drafts.law is None else check_law(drafts.law, count, k)
-    launch(
+    """See `specengine.kernels.reference.block_verify`, and `launch_judge` for values that are out of range."""
+    given = (logits, stats, drafts, rows, is_running, verdict)
+    own = law_arguments(drafts)
+    draft_vocab = None if drafts.law is None else drafts.law.logits.shape[2]
+    launch_judge(
         spec_block_verify,
-        (count, k + 1, ceil_div(logits.shape[1], TILE)),
-        logits,
-        logits.stride(0),
-        logits.shape[0],
-        *checked,
-        *law,
-        zeroed(3 * count * (k + 1), torch.int64, logits.device),
-        zeroed(count, torch.int32, logits.device),
-        K=k,
-        VOCAB=logits.shape[1],
-        DRAFT_VOCAB=None if drafts.law is None else drafts.law.logits.shape[2],
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(k + 1),
-        num_warps=RACE_WARPS,
+        *given,
+        *own,
+        num_keys=3 * (drafts.tokens.shape[-1] + 1),
+        is_by_row=True,
+        DRAFT_VOCAB=draft_vocab,
     )

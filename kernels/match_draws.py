@@ -11,10 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
+from specengine.kernels.device.judge import clamp_row
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.noise import philox_lanes
 from specengine.kernels.device.race import check_columns, check_drafts, check_small, check_verdict
-from specengine.kernels.match_verify import clamp_row
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.rng import STREAM_ACCEPT
@@ -91,7 +91,7 @@ def match_draws(
     verdict: Verdict,
     forced_acceptance: float | None = None,
 ) -> None:
-    """See `specengine.kernels.reference.match_draws`, and `match_verify` for values that are out of range."""
+    """See `specengine.kernels.reference.match_draws`, and `launch_judge` for values that are out of range."""
     num_rows, count, k = drawn.numel(), drafts.row_start.numel(), drafts.tokens.shape[-1]
     if count and not num_rows:
         raise ValueError(f"drawn: no rows for {count} sequences")

@@ -7,75 +7,24 @@ winners with the draft and commits. Reads the rows' logits once, whatever is acc
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.judge import MATCH, clamp_row, commit, launch_judge, load_num_draft
 from specengine.kernels.device.noise import key_token
 from specengine.kernels.device.race import (
-    ERROR,
     NUM_STATS,
-    RACE_WARPS,
-    TILE,
-    check_columns,
-    check_drafts,
-    check_logits,
-    check_small,
-    check_verdict,
     draw_key,
     is_last_of,
     take_keys,
 )
-from specengine.kernels.device.workspace import zeroed
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
-from specengine.kernels.types.rules import Rule
 from specengine.rng import STREAM_TARGET
 
-MATCH = tl.constexpr(int(Rule.MATCH))
 _STREAM_TARGET = tl.constexpr(STREAM_TARGET)
-
-
-@triton.jit
-def load_num_draft(is_running_ptr, rule_ptr, num_draft_ptr, b, RULE: tl.constexpr, K: tl.constexpr):
-    """k_b, held within 0 … K; -1 where RULE does not judge the sequence. Who drafts nothing is MATCH's."""
-    num_draft = tl.minimum(tl.maximum(tl.load(num_draft_ptr + b), 0), K)
-    rule = tl.where(num_draft > 0, tl.load(rule_ptr + b), MATCH)
-    is_judged = (tl.load(is_running_ptr + b) != 0) & (rule == RULE)
-    return tl.where(is_judged, num_draft, -1)
-
-
-@triton.jit
-def clamp_row(row, num_rows):
-    """A row of the logits, as int64 for offsets."""
-    return tl.minimum(tl.maximum(row, 0), num_rows - 1).to(tl.int64)
-
-
-@triton.jit
-def commit(
-    tokens_ptr,
-    num_accepted_ptr,
-    error_ptr,
-    b,
-    column,
-    emitted,
-    num_accepted,
-    stats_ptr,
-    rows,
-    K: tl.constexpr,
-):
-    """Writes the emitted tokens, their number and whether a row that was used is not a distribution.
-
-    column, emitted, rows: `[BLOCK]` 0, 1, …; the token of each column; its row of the statistics
-    """
-    is_used = column <= num_accepted
-    tl.store(tokens_ptr + b.to(tl.int64) * (K + 1) + column, emitted, is_used)
-    tl.store(num_accepted_ptr + b, num_accepted)
-    is_bad = tl.load(stats_ptr + rows * NUM_STATS + ERROR, is_used, 0.0) != 0.0
-    tl.store(error_ptr + b, tl.max(is_bad.to(tl.int32)))
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -134,46 +83,9 @@ def spec_match_verify(
         commit(tokens_ptr, num_accepted_ptr, error_ptr, b, column, drawn, num_accepted, stats_ptr, rows, K)
 
 
-def check_sequences(
-    logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
-) -> tuple[Tensor, ...]:
-    """All but the logits and the law as a kernel reads and writes them. Raises `ValueError` naming what has another
-    shape or type; values cannot be looked at without waiting for the device."""
-    check_logits("logits", logits)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    if count and not logits.shape[0]:
-        raise ValueError(f"logits: no rows for {count} sequences")
-    return (
-        check_small("stats", stats, (logits.shape[0], NUM_STATS.value), torch.float32),
-        *check_drafts(drafts),
-        *check_columns(rows, count, "temperature", "seeds", "rule"),
-        check_small("is_running", is_running, (count,), torch.int32),
-        *check_verdict(verdict, count, k),
-    )
-
-
 def match_verify(
     logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
-    """See `specengine.kernels.reference.match_verify`.
-
-    Counts are read on the device: num_draft outside 0 … k and rows outside the logits are taken as the nearest
-    that exist. A sequence that is not judged costs nothing, so is padding's value.
-    """
-    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    launch(
-        spec_match_verify,
-        (count, k + 1, ceil_div(logits.shape[1], TILE)),
-        logits,
-        logits.stride(0),
-        logits.shape[0],
-        *checked,
-        zeroed(count * (k + 1), torch.int64, logits.device),
-        zeroed(count, torch.int32, logits.device),
-        K=k,
-        VOCAB=logits.shape[1],
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(k + 1),
-        num_warps=RACE_WARPS,
-    )
+    """See `specengine.kernels.reference.match_verify`, and `launch_judge` for values that are out of range."""
+    given = (logits, stats, drafts, rows, is_running, verdict)
+    launch_judge(spec_match_verify, *given, num_keys=drafts.tokens.shape[-1] + 1, is_by_row=True)

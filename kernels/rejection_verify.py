@@ -8,22 +8,24 @@ itself for a residual that rounds to nothing. Reads one row of logits and of dra
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.judge import (
+    clamp_row,
+    commit,
+    launch_judge,
+    law_arguments,
+    load_num_draft,
+    token_log_probs,
+)
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, fast_log, key_token, philox_lanes, uniform
 from specengine.kernels.device.race import (
     LOG_NORMALISER,
     NUM_STATS,
-    RACE_WARPS,
     THRESHOLD,
-    TILE,
-    check_logits,
-    check_small,
     first_lane,
     is_last_of,
     keep,
@@ -34,9 +36,7 @@ from specengine.kernels.device.race import (
     tile_noise,
     winner_key,
 )
-from specengine.kernels.device.workspace import zeroed
-from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
-from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.rng import STREAM_ACCEPT, STREAM_TARGET
@@ -56,17 +56,6 @@ def load_draft_log_probs(draft_log_prob_ptr, has_law_ptr, b, offset, is_drafted)
         if has_law_ptr is not None:
             log_probs = tl.where(tl.load(has_law_ptr + b), log_probs, 0.0)
         return log_probs
-
-
-@triton.jit
-def token_log_probs(
-    logits_ptr, logits_stride, stats_ptr, rows, tokens, is_used, temperature, VOCAB: tl.constexpr
-):
-    """log p_i(x_i): -inf where a token is not in the vocabulary or not used. All `[BLOCK]`."""
-    is_token = is_used & (tokens >= 0) & (tokens < VOCAB)
-    logits = tl.load(logits_ptr + rows * logits_stride + tokens, is_token, NEGATIVE_INFINITY)
-    kept = keep(scale_row(logits, temperature), tl.load(stats_ptr + rows * NUM_STATS + THRESHOLD))
-    return kept - tl.load(stats_ptr + rows * NUM_STATS + LOG_NORMALISER)
 
 
 @triton.jit
@@ -184,38 +173,8 @@ def spec_rejection_verify(
 def rejection_verify(
     logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
-    """See `specengine.kernels.reference.rejection_verify`, and `match_verify` for values that are out of range."""
-    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    law = (None,) * 6 if drafts.law is None else check_law(drafts.law, count, k)
-    launch(
-        spec_rejection_verify,
-        (count, ceil_div(logits.shape[1], TILE)),
-        logits,
-        logits.stride(0),
-        logits.shape[0],
-        *checked,
-        *law,
-        zeroed(2 * count, torch.int64, logits.device),
-        zeroed(count, torch.int32, logits.device),
-        K=k,
-        VOCAB=logits.shape[1],
-        DRAFT_VOCAB=None if drafts.law is None else drafts.law.logits.shape[2],
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(k + 1),
-        num_warps=RACE_WARPS,
-    )
-
-
-def check_law(law: DraftLaw, count: int, k: int) -> tuple[Tensor | int | None, ...]:
-    """A law as the kernel reads it, the strides of its logits behind them."""
-    check_logits("draft_logits", law.logits, (count, k))
-    has_law = law.has_law
-    return (
-        check_small("draft_log_probs", law.log_probs, (count, k), torch.float32),
-        law.logits,
-        law.logits.stride(0),
-        law.logits.stride(1),
-        check_small("draft_stats", law.stats, (count, k, NUM_STATS.value), torch.float32),
-        None if has_law is None else check_small("has_law", has_law, (count,), torch.bool),
-    )
+    """See `specengine.kernels.reference.rejection_verify`, and `launch_judge` for values that are out of range."""
+    given = (logits, stats, drafts, rows, is_running, verdict)
+    own = law_arguments(drafts)
+    draft_vocab = None if drafts.law is None else drafts.law.logits.shape[2]
+    launch_judge(spec_rejection_verify, *given, *own, num_keys=2, is_by_row=False, DRAFT_VOCAB=draft_vocab)

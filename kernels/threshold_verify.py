@@ -6,26 +6,20 @@ the one row that is drawn from, and the last program commits. See `specengine.ke
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.judge import clamp_row, commit, launch_judge, load_num_draft, token_log_probs
 from specengine.kernels.device.noise import key_token
 from specengine.kernels.device.race import (
     NUM_STATS,
-    RACE_WARPS,
-    TILE,
     check_columns,
     draw_key,
     is_last_of,
     take_keys,
 )
-from specengine.kernels.device.workspace import zeroed
-from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
-from specengine.kernels.rejection_verify import token_log_probs
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
@@ -96,22 +90,7 @@ def spec_threshold_verify(
 def threshold_verify(
     logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
-    """See `specengine.kernels.reference.threshold_verify`, and `match_verify` for values that are out of range."""
-    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    launch(
-        spec_threshold_verify,
-        (count, ceil_div(logits.shape[1], TILE)),
-        logits,
-        logits.stride(0),
-        logits.shape[0],
-        *checked,
-        *check_columns(rows, count, "acceptance_threshold"),
-        zeroed(count, torch.int64, logits.device),
-        zeroed(count, torch.int32, logits.device),
-        K=k,
-        VOCAB=logits.shape[1],
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(k + 1),
-        num_warps=RACE_WARPS,
-    )
+    """See `specengine.kernels.reference.threshold_verify`, and `launch_judge` for values that are out of range."""
+    given = (logits, stats, drafts, rows, is_running, verdict)
+    own = check_columns(rows, len(rows.seeds), "acceptance_threshold")
+    launch_judge(spec_threshold_verify, *given, *own, num_keys=1, is_by_row=False)

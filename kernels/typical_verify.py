@@ -7,20 +7,17 @@ draft that needs an entropy are not read. See `specengine.kernels.reference.typi
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import ceil_div, launch
+from specengine.kernels.device.judge import clamp_row, commit, launch_judge, load_num_draft, token_log_probs
 from specengine.kernels.device.noise import NEGATIVE_INFINITY, key_token
 from specengine.kernels.device.race import (
     LOG_NORMALISER,
     NUM_STATS,
-    RACE_WARPS,
     THRESHOLD,
-    TILE,
     TOTAL_UNITS,
     check_columns,
     first_lane,
@@ -34,9 +31,6 @@ from specengine.kernels.device.race import (
     tile_total,
     winner_key,
 )
-from specengine.kernels.device.workspace import zeroed
-from specengine.kernels.match_verify import check_sequences, clamp_row, commit, load_num_draft
-from specengine.kernels.rejection_verify import token_log_probs
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
@@ -119,22 +113,9 @@ def spec_typical_verify(
 def typical_verify(
     logits: Tensor, stats: Tensor, drafts: Drafts, rows: SamplingRows, is_running: Tensor, verdict: Verdict
 ) -> None:
-    """See `specengine.kernels.reference.typical_verify`, and `match_verify` for values that are out of range."""
-    checked = check_sequences(logits, stats, drafts, rows, is_running, verdict)
-    count, k = drafts.row_start.numel(), drafts.tokens.shape[-1]
-    launch(
-        spec_typical_verify,
-        (count, k + 1, ceil_div(logits.shape[1], TILE)),
-        logits,
-        logits.stride(0),
-        logits.shape[0],
-        *checked,
-        *check_columns(rows, count, "acceptance_threshold", "acceptance_delta"),
-        zeroed(2 * count * (k + 1), torch.int64, logits.device),
-        zeroed(count, torch.int32, logits.device),
-        K=k,
-        VOCAB=logits.shape[1],
-        TILE=TILE,
-        BLOCK=triton.next_power_of_2(k + 1),
-        num_warps=RACE_WARPS,
+    """See `specengine.kernels.reference.typical_verify`, and `launch_judge` for values that are out of range."""
+    given = (logits, stats, drafts, rows, is_running, verdict)
+    own = check_columns(rows, len(rows.seeds), "acceptance_threshold", "acceptance_delta")
+    launch_judge(
+        spec_typical_verify, *given, *own, num_keys=2 * (drafts.tokens.shape[-1] + 1), is_by_row=True
     )

@@ -125,8 +125,7 @@ KERNEL_TESTS = {
         "match_verify",
         "rejection_verify",
         "block_verify",
-        "threshold_verify",
-        "typical_verify",
+        "lossy_verify",
         "commit_round",
     ),
 }

@@ -357,7 +357,7 @@ def test_several_tiles_are_one_sum_and_one_race(monkeypatch: pytest.MonkeyPatch)
     case = build_block_case(6, 3, 12000, 9000, seed=7)
     check_against_float64(TRITON.block_verify, case)
     together = case.run(TRITON.block_verify)
-    module = importlib.import_module("specengine.kernels.block_verify")
+    module = importlib.import_module("specengine.kernels.device.judge")
     with monkeypatch.context() as patch:
         patch.setattr(module, "TILE", 2048)
         for smaller, larger in zip(case.run(TRITON.block_verify), together, strict=True):
@@ -375,7 +375,7 @@ def shared_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Tenso
     def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return kept.setdefault(dtype, torch.zeros(4096, dtype=dtype, device=device))
 
-    monkeypatch.setattr(importlib.import_module("specengine.kernels.block_verify"), "zeroed", zeroed)
+    monkeypatch.setattr(importlib.import_module("specengine.kernels.device.judge"), "zeroed", zeroed)
     return kept
 
 

@@ -346,7 +346,7 @@ def shared_workspace(monkeypatch: pytest.MonkeyPatch) -> dict[torch.dtype, Tenso
     def zeroed(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return kept.setdefault(dtype, torch.zeros(4096, dtype=dtype, device=device))
 
-    monkeypatch.setattr(importlib.import_module("specengine.kernels.match_verify"), "zeroed", zeroed)
+    monkeypatch.setattr(importlib.import_module("specengine.kernels.device.judge"), "zeroed", zeroed)
     return kept
 
 
@@ -366,7 +366,7 @@ def test_the_workspace_is_zero_again_whoever_was_selected(
 
 @pytest.mark.triton
 def test_an_ignored_tail_tile_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("specengine.kernels.match_verify")
+    module = importlib.import_module("specengine.kernels.device.judge")
     monkeypatch.setattr(module, "ceil_div", lambda value, divisor: value // divisor)
     with pytest.raises(AssertionError):
         check_match_verify(TRITON.match_verify, build_case(8, 2, 12000))
