@@ -113,7 +113,7 @@ class Contest:
         engine = self._engine
         if k == "auto" and not self._is_warm:
             engine._stepper.chooser = Chooser.of(engine._drafter, hides_host=engine.device.type == "cuda")
-        engine._rounds.times = times = deque(maxlen=None)
+        engine._rounds.times = rounds = deque(maxlen=None)
         seconds, count = 0.0, 0
         for length in self._lengths:
             results = engine.generate(
@@ -123,12 +123,15 @@ class Contest:
             if length not in self._truth:
                 self._truth[length] = tokens
             assert tokens == self._truth[length], f"k = {k} changed the text"
-            seconds += max(result.metrics.decode_time for result in results)
+            # From the first token of any to the last of all.
+            times = [result.metrics for result in results]
+            seconds += max(each.total_time for each in times)
+            seconds -= min(each.total_time - each.decode_time for each in times)
             count += sum(map(len, tokens))
         self.speeds.setdefault(k, []).append(count / seconds)
         self.metrics[k] = results[0].metrics.speculative_decoding
         if k == "auto":
-            self.ks = [each.k for each in times]
+            self.ks = [each.k for each in rounds]
 
 
 def rows_of(contest: Contest, workload: str, batch_size: int, num_tokens: int) -> list[Row]:

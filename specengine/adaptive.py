@@ -20,6 +20,7 @@ seed) is reproducible only with a number instead of "auto", and one drafter.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from collections.abc import Sequence as Collection
 from dataclasses import dataclass, field
@@ -35,12 +36,14 @@ from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import Sequence
 
 # Of acceptance: what a round's result still weighs a round later, what the guess for a position weighs beside them
-# (the position before it, or, for the first, what other sequences saw), and that guess before anything was seen.
+# (the position before it, or, for the first, what other sequences saw), that guess before anything was seen, how many
+# rounds it counts as, and what one weighs among many.
 _MEMORY = 0.95
 _GUESS_WEIGHT = 2.0
 _FIRST_GUESS = 0.7
-_WEIGHT_MOST = 1e6
+_FIRST_GUESS_ROUNDS = 3
 _GUESS_RATE = 0.02
+_WEIGHT_MOST = 1e6
 # Of offers: from how many tokens on one is long; those are accepted more often.
 _LONG_OFFER = 4
 # Of a lookup's drafts after a drafter's: the chance of being emitted that each must have.
@@ -66,6 +69,19 @@ _PROBE_MEMORY = 2.0
 # Of a round, at the pace 1, before anything was measured.
 _LEAST_SECONDS = 1e-9
 _NO_LOOKUPS: Mapping[int, HostDrafter] = {}
+
+
+class _Guess:
+    """How often the first draft was accepted, whichever sequence it was of: a mean, of many rounds of the latest."""
+
+    __slots__ = ("num_rounds", "value")
+
+    def __init__(self) -> None:
+        self.value, self.num_rounds = _FIRST_GUESS, _FIRST_GUESS_ROUNDS
+
+    def note(self, is_accepted: bool) -> None:
+        self.num_rounds += 1
+        self.value += (is_accepted - self.value) * max(1.0 / self.num_rounds, _GUESS_RATE)
 
 
 class Acceptance:
@@ -245,7 +261,7 @@ class Chooser:
             for part in self._steppers
         }
         self._rows: dict[int, _Row] = {}
-        self._guesses: dict[tuple[int, bool], float] = {}
+        self._guesses: defaultdict[tuple[int, bool], _Guess] = defaultdict(_Guess)
         self._probing = {part: _Probing() for part in self._steppers}
         # The latest choice: who makes steps, how many, and tokens a second at the pace 1; and for which sequences and
         # how many rounds it still holds.
@@ -288,7 +304,7 @@ class Chooser:
             return
         if self._lookups:
             self._look(chosen)
-        unknown = next((part for part in self._steppers if not self.costs.knows_draft(part)), None)
+        unknown = next((part for part in self._steppers if not self.costs.may_guess_draft(part)), None)
         if unknown is not None and not others:
             self._part, self._k = unknown, AUTO_NUM_SPECULATIVE_TOKENS
             self._apply(self._plan_all(chosen, unknown, self._k))
@@ -340,23 +356,10 @@ class Chooser:
             number, num_own = ways[index] if ways else (0, 0)
             way = self._ways[number]
             num_own = limit if way.tail is None else min(limit, num_own)
-            part = way.part if num_own else None
-            if part is not None and part in self._steppers:
-                stepper, num_steps = part, max(num_steps, num_own)
-            row = self._rows.get(sequence.sequence_id)
-            if row is None:
-                # A draft model's first round computes the prompt.
-                num_missed += result.length if num_own and len(sequence.rounds) <= 1 else 0
-                continue
-            if part is not None and part in self._steppers:
-                # After rounds without drafts of its own a draft model computes what it missed.
-                num_missed += result.length - row.num_known.get(part, 0) if row.last_part != part else 0
-                row.num_known[part] = result.length
-            row.last_part = part
-            self._note_drafts(row, way, num_own, limit, result)
-            if row.offers:
-                self._note_offers(row, sequence.output_ids[row.num_output :])
-            if plain is not None and sequence.has_auto_k:
+            if num_own and way.part in self._steppers:
+                stepper, num_steps = way.part, max(num_steps, num_own)
+            num_missed += self._note_round(sequence, way, num_own, limit, result)
+            if plain is not None and sequence.has_auto_k and sequence.sequence_id in self._rows:
                 sequence.round_seconds += seconds
                 sequence.plain_seconds += (result.num_accepted + 1) * plain
         if num_rows:
@@ -391,16 +394,30 @@ class Chooser:
     def _acceptance(self, row: _Row, way: int, *, is_long: bool = False) -> Acceptance:
         found = row.acceptance.get((way, is_long))
         if found is None:
-            guess = self._guesses.get((way, is_long), _FIRST_GUESS)
-            found = row.acceptance[way, is_long] = Acceptance(guess)
+            found = row.acceptance[way, is_long] = Acceptance(self._guesses[way, is_long].value)
         return found
 
     def _note(self, row: _Row, way: int, limit: int, num_accepted: int, *, is_long: bool = False) -> None:
-        kind = way, is_long
-        guess = self._guesses.get(kind, _FIRST_GUESS)
-        guess += ((num_accepted > 0) - guess) * _GUESS_RATE
-        self._guesses[kind] = guess
-        self._acceptance(row, way, is_long=is_long).note(limit, num_accepted, guess)
+        guess = self._guesses[way, is_long]
+        guess.note(num_accepted > 0)
+        self._acceptance(row, way, is_long=is_long).note(limit, num_accepted, guess.value)
+
+    def _note_round(self, sequence: Sequence, way: Way, num_own: int, limit: int, result: RowResult) -> int:
+        """What became of a sequence in a round. Returns the tokens that its draft model had to compute before."""
+        row, num_missed = self._rows.get(sequence.sequence_id), 0
+        if row is None:
+            # A draft model's first round computes the prompt.
+            return result.length if num_own and len(sequence.rounds) <= 1 else 0
+        part = way.part if num_own else None
+        if part is not None and part in self._steppers:
+            # After rounds without drafts of its own a draft model computes what it missed.
+            num_missed = result.length - row.num_known.get(part, 0) if row.last_part != part else 0
+            row.num_known[part] = result.length
+        row.last_part = part
+        self._note_drafts(row, way, num_own, limit, result)
+        if row.offers:
+            self._note_offers(row, sequence.output_ids[row.num_output :])
+        return num_missed
 
     def _note_drafts(self, row: _Row, way: Way, num_own: int, limit: int, result: RowResult) -> None:
         """What became of the drafts that are no offers."""

@@ -203,6 +203,7 @@ class RoundCosts:
         self._has_parts = True
         # By drafter, of tokens that it missed and computed before it drafted: seconds, at the pace 1, and how many.
         self._missed: dict[Hashable, tuple[float, float]] = {}
+        self._tried: set[Hashable] = set()
 
     def note(
         self,
@@ -229,6 +230,8 @@ class RoundCosts:
             ratio = seconds / (self.pace * self._predict(size, k, num_rows, drafter))
             self.pace *= 1.0 + (min(max(ratio, 1.0 / _PACE_MOST), _PACE_MOST) - 1.0) * _PACE_RATE
         pace, self._has_parts = self.pace, verify is not None
+        if k:
+            self._tried.add(drafter)
         if num_missed and self.knows_draft(drafter):
             if verify is not None and draft is not None:
                 longer = draft / pace - self.draft(size, drafter)(k)
@@ -262,12 +265,18 @@ class RoundCosts:
 
     @property
     def knows_plain(self) -> bool:
-        """Whether enough was measured to begin: the first rounds are without drafts."""
-        return self._verify.num_notes >= NUM_FIRST
+        """Whether enough was measured to begin: the first rounds are without drafts. Of rounds whose parts are known
+        one will do: those that follow show whether it was slow."""
+        return self._verify.num_notes >= (1 if self._has_parts else NUM_FIRST)
 
     def knows_draft(self, drafter: Hashable = None) -> bool:
         """Whether a round of this drafter was measured."""
         return drafter in self._draft
+
+    def may_guess_draft(self, drafter: Hashable) -> bool:
+        """Whether what a drafter takes may be assumed for now: it has been tried, if only on what it had missed, and
+        what the target took beside it is known."""
+        return self.knows_draft(drafter) or (self._has_parts and drafter in self._tried)
 
     def draft(self, size: int, drafter: Hashable = None) -> Callable[[int], float]:
         """Seconds of k drafts of each of `size` sequences, at the pace 1; where that was not measured, in proportion to
