@@ -117,12 +117,12 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_every_extra_is_checked() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"gpu", "test", "dev", "bench"}
+    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "test", "dev", "bench"}
 
 
 @pytest.mark.parametrize(
     ("path", "extras"),
-    [("constraints.txt", ("gpu", "test", "dev")), ("benchmarks/constraints.txt", ("bench",))],
+    [("constraints.txt", ("gpu", "report", "test", "dev")), ("benchmarks/constraints.txt", ("bench",))],
 )
 def test_every_dependency_is_pinned_to_an_allowed_version(path: str, extras: tuple[str, ...]) -> None:
     pinned = constraints(path)
