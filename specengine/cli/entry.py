@@ -12,10 +12,12 @@ import typer
 
 from specengine.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE, complain, with_exit_codes
 
-# Adding a command: a file of its name here with a function of its name in it, and a line.
+# Adding a command: a file of its name here with a function of its name in it, and a line. A command with commands of
+# its own is a `typer.Typer` of its name.
 COMMANDS = (
     "generate",
     "profile",
+    "bench",
     "models",
     "collect-env",
 )
@@ -35,7 +37,13 @@ app = typer.Typer(
 def _add(name: str) -> None:
     identifier = name.replace("-", "_")
     command = getattr(import_module(f"specengine.cli.{identifier}"), identifier)
-    app.command(name)(with_exit_codes(command))
+    if not isinstance(command, typer.Typer):
+        app.command(name)(with_exit_codes(command))
+        return
+    for each in command.registered_commands:
+        assert each.callback is not None, "it decorates a function"
+        each.callback = with_exit_codes(each.callback)
+    app.add_typer(command, name=name)
 
 
 for _name in COMMANDS:
