@@ -235,6 +235,9 @@ class SamplingParams:
         "the same for the prompt's tokens",
         "the first has none",
     )
+    return_rounds: bool = option(
+        False, Flag(), "keep what each round drafted, the rejected tokens too", "in `CompletionOutput.rounds`"
+    )
     n: int = option(
         1,
         Integer(1, MAX_NUM_SAMPLES),

@@ -19,8 +19,7 @@ def record_rounds(
     emitted = 1 + accepted + rounds - trimmed.
     """
     is_trimmed = num_kept <= num_accepted
-    accepted = min(num_accepted, num_kept)
-    drafted = num_kept if is_trimmed else num_draft
+    drafted, accepted = needed_drafts(num_draft, num_accepted, num_kept)
     metrics.num_rounds += count
     metrics.num_trimmed_tokens += count * is_trimmed
     _increase(metrics.num_rounds_by_num_draft, drafted, range(drafted, drafted + 1), count)
@@ -33,6 +32,11 @@ def record_rounds(
     _increase(metrics.num_drafted_by_position, drafted - 1, range(drafted), count)
     _increase(metrics.num_accepted_by_position, drafted - 1, range(accepted), count)
     _increase(metrics.rejection_positions, drafted - 1, range(accepted, min(accepted + 1, drafted)), count)
+
+
+def needed_drafts(num_draft: int, num_accepted: int, num_kept: int) -> tuple[int, int]:
+    """Drafts of a round, and those accepted, up to a stop in it: what `record_rounds` counts."""
+    return (num_kept, num_kept) if num_kept <= num_accepted else (num_draft, num_accepted)
 
 
 def merge(parts: Iterable[SpeculativeDecodingMetrics]) -> SpeculativeDecodingMetrics:

@@ -58,6 +58,8 @@ class SamplingOptions(TypedDict, total=False):
     """log-probability of each new token, and of this many most likely ones. Default: None."""
     prompt_logprobs: int | None
     """the same for the prompt's tokens. Default: None."""
+    return_rounds: bool
+    """keep what each round drafted, the rejected tokens too. Default: False."""
     n: int
     """independent samples. Default: 1."""
     num_speculative_tokens: int | str

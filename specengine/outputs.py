@@ -17,6 +17,21 @@ class TokenLogprob(NamedTuple):
     top: dict[int, float]
 
 
+class Round(NamedTuple):
+    """One round of one sample, counted as in `SpeculativeDecodingMetrics`: what a stop made unneeded is left out.
+
+    num_draft_tokens:    drafted
+    num_accepted_tokens: accepted and kept, a prefix of the drafts
+    num_tokens:          that the round gave: these, and one of the target's own unless a stop came before it
+    draft_token_ids:     the drafts, those that were rejected included
+    """
+
+    num_draft_tokens: int
+    num_accepted_tokens: int
+    num_tokens: int
+    draft_token_ids: list[int]
+
+
 @dataclass
 class SpeculativeDecodingMetrics:
     """What speculation did, named as in vLLM.
@@ -149,6 +164,8 @@ class CompletionOutput:
     cumulative_logprob: their sum, if asked for
     token_source:       whether each token was an accepted draft or the target's own
     seed:               the key this sample was drawn with
+    rounds:             in order, if asked for (`return_rounds`): all tokens but the first, which the prompt's forward
+                        gave, come from them
     error:              with finish_reason "error", what was wrong: the target's logits held a NaN or nothing finite
     """
 
@@ -162,11 +179,13 @@ class CompletionOutput:
     token_source: list[TokenSource]
     seed: int
     error: str | None = None
+    rounds: list[Round] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         result = asdict(self)
-        if self.logprobs is not None:
-            result["logprobs"] = [entry._asdict() for entry in self.logprobs]
+        for name in ("logprobs", "rounds"):
+            entries = getattr(self, name)
+            result[name] = None if entries is None else [entry._asdict() for entry in entries]
         return result
 
 

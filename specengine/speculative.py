@@ -36,6 +36,7 @@ class RoundOutcome(NamedTuple):
     error:        `[B]` int32, 1 where the target's logits were not a distribution (nothing of that row counts)
     logits:       `[R, V]` fp32, the target's raw logits; None where its draws decided
     row_start:    `[B]` int32, sequence b's first row of `logits`
+    drafts:       `[B, k]` int32, what was judged
     """
 
     tokens: Tensor
@@ -44,6 +45,7 @@ class RoundOutcome(NamedTuple):
     error: Tensor
     logits: Tensor | None
     row_start: Tensor
+    drafts: Tensor
 
     @property
     def verdict(self) -> Verdict:
@@ -207,4 +209,5 @@ def _empty_outcome(proposal: DraftProposal, row_start: Tensor) -> RoundOutcome:
         error=row_start.new_empty(count),
         logits=None,
         row_start=row_start,
+        drafts=proposal.tokens,
     )

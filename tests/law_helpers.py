@@ -11,7 +11,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,12 +20,13 @@ import pytest
 import torch
 import vocabulary_pairs
 
+from specengine import metrics
 from specengine.config import SamplingParams
 from specengine.drafters import registry
 from specengine.engine import Engine
 from specengine.models.decoder import build_program
 from specengine.ops.interpreter import Interpreter
-from specengine.outputs import GenerationResult
+from specengine.outputs import GenerationResult, SpeculativeDecodingMetrics
 from specengine.runtime.graphs import GraphReport
 
 # The backend of every law. `reference` promises no bits: with it, log-probabilities are compared to 1e-4.
@@ -156,6 +157,29 @@ def assert_same(result: GenerationResult, expected: GenerationResult) -> None:
         elif one is not None:
             assert one.token_id == other.token_id
             assert math.isclose(one.logprob, other.logprob, abs_tol=TOLERANCE)
+
+
+def check_rounds(result: GenerationResult) -> None:
+    """The rounds of all samples make up the tokens and the statistics."""
+    rounds = [each for output in result.outputs for each in output.rounds or []]
+    counted = SpeculativeDecodingMetrics()
+    for each in rounds:
+        drafted, accepted, kept = each[:3]
+        metrics.record_rounds(counted, num_draft=drafted, num_accepted=accepted, num_kept=kept)
+    found = result.metrics.speculative_decoding
+    assert counted == replace(found, num_spec_tokens=0, lossless=True)
+    for output in result.outputs:
+        assert output.rounds is not None
+        at = 1
+        for each in output.rounds:
+            drafts, emitted = each.draft_token_ids, output.token_ids[at : at + each.num_tokens]
+            assert len(drafts) == each.num_draft_tokens
+            assert drafts[: each.num_accepted_tokens] == emitted[: each.num_accepted_tokens]
+            is_recovered = each.num_accepted_tokens < min(each.num_draft_tokens, each.num_tokens)
+            if is_recovered and result.lossless:
+                assert drafts[each.num_accepted_tokens] != emitted[-1], "what was rejected was emitted"
+            at += each.num_tokens
+        assert at == len(output.token_ids)
 
 
 def assert_idle(engine: Engine, num_free_blocks: int) -> None:

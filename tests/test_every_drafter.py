@@ -23,6 +23,7 @@ from law_helpers import (
     Tally,
     assert_idle,
     assert_same,
+    check_rounds,
     make_prompt,
     plain,
     spec,
@@ -208,7 +209,8 @@ def test_p_what_is_counted_is_what_was_said(
 ) -> None:
     engine = build_engine(*drafted(name, seed=1, vocab_size=VOCAB))
     for prompt, sampling in product(PROMPTS, MODES):
-        result = spec(engine, prompt, K, **sampling)
+        result = spec(engine, prompt, K, **sampling, return_rounds=True)
+        check_rounds(result)
         found = statistics(result)
         emitted = 1 + found.num_accepted_draft_tokens + found.num_rounds - found.num_trimmed_tokens
         assert emitted == len(result.token_ids)

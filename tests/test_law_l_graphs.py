@@ -73,6 +73,7 @@ def compare(direct: Engine, replayed: Engine, prompts: list[Any], params: list[S
         assert_same(result, truth)
         ours, theirs = (each.metrics.speculative_decoding for each in (result, truth))
         assert ours == theirs
+        assert [each.rounds for each in result.outputs] == [each.rounds for each in truth.outputs]
     return sum(len(result.token_ids) for result in results)
 
 
@@ -101,6 +102,12 @@ def test_logprobs_biases_and_minimum_lengths(pair: Pair, build_twins: BuildTwins
     direct, replayed = build_twins(*pair)
     check_every_size(direct, replayed, [1, 4, 3], logprobs=2)
     check_every_size(direct, replayed, [2, 3], logit_bias={5: 3.0}, min_new_tokens=2, stop_token_ids=[9, 11])
+    tally.check()
+
+
+def test_drafts_are_read_before_the_next_round(pair: Pair, build_twins: BuildTwins, tally: Tally) -> None:
+    direct, replayed = build_twins(*pair, rounds_ahead=2)
+    check_every_size(direct, replayed, [1, 4, 3], return_rounds=True)
     tally.check()
 
 

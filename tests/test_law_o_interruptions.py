@@ -41,7 +41,7 @@ REQUESTS = [
     ("def f(x):", SamplingParams(max_new_tokens=9, logprobs=2, prompt_logprobs=1, **COMMON)),
     (
         "the same beginning, and then",
-        SamplingParams(max_new_tokens=7, n=2, temperature=0.9, seed=4, **COMMON),
+        SamplingParams(max_new_tokens=7, n=2, temperature=0.9, seed=4, return_rounds=True, **COMMON),
     ),
     ("é" * 5, SamplingParams(max_new_tokens=8, temperature=1.2, seed=3, acceptance="rejection", **COMMON)),
     ("the same beginning, too", SamplingParams(max_new_tokens=24, stop=["qq", "!?"], **COMMON)),

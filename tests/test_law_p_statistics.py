@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from law_helpers import Tally, assert_same, make_prompt, plain, spec
+from law_helpers import Tally, assert_same, check_rounds, make_prompt, plain, spec
 from scripted_drafters import PerfectDrafter, ScriptedDrafter
 
 from conftest import CheckpointFactory, EngineFactory
@@ -17,7 +17,7 @@ from specengine.outputs import SpeculativeDecodingMetrics
 VOCAB = 64
 NUM_TOKENS = 23
 PROMPT = make_prompt(7, seed=50)
-GREEDY: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": NUM_TOKENS}
+GREEDY: dict[str, Any] = {"ignore_eos": True, "max_new_tokens": NUM_TOKENS, "return_rounds": True}
 SAMPLED: dict[str, Any] = {**GREEDY, "temperature": 1.0, "seed": 4, "acceptance": "rejection"}
 
 
@@ -90,6 +90,7 @@ def check_identity(result: GenerationResult) -> None:
     assert sum(found.rejection_positions) <= found.num_spec_steps
     assert 0.0 <= found.draft_acceptance_rate <= 1.0
     assert found.to_dict()["acceptance_by_position"] == found.acceptance_by_position
+    check_rounds(result)
 
 
 # -- scripted drafters give exactly known numbers ----------------------------------------------------------------

@@ -58,10 +58,14 @@ class Records:
                         self._kv_cache.manager.set_computed(result.slot, TARGET, end)
                 flight.drafter.observe(flight.batch, results)
             logprobs = self._gather_logprobs(flight, results)
+            drafts = _read_drafts(flight) if is_round and flight.batch.mode.wants_drafts else None
             now = time.perf_counter()
-            for sequence, row, result, entries in zip(flight.sequences, rows, results, logprobs, strict=True):
+            for index, (sequence, row, result) in enumerate(
+                zip(flight.sequences, rows, results, strict=True)
+            ):
                 if result is not None:
-                    self._settle(sequence, row, result, entries, now, is_round=is_round)
+                    drafted = None if drafts is None else drafts[index][: result.num_draft]
+                    self._settle(sequence, row, result, logprobs[index], drafted, now, is_round=is_round)
         return results
 
     def _settle(
@@ -70,6 +74,7 @@ class Records:
         row: list[int],
         result: RowResult,
         logprobs: list[TokenLogprob],
+        drafts: list[int] | None,
         now: float,
         *,
         is_round: bool,
@@ -82,7 +87,7 @@ class Records:
             fail(sequence, NOT_A_DISTRIBUTION, is_round=is_round)
         else:
             tokens = row[NUM_RESULT_COLUMNS:][:num_emitted]
-            extend(sequence, tokens, logprobs, result, is_round=is_round)
+            extend(sequence, tokens, logprobs, result, drafts, is_round=is_round)
         self._kv_cache.manager.rollback(result.slot, max(0, sequence.num_tokens - 1))
         self._on_settled(sequence)
 
@@ -111,6 +116,12 @@ class Records:
         for owner, entry in zip(owners, found, strict=True):
             entries[owner].append(entry)
         return entries
+
+
+def _read_drafts(flight: Flight) -> list[list[int]]:
+    """Of each sequence, what was drafted, and then anything."""
+    drafts: list[list[int]] = flight.outcome.drafts.tolist()
+    return drafts
 
 
 def _row_result(sequence: Sequence, row: list[int], *, is_round: bool) -> RowResult | None:
@@ -144,10 +155,14 @@ def extend(
     tokens: list[int],
     logprobs: list[TokenLogprob],
     result: RowResult,
+    drafts: list[int] | None,
     *,
     is_round: bool,
 ) -> None:
-    """Appends what a round emitted, as far as no stop is in it. The last line makes it count, all at once."""
+    """Appends what a round emitted, as far as no stop is in it. The last line makes it count, all at once.
+
+    drafts: what the round judged of this sequence; None where nobody wants to know
+    """
     before, ending = sequence.settled, _GOES_ON
     num_tokens = before.num_tokens
     for token in tokens:
@@ -163,6 +178,8 @@ def extend(
     sequence.logprobs += logprobs[:num_kept]
     if is_round:
         sequence.rounds.append(RoundCounts(result.num_draft, result.num_accepted, num_kept))
+        if drafts is not None and sequence.params.return_rounds:
+            sequence.drafts.append(drafts)
     text = sequence.text
     sequence.settled = Settled(
         num_tokens,

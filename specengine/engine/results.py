@@ -9,6 +9,7 @@ from specengine.outputs import (
     CompletionOutput,
     GenerationMetrics,
     GenerationResult,
+    Round,
     SpeculativeDecodingMetrics,
 )
 from specengine.runtime.sequence import Request, Sequence
@@ -42,7 +43,16 @@ def _build_output(sequence: Sequence) -> CompletionOutput:
         token_source=list(sequence.token_source),
         seed=sequence.seed,
         error=settled.error,
+        rounds=_build_rounds(sequence) if sequence.params.return_rounds else None,
     )
+
+
+def _build_rounds(sequence: Sequence) -> list[Round]:
+    rounds = []
+    for counts, drafts in zip(sequence.rounds, sequence.drafts, strict=True):
+        drafted, accepted = metrics.needed_drafts(*counts)
+        rounds.append(Round(drafted, accepted, counts.num_kept, drafts[:drafted]))
+    return rounds
 
 
 def _build_metrics(request: Request) -> GenerationMetrics:

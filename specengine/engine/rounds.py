@@ -51,7 +51,7 @@ class Flight(NamedTuple):
     def is_needed_now(self) -> bool:
         """Whether the next round would overwrite what the host has yet to read, or (as likely as not) needs to know."""
         runs_ahead = self.drafter is None or self.drafter.may_run_ahead
-        return self.batch.mode.wants_logprobs or self.batch.mode.has_processors or not runs_ahead
+        return self.batch.mode.is_read_at_once or not runs_ahead
 
     def read(self) -> list[list[int]]:
         """The rows of its record: waits for them. What the host makes of them is timed from here on."""

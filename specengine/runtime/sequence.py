@@ -76,6 +76,7 @@ class Sequence:
     text:     turns the settled tokens into text; can be built again from them
     reported: what the caller has been told
     output_ids, token_source, logprobs, rounds: see `Settled`
+    drafts:   of each round, the tokens that were judged; empty where nobody wants them
     num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
     ways_ahead: the way in which each of them drafts, the latest last; UNDRAFTED: none
     way, num_own_drafts: with several drafters, which of their ways (`SeveralDrafters.ways`) drafts in the next round,
@@ -99,6 +100,7 @@ class Sequence:
     token_source: list[TokenSource] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     rounds: list[RoundCounts] = field(default_factory=list)
+    drafts: list[list[int]] = field(default_factory=list)
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
     ways_ahead: list[int] = field(default_factory=list)
@@ -217,7 +219,8 @@ class Sequence:
         settled = self.settled
         for entries in (self.output_ids, self.token_source, self.logprobs):
             del entries[settled.num_tokens :]
-        del self.rounds[settled.num_rounds :]
+        for counts in (self.rounds, self.drafts):
+            del counts[settled.num_rounds :]
         self.num_rounds_ahead = self.num_tokens_ahead = 0
         self.ways_ahead.clear()
         if not self.is_finished:

@@ -32,6 +32,7 @@ class RoundMode(NamedTuple):
     has_transforms: whether any row asks for something to be done to its logits
     has_processors: whether any row's logits go through code of its request's own: such a round runs from Python
     has_confidence: whether any row's drafts end where its draft model is not certain enough
+    wants_drafts:   whether any row's drafts are wanted
     """
 
     rules: tuple[Rule, ...] = (Rule.MATCH,)
@@ -40,6 +41,12 @@ class RoundMode(NamedTuple):
     has_transforms: bool = False
     has_processors: bool = False
     has_confidence: bool = False
+    wants_drafts: bool = False
+
+    @property
+    def is_read_at_once(self) -> bool:
+        """Whether the host reads more of a round than its record, before the next one writes over it."""
+        return self.wants_logprobs or self.has_processors or self.wants_drafts
 
 
 class RunningBatch(NamedTuple):
@@ -297,7 +304,7 @@ class BatchState:
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:
     """The mode that a round of these sequences has."""
     rules: list[Rule] = []
-    has_filters = wants_logprobs = has_transforms = has_processors = has_confidence = False
+    has_filters = wants_logprobs = has_transforms = has_processors = has_confidence = wants_drafts = False
     for sequence in sequences:
         params = sequence.params
         if sequence.rule not in rules:
@@ -307,5 +314,6 @@ def round_mode(sequences: Collection[Sequence]) -> RoundMode:
         has_transforms = has_transforms or sequence.has_transforms
         has_processors = has_processors or params.logits_processor != ()
         has_confidence = has_confidence or params.draft_confidence > 0.0
-    asked = (has_filters, wants_logprobs, has_transforms, has_processors, has_confidence)
+        wants_drafts = wants_drafts or params.return_rounds
+    asked = (has_filters, wants_logprobs, has_transforms, has_processors, has_confidence, wants_drafts)
     return RoundMode(tuple(sorted(rules)) or (Rule.MATCH,), *asked)
