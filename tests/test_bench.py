@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from specengine.cli import app
-from specengine.measure import latency
+from specengine.measure import latency, runs
 from specengine.measure.bench_prompts import read_prompts
 from specengine.measure.records import read_records
 
@@ -69,16 +69,16 @@ def test_settings_take_turns_at_coming_first(tmp_path: Path) -> None:
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    measured, out = latency._measured, tmp_path / "measured.jsonl"
+    measured, out = runs.measured, tmp_path / "measured.jsonl"
     calls: list[Any] = []
 
-    def interrupt(*given: Any) -> dict[str, Any]:
+    def interrupt(results: Any, **given: Any) -> dict[str, Any]:
         calls.append(given)
         if len(calls) == 5:
             raise KeyboardInterrupt
-        return measured(*given)
+        return measured(results, **given)
 
-    monkeypatch.setattr(latency, "_measured", interrupt)
+    monkeypatch.setattr(runs, "measured", interrupt)
     code, text, err = invoke(*SMALL, "--out", str(out))
     assert code == 130
     assert f"4 of 12 measurements were made; they are in {out}" in err

@@ -1,10 +1,4 @@
-"""Plain decoding against speculative, prompt by prompt: `specengine bench latency`.
-
-Every setting is warmed up once. Then every repeat goes through the prompts, and each prompt through all settings right
-after one another, beginning with another one each time: what slows the machine for a while slows all of them. Times
-are the engine's own metrics. Shares of draft, verify and other come from one further generation of each prompt and
-setting, since watching a round takes time.
-"""
+"""Plain decoding against speculative, prompt by prompt: `specengine bench latency`. How it measures: `runs`."""
 
 from __future__ import annotations
 
@@ -13,16 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from specengine import ranges
 from specengine.call import Call
 from specengine.engine import Engine
-from specengine.errors import SpecEngineError
-from specengine.measure.environment import collect_environment
-from specengine.measure.profile import Peaks
-from specengine.measure.records import Record, new_run
+from specengine.measure.records import Record
+from specengine.measure.runs import EngineCase, Run, measure
 from specengine.measure.statistics import median_interval, ratio_interval
-from specengine.measure.timeline import PartTimes
-from specengine.outputs import GenerationResult
 
 K = int | str
 
@@ -78,106 +67,21 @@ def measure_latency(call: Call, engine: Engine, ks: Sequence[K], *, repeats: int
 
     Raises `SpecEngineError` where a generation failed.
     """
-    settings: list[K] = [0, *(k for k in ks if k != 0)]
-    run, environment, pair = new_run(), collect_environment(), describe_pair(call, engine)
-    for k in settings:
-        _generate(call, engine, 0, k)
-    shares: dict[tuple[int, K], dict[str, float] | None] = {}
-    for repeat in range(repeats):
-        for index in range(len(call.prompts)):
-            turn = (repeat * len(call.prompts) + index) % len(settings)
-            order = settings[turn:] + settings[:turn]
-            for k in order:
-                if repeat == 0:
-                    shares[index, k] = _shares(call, engine, index, k)
-            for k in order:
-                peaks = Peaks(engine.device)
-                result = _generate(call, engine, index, k)
-                measured = _measured(result, peaks.read()[0], shares[index, k])
-                yield Record(
-                    "latency",
-                    run,
-                    environment,
-                    pair,
-                    describe_settings(call, engine, k),
-                    index,
-                    repeat,
-                    measured,
-                )
+    return measure(Run.start("latency"), _cases(call, engine, ks), call.prompts, repeats=repeats)
 
 
 def count_measurements(call: Call, ks: Sequence[K], *, repeats: int) -> int:
     """Records that `measure_latency` yields."""
-    return (1 + sum(k != 0 for k in ks)) * len(call.prompts) * repeats
+    return len(with_plain(ks)) * len(call.prompts) * repeats
 
 
-def describe_pair(call: Call, engine: Engine) -> dict[str, Any]:
-    """What generated."""
-    return {
-        "model": engine.target_name,
-        "draft_model": engine.draft_name,
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "weight_dtype": call.config.weight_dtype,
-        "draft_weight_dtype": call.config.draft_weight_dtype,
-        "device": str(engine.device),
-        "backend": engine.backend_name,
-    }
+def with_plain(ks: Sequence[K]) -> list[K]:
+    """The settings of `num_speculative_tokens` that are measured, each once, plain decoding first."""
+    return list(dict.fromkeys([0, *ks]))
 
 
-def describe_settings(call: Call, engine: Engine, k: K) -> dict[str, Any]:
-    """What was asked for."""
-    params = call.params
-    return {
-        "num_speculative_tokens": k,
-        "temperature": params.temperature,
-        "top_k": params.top_k,
-        "top_p": params.top_p,
-        "max_new_tokens": params.max_new_tokens,
-        "batch_size": 1,
-        "acceptance": params.acceptance,
-        "seed": params.seed,
-        "drafter": engine.draft_name,
-        "enable_prefix_cache": call.config.enable_prefix_cache,
-    }
-
-
-def _generate(call: Call, engine: Engine, index: int, k: K) -> GenerationResult:
-    params = replace(call.params, num_speculative_tokens=k)
-    result = engine.generate(call.prompts[index], params, progress=False)
-    assert isinstance(result, GenerationResult), "one prompt gives one result"
-    if result.finish_reason == "error":
-        raise SpecEngineError(f"prompt {index} cannot be measured: {result.outputs[0].error}")
-    return result
-
-
-def _shares(call: Call, engine: Engine, index: int, k: K) -> dict[str, float] | None:
-    """Of the time that rounds took, by the host's clock. On CUDA that only tells when work was queued."""
-    if engine.device.type == "cuda":
-        return None
-    times = PartTimes()
-    with ranges.record(times):
-        result = _generate(call, engine, index, k)
-    seconds = {part.name: part.seconds for part in times.parts(result.metrics.decode_time)}
-    total = sum(seconds.values())
-    if total <= 0.0:
-        return None  # the prompt's forward gave the only token
-    draft, verify = seconds["draft"] / total, seconds["verify"] / total
-    return {"draft": draft, "verify": verify, "other": 1.0 - draft - verify}
-
-
-def _measured(result: GenerationResult, peak: int | None, shares: dict[str, float] | None) -> dict[str, Any]:
-    metrics = result.metrics
-    return {
-        "seconds": metrics.total_time,
-        "time_to_first_token": metrics.queue_time + metrics.prompt_time,
-        "tokens": metrics.num_generated_tokens,
-        "tokens_per_second": metrics.tokens_per_second,
-        "target_forwards": metrics.num_target_forwards,
-        "lossless": result.lossless,
-        "metrics": metrics.to_dict(),
-        "peak_bytes": peak,
-        "shares": shares,
-    }
+def _cases(call: Call, engine: Engine, ks: Sequence[K]) -> list[EngineCase]:
+    return [EngineCase(engine, replace(call.params, num_speculative_tokens=k)) for k in with_plain(ks)]
 
 
 # What comes of it
