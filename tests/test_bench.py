@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from specengine.cli import app
+from specengine.cli import app, bench_latency
 from specengine.measure import latency, runs
 from specengine.measure.bench_prompts import read_prompts
 from specengine.measure.records import read_records
@@ -120,3 +120,20 @@ def test_a_row_that_is_none_is_named(tmp_path: Path) -> None:
     path.write_text('{"kind": "latency"}\n')
     with pytest.raises(ValueError, match=r"measured\.jsonl:1: not a measured row"):
         read_records(path)
+
+
+@pytest.mark.parametrize("width", ["80", "200"])
+def test_the_table_is_whole_at_any_width(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At 80 columns nothing is cut and no line is broken: what is too wide for one table is two."""
+    monkeypatch.setenv("COLUMNS", width)
+    code, text, _ = invoke(*SMALL)
+    lines = text.splitlines()
+    assert code == 0
+    assert max(map(len, lines)) <= int(width)
+    assert "…" not in text
+    heads = [line for line in lines if line.startswith("k ")]
+    assert len(heads) == 3 * (2 if width == "80" else 1)
+    for title in bench_latency.TITLES[1:]:
+        assert sum(title in line for line in heads) == 3, title
+    for line in (line for line in lines if line.startswith("plain ")):
+        assert len(line.split("  ")) > 4
