@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from specengine.measure.figures import Explained, Style, k_over_time, rejection_positions
-from specengine.measure.report import page, write_page
+from specengine.measure.report import Chapter, Draw, Section, page, table, write_page
 
 
 def rejections(style: Style) -> Explained:
@@ -21,6 +22,10 @@ def rejections(style: Style) -> Explained:
 
 def choices(style: Style) -> Explained:
     return k_over_time({'<b>"copy"</b>': [4, 8]}, style=style)
+
+
+def one(draws: Sequence[Draw], facts: Sequence[tuple[str, str]] = ()) -> list[Chapter]:
+    return [Chapter("", facts, draws=draws)]
 
 
 class Elements(HTMLParser):
@@ -35,7 +40,7 @@ class Elements(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.found.append((tag, {name: value or "" for name, value in attrs}))
-        if tag not in ("meta", "link", "img", "source"):
+        if tag not in ("meta", "link", "img", "source", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
@@ -51,7 +56,7 @@ def svg(data: str) -> str:
 
 
 def test_a_page_holds_every_figure_light_and_dark() -> None:
-    elements = Elements(page("A & B", [rejections, choices], [("target", "<gpt2>")])).found
+    elements = Elements(page("A & B", one([rejections, choices], [("target", "<gpt2>")]))).found
     images = [attributes for tag, attributes in elements if tag == "img"]
     sources = [attributes for tag, attributes in elements if tag == "source"]
     assert [image["alt"] for image in images] == [
@@ -67,7 +72,7 @@ def test_a_page_holds_every_figure_light_and_dark() -> None:
 
 def test_a_page_reaches_for_nothing() -> None:
     """No script, and no address in it but the names of XML's vocabularies."""
-    text = page("Report", [rejections])
+    text = page("Report", one([rejections]))
     elements = Elements(text).found
     assert "script" not in {tag for tag, _ in elements}
     for _, attributes in elements:
@@ -86,13 +91,22 @@ def test_a_page_reaches_for_nothing() -> None:
 
 def test_what_is_written_stays_written(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
-    write_page(path, "Report", [rejections])
-    written = path.read_text(encoding="utf-8")
+    write_page(path, "one")
     with pytest.raises(FileExistsError):
-        write_page(path, "Another", [rejections])
-    assert path.read_text(encoding="utf-8") == written
+        write_page(path, "another")
+    assert path.read_text(encoding="utf-8") == "one"
 
 
 def test_a_figure_comes_once() -> None:
     with pytest.raises(ValueError, match="'rejection-positions' came 2 times"):
-        page("Report", [rejections, partial(rejections)])
+        page("Report", one([rejections, partial(rejections)]))
+
+
+def test_what_is_written_into_a_page_is_text() -> None:
+    """Names, cells and prompts that look like markup."""
+    cell = "<script>alert(1)</script>"
+    chapter = Chapter(
+        cell, [(cell, cell)], [Section("a", cell, table([cell], [[cell]], cell))], missing=[cell]
+    )
+    elements = Elements(page(cell, [chapter])).found
+    assert "script" not in {tag for tag, _ in elements}

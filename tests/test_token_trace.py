@@ -56,6 +56,10 @@ def test_a_trace_is_the_text_with_its_sources_and_probabilities(
     assert [token.draft_prob for token in tokens] == pytest.approx(
         scored(draft, every)[-len(tokens) :], rel=1e-5
     )
+    assert all(0 < token.similarity < 1 for token in tokens if token.similarity is not None)
+    itself = trace(target, target, result)
+    assert [token.similarity for token in itself] == pytest.approx([1.0] * len(tokens))
+    assert [token.draft_prob for token in itself] == [token.target_prob for token in itself]
 
 
 @pytest.mark.parametrize("sampling", MODES)

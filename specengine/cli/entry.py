@@ -18,6 +18,7 @@ COMMANDS = (
     "generate",
     "profile",
     "bench",
+    "report",
     "models",
     "collect-env",
 )

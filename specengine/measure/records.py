@@ -13,7 +13,7 @@ from typing import Any
 from specengine.errors import ModelLoadError
 from specengine.json_file import parse_json
 
-KINDS = ("latency", "sweep", "kernels", "compare", "verify", "tune")
+KINDS = ("latency", "sweep", "kernels", "compare", "verify", "tune", "report", "trace")
 
 
 @dataclass(frozen=True)

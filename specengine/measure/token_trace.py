@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from specengine.config import SamplingParams
@@ -41,6 +44,8 @@ class TracedToken:
     round:       the index of its round, from 0; None for the token that the prompt's forward gave
     target_prob: its probability by the target's raw logits, 0 … 1
     draft_prob:  by the draft model's; None where no model with this vocabulary drafted
+    similarity:  Σ_v min(p_v, q_v) of both models, 1 - their total variation: at temperature 1 the chance that
+                 an exact rule accepts what the draft draws here (Leviathan et al. 2023, corollary 3.6); None as above
     rejected:    with a recovered token, the drafts that fell: the one in whose place it is, and those behind it
     """
 
@@ -50,6 +55,7 @@ class TracedToken:
     round: int | None
     target_prob: float
     draft_prob: float | None
+    similarity: float | None = None
     rejected: list[RejectedToken] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,13 +78,12 @@ def trace(engine: Engine, draft_engine: Engine | None, result: GenerationResult)
     prompt = result.prompt_token_ids
     tokens = _tell_sources(engine, output, prompt)
     alternatives = {at: token.rejected[0].token_id for at, token in enumerate(tokens) if token.rejected}
-    by_target = _probs_along(engine, prompt, output.token_ids, alternatives)
-    by_draft = (
-        None if draft_engine is None else _probs_along(draft_engine, prompt, output.token_ids, alternatives)
-    )
+    models = [engine] if draft_engine is None else [engine, draft_engine]
     return [
-        _with_probs(token, by_target[at], (None, None) if by_draft is None else by_draft[at])
-        for at, token in enumerate(tokens)
+        _with_probs(token, *rows, alternative=alternatives.get(at))
+        for at, (token, rows) in enumerate(
+            zip(tokens, _laws_along(models, prompt, output.token_ids), strict=True)
+        )
     ]
 
 
@@ -93,7 +98,7 @@ def _tell_sources(engine: Engine, output: CompletionOutput, prompt: list[int]) -
         text = "" if stream is None else stream.push(token_id)
         spelled = ["" if tokenizer is None else tokenizer.decode([draft]) for draft in fallen]
         rejected = [RejectedToken(draft, of, None, None) for draft, of in zip(fallen, spelled, strict=True)]
-        found.append(TracedToken(token_id, text, source, index, 0.0, None, rejected))
+        found.append(TracedToken(token_id, text, source, index, 0.0, None, None, rejected))
 
     if output.token_ids:
         add("target", None, [])
@@ -116,29 +121,51 @@ def _source(of: Round, place: int) -> tuple[Source, list[int]]:
 
 
 def _with_probs(
-    token: TracedToken, target: tuple[float, float | None], draft: tuple[float | None, float | None]
+    token: TracedToken, target: Tensor, draft: Tensor | None = None, *, alternative: int | None
 ) -> TracedToken:
+    """target, draft: `[V]`, what each says of the place."""
+
+    def prob(law: Tensor | None, token_id: int) -> float | None:
+        return None if law is None else float(law[token_id]) if token_id < len(law) else 0.0
+
+    similarity = None
+    if draft is not None:
+        shared = min(len(target), len(draft))
+        similarity = float(torch.minimum(target[:shared], draft[:shared]).sum())
     rejected = list(token.rejected)
-    if rejected:
-        rejected[0] = replace(rejected[0], target_prob=target[1], draft_prob=draft[1])
-    return replace(token, target_prob=target[0], draft_prob=draft[0], rejected=rejected)
+    if alternative is not None:
+        to_target, to_draft = prob(target, alternative), prob(draft, alternative)
+        rejected[0] = replace(rejected[0], target_prob=to_target, draft_prob=to_draft)
+    return replace(
+        token,
+        target_prob=float(target[token.token_id]),
+        draft_prob=prob(draft, token.token_id),
+        similarity=similarity,
+        rejected=rejected,
+    )
 
 
-def _probs_along(
-    engine: Engine, prompt: list[int], text: list[int], alternatives: dict[int, int]
-) -> list[tuple[float, float | None]]:
-    """For each token of the text, its probability after all before it, and that of the alternative there."""
-    found: dict[int, tuple[float, float | None]] = {}
+def _laws_along(
+    engines: list[Engine], prompt: list[int], text: list[int]
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """For each token of the text, what every engine's model says of its place. The models go side by side, so that no
+    more than a few rows of probabilities are held."""
+    followers = [_follow(engine, prompt, text) for engine in engines]
+    for _ in text:
+        laws = [next(follower) for follower in followers]
+        yield laws[0], laws[1] if len(laws) > 1 else None
+    for follower in followers:
+        follower.close()
+
+
+def _follow(engine: Engine, prompt: list[int], text: list[int]) -> Generator[Tensor, None, None]:
+    """The probabilities `[V]` of each token of a text, by the raw logits of plain decoding that is led along it."""
+    found: deque[Tensor] = deque()
 
     def lead_along(token_ids: list[int], logits: Tensor) -> Tensor:
-        at = len(token_ids) - len(prompt)
-        probs = logits.float().softmax(dim=-1)
-        other = alternatives.get(at)
-        wanted = [text[at]] if other is None else [text[at], other]
-        values = probs[wanted].tolist()
-        found[at] = (values[0], values[1] if len(values) > 1 else None)
+        found.append(logits.float().softmax(dim=-1))
         led = logits.new_full(logits.shape, float("-inf"))
-        led[text[at]] = 0.0
+        led[text[len(token_ids) - len(prompt)]] = 0.0
         return led
 
     params = SamplingParams(
@@ -148,10 +175,9 @@ def _probs_along(
         ignore_eos=True,
         logits_processor=lead_along,
     )
-    followed = engine.generate(prompt, params, progress=False)
-    assert isinstance(followed, GenerationResult), "one prompt gives one result"
-    if followed.token_ids != text:
-        raise SpecEngineError(
-            f"{engine.target_name} cannot follow the text: {followed.outputs[0].error or followed.finish_reason}"
-        )
-    return [found[at] for at in range(len(text))]
+    for event in engine.stream(prompt, params):
+        while found:
+            yield found.popleft()
+        if event.finish_reason not in (None, "length"):
+            error = event.result.outputs[0].error if event.result is not None else event.finish_reason
+            raise SpecEngineError(f"{engine.target_name} cannot follow the text: {error}")
