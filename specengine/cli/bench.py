@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from specengine.cli.bench_latency import latency
+from specengine.cli.bench_sweep import sweep
 
 bench = typer.Typer(
     rich_markup_mode=None,
@@ -13,3 +14,4 @@ bench = typer.Typer(
 )
 # Adding one: a file bench_<name>.py with a function of its name, and a line.
 bench.command()(latency)
+bench.command()(sweep)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,6 +21,7 @@ from specengine.config import (
     EngineConfig,
     ModelOptions,
     SamplingParams,
+    declaration,
     field_names,
 )
 from specengine.errors import SpecEngineError
@@ -55,7 +56,8 @@ Lookaheads = Annotated[
     ),
 ]
 
-_OPTIONS = [name for group in (ModelOptions, SamplingParams, EngineConfig) for name in field_names(group)]
+_GROUPS: tuple[Any, ...] = (ModelOptions, SamplingParams, EngineConfig)
+_OPTIONS = [name for group in _GROUPS for name in field_names(group)]
 # Seconds between two looks at the table: what it shows is computed anew each time, between two measurements.
 _SECONDS_A_LOOK = 0.5
 
@@ -70,6 +72,19 @@ def read_lookaheads(text: str) -> list[int | str]:
     kind = IntegerOrAuto(1, MAX_NUM_SPECULATIVE_TOKENS)
     ks = [kind.check("num_speculative_tokens", kind.parse(part.strip())) for part in text.split(",")]
     return list(dict.fromkeys(ks))
+
+
+def read_list(name: str, text: str, read: Callable[[str], Any] | None = None) -> list[Any]:
+    """Values of an option, written with commas, each once; as the option's declaration reads and checks them unless
+    `read` does."""
+    if read is None:
+        item = next(item for group in _GROUPS for item in fields(group) if item.name == name)
+        kind = declaration(item).kind
+
+        def read(part: str) -> Any:
+            return kind.check(name, kind.parse(part))
+
+    return list(dict.fromkeys(read(part.strip()) for part in text.split(",")))
 
 
 def check_outputs(*, as_json: bool, as_csv: bool) -> None:

@@ -163,11 +163,12 @@ def batches_of(prompts: Sequence[Prompt], batch_size: int) -> list[tuple[int, li
 
 
 def describe_pair(engine: Engine) -> dict[str, Any]:
-    """What generates: the values of `PAIR_NAMES`."""
+    """What generates: the values of `PAIR_NAMES`. dtype: of what `weight_dtype` does not say."""
+    weights: Any = engine.weights["target"]
     values = (
         engine.target_name,
         engine.draft_name,
-        str(engine.dtype).removeprefix("torch."),
+        str(weights.token_table.dtype).removeprefix("torch."),
         engine.config.weight_dtype,
         engine.config.draft_weight_dtype,
         str(engine.device),

@@ -73,12 +73,21 @@ _INTERVALS = ("seconds", "time_to_first_token", "tokens_per_second", "speedup", 
 
 
 def plain_of(records: Iterable[Record]) -> dict[tuple[int, int], Record]:
-    """The records of plain decoding by prompt and repeat: what others of the same rotation are compared with."""
-    return {
-        (record.prompt_index, record.repeat): record
-        for record in records
-        if record.settings["num_speculative_tokens"] == 0
-    }
+    """The records of plain decoding by prompt and repeat: what others of the same rotation are compared with.
+
+    Raises `ValueError` where there are two of one prompt and repeat: then these are records of several rotations.
+    """
+    plain: dict[tuple[int, int], Record] = {}
+    for record in records:
+        if record.settings["num_speculative_tokens"] == 0:
+            key = (record.prompt_index, record.repeat)
+            if key in plain:
+                raise ValueError(
+                    f"plain decoding of prompt {key[0]} was measured twice as repeat {key[1]}: records of several runs "
+                    "or settings must be summarized one by one"
+                )
+            plain[key] = record
+    return plain
 
 
 def numbers(records: Sequence[Record], plain: Mapping[tuple[int, int], Record]) -> dict[str, Any]:
