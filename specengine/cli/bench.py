@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from specengine.cli.bench_compare import compare
 from specengine.cli.bench_latency import latency
 from specengine.cli.bench_sweep import sweep
 
@@ -15,3 +16,4 @@ bench = typer.Typer(
 # Adding one: a file bench_<name>.py with a function of its name, and a line.
 bench.command()(latency)
 bench.command()(sweep)
+bench.command()(compare)

@@ -15,7 +15,10 @@ _NO_LIMIT = 10_000
 
 
 def speedup(value: Interval | None) -> str:
-    return "-" if value is None else f"{value.median:.2f}× ({value.low:.2f}–{value.high:.2f})"
+    if value is None:
+        return "-"
+    digits = 2 if value.high < 10 else 1 if value.high < 100 else 0
+    return f"{value.median:.{digits}f}× ({value.low:.{digits}f}–{value.high:.{digits}f})"
 
 
 def reduction(value: Interval | None) -> str:

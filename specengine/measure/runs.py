@@ -80,14 +80,16 @@ class Case(Protocol):
 class EngineCase:
     """An engine, and how it is asked to continue every prompt.
 
-    label:      the case's name; by default its k
-    on_results: called with what each measured generation gave, in the prompts' order
+    label:        the case's name; by default its k
+    keeps_tokens: rows have "token_ids", a list for each prompt (of its first sample)
+    on_results:   called with what each measured generation gave, in the prompts' order
     """
 
     engine: Engine
     params: SamplingParams
     batch_size: int = 1
     label: str | None = None
+    keeps_tokens: bool = False
     on_results: Callable[[list[GenerationResult]], object] | None = None
 
     @property
@@ -112,6 +114,8 @@ class EngineCase:
         row = measured(results, peak_bytes=peaks.read()[0])
         if self.on_results is not None:
             self.on_results(results)
+        if self.keeps_tokens:
+            row["token_ids"] = [result.token_ids for result in results]
         return row
 
 
