@@ -19,6 +19,7 @@ COMMANDS = (
     "profile",
     "bench",
     "report",
+    "verify",
     "models",
     "collect-env",
 )

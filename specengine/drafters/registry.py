@@ -13,7 +13,11 @@ whose result `build` finds in its context, and, if not every argument can be,
     def check(argument: str, target: DecoderSpec | None) -> None
 
 which raises `ValueError` with what is wrong: it is called before anything is read, and again when the target's config
-has been. A module is imported when an engine wants it.
+has been. One that needs an argument says which one fits a target, if any does:
+
+    def choose_argument(target: DecoderSpec) -> str | None
+
+A module is imported when an engine wants it.
 """
 
 from __future__ import annotations
@@ -52,6 +56,18 @@ def check(draft_model: object, target: DecoderSpec | None = None) -> None:
         check_argument(argument, target)
     except ValueError as error:
         raise ValueError(f"draft_model={draft_model!r}: {error}") from None
+
+
+def without_model(target: DecoderSpec) -> list[str]:
+    """Every drafter that can run with this target and nothing else, with its argument."""
+    names: list[str] = []
+    for name, module in DRAFTERS.items():
+        choose_argument = getattr(importlib.import_module(module), "choose_argument", None)
+        if choose_argument is None:
+            names.append(name)
+        elif (argument := choose_argument(target)) is not None:
+            names.append(f"{name}:{argument}")
+    return names
 
 
 def split(draft_model: str) -> tuple[str, str]:

@@ -35,6 +35,11 @@ def check(argument: str, target: DecoderSpec | None) -> None:
         raise ValueError(f"the target has only {target.num_layers} layers")
 
 
+def choose_argument(target: DecoderSpec) -> str | None:
+    """Half of the layers; None of a single one: it would draft what the target says."""
+    return str(target.num_layers // 2) if target.num_layers > 1 else None
+
+
 def load_draft(argument: str, target: LoadedModel, load_model: LoadModel) -> LoadedModel | None:
     """The layers in another format than the target's; None where they are the target's own."""
     return load_model.first_layers(int(argument))

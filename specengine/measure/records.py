@@ -25,7 +25,7 @@ class Record:
     environment:  `collect_environment()`
     pair:         model, draft_model, dtype, weight_dtype, draft_weight_dtype, device, backend
     settings:     num_speculative_tokens, temperature, …: what was asked for
-    prompt_index: the prompt's place in the list
+    prompt_index: the prompt's place in the list; -1: of all together
     repeat:       how often this had been measured before, in this run
     measured:     numbers: seconds, tokens, bytes, shares; "metrics" is `GenerationMetrics.to_dict()`
     """

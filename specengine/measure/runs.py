@@ -248,8 +248,10 @@ def overall(parts: Sequence[GenerationMetrics]) -> GenerationMetrics:
 # Generating
 
 
-def generate(engine: Engine, prompts: Sequence[Prompt], params: SamplingParams) -> list[GenerationResult]:
-    """Continues prompts as one batch. Raises `SpecEngineError` where one failed."""
+def generate(
+    engine: Engine, prompts: Sequence[Prompt], params: SamplingParams | list[SamplingParams]
+) -> list[GenerationResult]:
+    """Continues prompts as one batch; params: of all, or one a prompt. Raises `SpecEngineError` where one failed."""
     results = engine.generate(list(prompts), params, progress=False)
     assert isinstance(results, list), "a list of prompts gives a list"
     for result in results:
