@@ -220,7 +220,7 @@ def test_places_fill_0_to_1_once_whatever_was_drafted() -> None:
 def test_a_right_sampler_raises_no_alarm() -> None:
     """p-values of places of samples of many laws, orders and sizes are at least as large as uniform ones."""
     chance, p_values = np.random.default_rng(0), []
-    for _ in range(3000):
+    for _ in range(600):
         counts = np.zeros(law_checks.NUM_CELLS, dtype=np.int64)
         for _ in range(8):
             probs = torch.from_numpy(chance.dirichlet(np.full(6, 0.5)))
@@ -232,7 +232,7 @@ def test_a_right_sampler_raises_no_alarm() -> None:
                 counts[min(int(place * len(counts)), len(counts) - 1)] += 1
         p_values.append(chi_square(counts.tolist(), [1 / len(counts)] * len(counts))[2])
     for level in (0.3, 0.1, 0.03, 0.01):
-        assert np.mean(np.array(p_values) < level) < level + 4 * np.sqrt(level / 3000)
+        assert np.mean(np.array(p_values) < level) < level + 4 * np.sqrt(level / 600)
 
 
 # The command
