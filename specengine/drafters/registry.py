@@ -23,6 +23,7 @@ A module is imported when an engine wants it.
 from __future__ import annotations
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ def without_model(target: DecoderSpec) -> list[str]:
         elif (argument := choose_argument(target)) is not None:
             names.append(f"{name}:{argument}")
     return names
+
+
+def is_named(draft_model: str, module: ModuleType) -> bool:
+    """Whether this drafter is the module's."""
+    return DRAFTERS.get(split(draft_model)[0]) == module.__name__
 
 
 def split(draft_model: str) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from specengine.config import SamplingParams
-from specengine.drafters import registry
+from specengine.drafters import ngram, registry
 from specengine.engine import Engine
 from specengine.errors import SpecEngineError
 from specengine.measure.profile import Peaks
@@ -28,7 +28,6 @@ from specengine.outputs import GenerationMetrics, SpeculativeDecodingMetrics
 from specengine.prompt import Prompt
 
 NAME = "transformers"
-LOOKUP = "ngram"
 
 
 def require() -> None:
@@ -102,7 +101,7 @@ def explain_no_drafts(draft_model: Any) -> str | None:
 
 
 def _is_lookup(draft_model: Any) -> bool:
-    return registry.names_a_drafter(draft_model) and registry.split(draft_model)[0] == LOOKUP
+    return registry.names_a_drafter(draft_model) and registry.is_named(draft_model, ngram)
 
 
 @contextmanager
