@@ -31,7 +31,7 @@ from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS
 from specengine.drafters.base import ALONE, RoundDrafter, RowResult, Way
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.several import SeveralDrafters
-from specengine.round_costs import RoundCosts
+from specengine.round_costs import NUM_FIRST, RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import Sequence
 
@@ -87,10 +87,12 @@ class _Guess:
 class Acceptance:
     """What became of one sequence's drafts, the latest weighing most."""
 
-    __slots__ = ("_guess", "_num_accepted", "_num_judged", "_rates", "_weight")
+    __slots__ = ("_guess", "_known", "_num_accepted", "_num_judged", "_rates", "_weight")
 
-    def __init__(self, guess: float) -> None:
+    def __init__(self, guess: float, known: Collection[float] = ()) -> None:
         self._guess = guess
+        # By position, what was measured before this engine; the first one is in the guess.
+        self._known = known
         # Sums by position in which a round counts `weight`; it grows from round to round, so that nothing need shrink.
         self._num_judged: list[float] = []
         self._num_accepted: list[float] = []
@@ -129,7 +131,18 @@ class Acceptance:
                 self._rates.append(rate)
             if not self._rates:
                 self._rates = [rate]
+            if self._known:
+                self._use_known(guess_weight)
         return self._rates
+
+    def _use_known(self, guess_weight: float) -> None:
+        """Positions beyond the first are much as they were measured, not as the one before."""
+        for index in range(1, len(self._known)):
+            judged, accepted = 0.0, 0.0
+            if index < len(self._num_judged):
+                judged, accepted = self._num_judged[index], self._num_accepted[index]
+            rate = (accepted + guess_weight * self._known[index]) / (judged + guess_weight)
+            self._rates[index : index + 1] = [rate]
 
     def fade(self) -> None:
         """What was seen weighs no more than a probe does."""
@@ -170,6 +183,24 @@ class _Choice(NamedTuple):
 
 
 _NOTHING = _Choice(0.0, 0, 0, 0)
+
+
+class KnownRound(NamedTuple):
+    """What a round took, measured before: see `RoundCosts.note`."""
+
+    batch_size: int
+    k: int
+    rows: int
+    seconds: float
+    draft: float | None
+    verify: float | None
+
+
+class Known(NamedTuple):
+    """[m]: the chance that draft m is accepted if all before it were; and the rounds that it was seen in."""
+
+    acceptance: Collection[float]
+    num_judged: int
 
 
 @dataclass(slots=True)
@@ -254,6 +285,7 @@ class Chooser:
         self._hosts = tuple(lookups.items())
         # By drafter, its way alone: of lookups, and of those whose drafts are steps of a round.
         alone = {way.part: index for index, way in enumerate(ways) if way.tail is None}
+        self._alone = alone
         self._lookups = {part: index for part, index in alone.items() if part in lookups}
         self._steppers = {part: index for part, index in alone.items() if part not in lookups}
         self._tails = {
@@ -262,6 +294,8 @@ class Chooser:
         }
         self._rows: dict[int, _Row] = {}
         self._guesses: defaultdict[tuple[int, bool], _Guess] = defaultdict(_Guess)
+        # By part, the acceptance by position that a profile knows.
+        self._known: dict[int, Collection[float]] = {}
         self._probing = {part: _Probing() for part in self._steppers}
         # The latest choice: who makes steps, how many, and tokens a second at the pace 1; and for which sequences and
         # how many rounds it still holds.
@@ -279,6 +313,35 @@ class Chooser:
         if isinstance(drafter, HostDrafter) and drafter.can_follow:
             return Chooser(hides_host=hides_host, lookups={0: drafter})
         return Chooser(hides_host=hides_host)
+
+    def begin_with(
+        self, rounds: Mapping[int | None, Collection[KnownRound]], known: Mapping[int, Known]
+    ) -> None:
+        """Starts from what was measured before, as if it had been this engine's: its first rounds are no trials.
+
+        rounds: by part, what they took, on this machine; of None those without drafts
+        known:  by part, what became of drafts
+        """
+        for part, each in sorted(rounds.items(), key=lambda item: -1 if item[0] is None else item[0]):
+            drafter = part if part in self._steppers else None
+            for one in [one for one in each for _ in range(NUM_FIRST)]:
+                num_steps = one.k if drafter is not None else 0
+                self.costs.note(
+                    one.batch_size,
+                    num_steps,
+                    one.rows,
+                    one.seconds,
+                    drafter=drafter,
+                    draft=one.draft,
+                    verify=one.verify,
+                )
+        for part, (acceptance, num_judged) in known.items():
+            if not acceptance:
+                continue
+            self._known[part] = tuple(acceptance)
+            for is_long in (False, True):
+                guess = self._guesses[self._alone[part], is_long]
+                guess.value, guess.num_rounds = acceptance[0], max(_FIRST_GUESS_ROUNDS, num_judged)
 
     @property
     def reads_text(self) -> bool:
@@ -394,7 +457,8 @@ class Chooser:
     def _acceptance(self, row: _Row, way: int, *, is_long: bool = False) -> Acceptance:
         found = row.acceptance.get((way, is_long))
         if found is None:
-            found = row.acceptance[way, is_long] = Acceptance(self._guesses[way, is_long].value)
+            known = self._known.get(self._ways[way].part, ()) if self._ways[way].tail is None else ()
+            found = row.acceptance[way, is_long] = Acceptance(self._guesses[way, is_long].value, known)
         return found
 
     def _note(self, row: _Row, way: int, limit: int, num_accepted: int, *, is_long: bool = False) -> None:

@@ -116,7 +116,9 @@ def lease_engine(call: Call) -> Iterator[Engine]:
     def build() -> Engine:
         return Engine(*models, config=call.config, progress=call.progress)
 
-    key = (model_key(call.model), model_key(call.draft_model), model_key(call.config.tokenizer), call.config)
+    config = call.config
+    files = (config.tokenizer, config.profile)
+    key = (model_key(call.model), model_key(call.draft_model), *map(model_key, files), config)
     drafts = call.draft_model if isinstance(call.draft_model, tuple) else (call.draft_model,)
     in_memory = [model for model in (call.model, *drafts) if is_in_memory(model)]
     with _engines.lease(key, build, in_memory=in_memory) as engine:

@@ -33,8 +33,13 @@ class Call:
 
 
 def prepare_call(prompt: object, options: Mapping[str, Any], *, progress: bool | None = None) -> Call:
-    """Checks a prompt and options under their main names. Loads nothing, allocates nothing."""
+    """Checks a prompt and options under their main names. Loads nothing, allocates nothing.
+
+    What a profile recommends stands for options that were not given.
+    """
     prompts, is_single = check_prompts(prompt)
+    if options.get("profile") is not None:
+        options = _with_profile(options)
     params = SamplingParams(**_select(options, SamplingParams))
     config = EngineConfig(**_select(options, EngineConfig))
     models = ModelOptions(**_select(options, ModelOptions))
@@ -46,6 +51,14 @@ def prepare_call(prompt: object, options: Mapping[str, Any], *, progress: bool |
 
 def _select(options: Mapping[str, Any], group: type) -> dict[str, Any]:
     return {name: options[name] for name in field_names(group) if name in options}
+
+
+def _with_profile(options: Mapping[str, Any]) -> dict[str, Any]:
+    from specengine.profiles import read_profile, with_profile
+
+    path = EngineConfig(profile=options["profile"]).profile
+    assert path is not None, "it was checked"
+    return with_profile(read_profile(path), options)
 
 
 # Models

@@ -20,6 +20,7 @@ from specengine.kinds import (
     DeviceName,
     Drafting,
     DtypeName,
+    FilePath,
     Flag,
     FlagOrAuto,
     Functions,
@@ -407,6 +408,14 @@ class EngineConfig:
         Model("a directory, a file, a name or a tokenizer"),
         "instead of the target's own: a directory, a tokenizer.json or a name on the Hub",
         "or a tokenizer object of `transformers` or `tokenizers`",
+    )
+
+    profile: str | None = option(
+        None,
+        FilePath(),
+        "a file that `specengine tune` wrote: options that are not given are as it recommends",
+        "and num_speculative_tokens='auto' begins with the costs and the acceptance that were measured. It is refused "
+        "where it is of another model; a warning says if it is of another machine or dtype",
     )
 
     def __post_init__(self) -> None:

@@ -284,6 +284,17 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
+class FilePath(Text):
+    """The path of a file, as a string; what is in it shows when it is read."""
+
+    metavar: ClassVar[str] = "FILE"
+    accepts: ClassVar[str] = "str | os.PathLike[str] | None"
+
+    def check(self, name: str, value: Any) -> Any:
+        return super().check(name, os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+@dataclass(frozen=True)
 class Model(Kind):
     """A directory, a name on the Hub, or an object; what it is shows when it is loaded. what: in a message."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -131,6 +132,8 @@ class EngineOptions(TypedDict, total=False):
     """branch, tag or commit, for names on the Hub. Default: None."""
     tokenizer: Any
     """instead of the target's own: a directory, a tokenizer.json or a name on the Hub. Default: None."""
+    profile: str | os.PathLike[str] | None
+    """a file that `specengine tune` wrote: options that are not given are as it recommends. Default: None."""
 
 
 class CallOptions(ModelNames, SamplingOptions, EngineOptions, total=False):

@@ -17,6 +17,7 @@ HEAD = '''"""What editors and type checkers read of the options in config.py. Wr
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
 '''

@@ -5,7 +5,8 @@ A command says which groups it takes:
     @takes(ModelOptions, SamplingParams, EngineConfig)
     def generate(options: dict[str, Any], ...) -> None:
 
-and gets what was given as one dict, under the library's names, beside parameters of its own.
+and gets what was given as one dict, under the library's names, beside parameters of its own. What was not given, and
+whose default is the library's, is not in it: a profile may say it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ AsJson = Annotated[
     bool, typer.Option("--json", help="one JSON object on stdout, in ASCII, and nothing else besides")
 ]
 
+_CONTEXT = "typer_context"
+
 
 def takes(
     *groups: type, only: Collection[str] | None = None, defaults: Mapping[str, Any] | None = None
@@ -42,14 +45,24 @@ def takes(
 
         @functools.wraps(command)
         def run(**given: Any) -> None:
-            chosen = _chosen(items, {item.name: given.pop(item.name) for item in items})
-            command(chosen, **given)
+            context: typer.Context = given.pop(_CONTEXT)
+            values = {item.name: given.pop(item.name) for item in items}
+            changed = {item.name for item in items if values[item.name] != item.default}
+            typed = {name for name in values if not _is_default(context, name)}
+            command(_chosen([item for item in items if item.name in changed | typed], values), **given)
 
-        run.__signature__ = inspect.Signature([*own, *options])  # type: ignore[attr-defined]
+        context = inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        run.__signature__ = inspect.Signature([*own, context, *options])  # type: ignore[attr-defined]
         run.__annotations__ = {}
         return run
 
     return decorate
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    """Whether nobody wrote an option. By name: typer may carry a click of its own."""
+    source = context.get_parameter_source(name)
+    return source is None or source.name in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _chosen(items: list[Field[Any]], given: Mapping[str, Any]) -> dict[str, Any]:

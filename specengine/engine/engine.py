@@ -21,7 +21,7 @@ from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, EngineConfig, Samplin
 from specengine.drafters import registry
 from specengine.drafters.base import Drafter, DrafterContext
 from specengine.drafters.no_draft import NoDrafter
-from specengine.engine import assembly
+from specengine.engine import assembly, profiled
 from specengine.engine.assembly import DraftModel, Model
 from specengine.engine.intake import Intake
 from specengine.engine.outbox import News, Outbox, build_events
@@ -34,6 +34,7 @@ from specengine.names import takes_options
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.outputs import GenerationResult, StreamEvent
+from specengine.profiles import Profile, drafts_as_recommended, with_sampling
 from specengine.progress import progress_bar
 from specengine.prompt import Prompt, check_prompts
 from specengine.runtime.graphs import GraphReport
@@ -67,7 +68,8 @@ atexit.register(_stop_before_exit)
 class Engine:
     """Loads a target, and optionally something that drafts for it, and generates exactly what the target would.
 
-    model:       a directory, a name on the Hub, or a `transformers` model in memory
+    model:       a directory, a name on the Hub, or a `transformers` model in memory; None takes the profile's, and with
+                 a profile a draft_model of None is what it recommends
     draft_model: the same, a drafter's name ("self:6"), a `Drafter` object, a list of these, or None for plain decoding
     config:      an `EngineConfig`; its fields can also be given one by one
 
@@ -81,14 +83,17 @@ class Engine:
     @takes_options(EngineConfig)
     def __init__(
         self,
-        model: Model,
+        model: Model | None = None,
         draft_model: DraftModel = None,
         *,
         config: EngineConfig | None = None,
         progress: bool | None = None,
         **config_fields: Unpack[EngineOptions],
     ) -> None:
-        self.config = assembly.build_config(config, dict(config_fields))
+        profile, model, draft_model, fields = profiled.apply(config, model, draft_model, dict(config_fields))
+        self.config = assembly.build_config(config, fields)
+        if model is None:
+            raise TypeError("an engine needs a model, or a profile, which names one")
         drafters = assembly.list_drafters(draft_model)
         self.device = assembly.resolve_device(self.config.device)
         backend = load_backend(self.config.backend, self.device, num_threads=self.config.num_threads)
@@ -99,6 +104,8 @@ class Engine:
         for drafter in drafters:
             registry.check(drafter, checkpoint.spec)
         draft_checkpoints = [assembly.open_draft(drafter, self.config) for drafter in drafters]
+        if profile is not None:
+            profiled.check(profile, checkpoint, draft_checkpoints)
         self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
         translations = [assembly.plan_translation(checkpoint, tokenizer, each) for each in draft_checkpoints]
@@ -174,6 +181,8 @@ class Engine:
             chunk_size=self.config.prefill_chunk_size,
             hides_host=rounds_ahead > 0 and self.device.type == "cuda",
         )
+        if profile is not None:
+            self._begin_with(profile, draft_checkpoints)
         self._scheduler = self._stepper.scheduler
         self._outbox = Outbox()
         self._lock = threading.RLock()
@@ -229,6 +238,21 @@ class Engine:
                 else:
                     models.append(load(draft, config.draft_weight_dtype))
             return loaded, models
+
+    def _begin_with(self, profile: Profile, draft_checkpoints: Collection[Checkpoint | None]) -> None:
+        """ "auto" starts from the profile, and requests that leave k open are drafted for as it recommends."""
+        parts = getattr(self._drafter, "parts", (self._drafter,)) if self.has_drafter else ()
+        keys = profiled.keys_of([part.name for part in parts], draft_checkpoints)
+        profiled.begin(
+            self._stepper.chooser,
+            profile,
+            keys,
+            draft_weight_dtype=self.config.draft_weight_dtype,
+            machine=profiled.describe_machine(self.device, self.config.num_threads),
+            precision=profiled.describe_precision(self.config, self.dtype, self.device, self.backend_name),
+        )
+        if drafts_as_recommended(profile, keys):
+            self._intake.complete = partial(with_sampling, profile)
 
     @torch.inference_mode()
     def _record_rounds(self) -> None:

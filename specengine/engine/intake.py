@@ -6,6 +6,7 @@ import itertools
 import reprlib
 import sys
 import warnings
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Collection
 from typing import Any
 
@@ -26,6 +27,7 @@ class Intake:
     missing_tokenizer: why there is no tokenizer, if more is known than that
     eos_token_ids:     ids that end a text, unless a request ignores them
     vocab_size:        ids from here on are refused
+    complete:          adds to sampling arguments what is not among them, where a profile recommends something
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Intake:
         self._has_drafter = has_drafter
         self._is_lossless = is_lossless
         self._request_ids = itertools.count()
+        self.complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def build_requests(
         self,
@@ -65,6 +68,8 @@ class Intake:
     ) -> list[Request]:
         """A request a prompt, from any form that `Engine.generate` takes."""
         chosen, is_single = check_prompts(prompts, num_ids=self._vocab_size)
+        if params is None and self.complete is not None:
+            sampling = self.complete(sampling)
         each = split_params(params, sampling, len(chosen))
         requests = [
             self._build(index, "prompt" if is_single else f"prompt[{index}]", prompt, one)
