@@ -17,7 +17,7 @@ from specengine import bundled
 from specengine.errors import ModelLoadError
 from specengine.json_file import read_json
 
-VERSION = 1
+VERSION: Literal[1] = 1
 # Of `Measured.draft_model` and `Profile.model`: the bundled models, wherever they are installed.
 BUNDLED = "bundled"
 _MAX_BYTES = 16 << 20
@@ -175,8 +175,9 @@ def drafts_as_recommended(profile: Profile, keys: list[str]) -> bool:
     it has none, its name."""
     wanted = profile.recommendation.draft_model
     sources = wanted if isinstance(wanted, list) else [wanted]
-    recommended = [key_of(each) for each in profile.drafters if each.draft_model in sources]
-    return sorted(recommended) == sorted(keys or [key_of(profile.drafters[0])])
+    # A draft model may have been measured in several dtypes.
+    recommended = {key_of(each) for each in profile.drafters if each.draft_model in sources}
+    return recommended == (set(keys) or {key_of(profile.drafters[0])})
 
 
 def key_of(measured: Measured) -> str:

@@ -49,12 +49,17 @@ def profile(checkpoint: CheckpointFactory, tmp_path: Path) -> Callable[..., Path
                 "draft_model": source,
                 "name": source,
                 "identity": profiled.identify(open_checkpoint(draft)) if name == "draft" else None,
-                "draft_weight_dtype": "auto",
+                "draft_weight_dtype": dtype,
                 "acceptance": [] if source is None else [0.9, 0.8, 0.7],
                 "num_judged": 40,
                 "rounds": [round_of(each) for each in ((0,) if source is None else (2, 8))],
             }
-            for name, source in ((None, None), ("draft", str(draft)), ("suffix", "suffix"))
+            for name, source, dtype in (
+                (None, None, "auto"),
+                ("draft", str(draft), "int8"),
+                ("draft", str(draft), "auto"),
+                ("suffix", "suffix", "auto"),
+            )
         ]
         with Engine(target) as engine:
             machine = profiled.describe_machine(engine.device, None)
@@ -186,7 +191,8 @@ def test_of_another_model_it_is_refused(profile: Callable[..., Path], checkpoint
     draft = checkpoint(noise=0.2, **TINY)
     path = profile()
     content = json.loads(path.read_text())
-    content["drafters"][1]["identity"] = "0" * 32
+    for each in content["drafters"][1:3]:
+        each["identity"] = "0" * 32
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=f"another draft model than what is in {draft}"):
         Engine(profile=path)

@@ -20,6 +20,7 @@ COMMANDS = (
     "bench",
     "report",
     "verify",
+    "tune",
     "models",
     "collect-env",
 )

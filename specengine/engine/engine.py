@@ -27,6 +27,7 @@ from specengine.engine.intake import Intake
 from specengine.engine.outbox import News, Outbox, build_events
 from specengine.engine.rounds import Rounds
 from specengine.engine.stepper import Stepper
+from specengine.engine.times import RoundTimes
 from specengine.errors import SpecEngineError
 from specengine.models.checkpoints import Checkpoint
 from specengine.models.loader import LoadedModel
@@ -278,6 +279,11 @@ class Engine:
         """How many rounds were recorded as CUDA graphs so far, in what time and memory; None where none are."""
         recorder = self._rounds.recorder
         return None if recorder is None else replace(recorder.report)
+
+    @property
+    def round_times(self) -> list[RoundTimes]:
+        """What the latest rounds took (256 of them at most), in order."""
+        return list(self._rounds.times)
 
     @property
     def weights(self) -> dict[str, object]:
