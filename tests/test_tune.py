@@ -173,7 +173,7 @@ def test_why_it_does_not_pay() -> None:
     """Too few accepted, or too dear: each way with its own reason, and numbers that are the world's."""
     tuner = search(WORLDS["random draft"])
     reasons = "\n".join(tuner.reasons(tuner.best()))
-    assert "draft (int8), k = 1: a draft costs 0.12 of a plain round" in reasons
+    assert "draft (int8), k = 1: a draft costs 0.12 of a plain round," in reasons
     assert re.search(r"draft \(int8\).*: too few are accepted, 1% where 1[2-6]% are needed", reasons)
     assert "the text repeats itself too little" in reasons
     tuner = search(WORLDS["dear draft"])

@@ -17,7 +17,6 @@ from specengine.measure.theory import (
     conditional_acceptances,
     equal_acceptance,
     expected_tokens,
-    speed_up,
 )
 
 # Drafts a round that are considered.
@@ -82,28 +81,23 @@ class Survey:
         draft = min(self.draft / self.plain, 0.999 * whole / k)
         return Costs(draft=draft, verify=whole - k * draft)
 
-    def explain(self, k: int) -> str:
-        """Why k drafts pay or not: the cost ratio, or acceptance."""
+    def explain(self, k: int, *, pays: bool) -> str:
+        """What k drafts cost and give; where they do not pay, which of both is why."""
+        taken = self.round_seconds(k) / self.plain
         if self.is_lookup:
-            taken = self.round_seconds(k) / self.plain
-            return (
-                f"a round with what it finds takes {taken:.2f} plain rounds and gives {self.tokens[k]:.2f} tokens: "
-                + ("that pays" if self.tokens[k] > taken else "the text repeats itself too little")
-            )
+            text = f"a round with what it finds takes {taken:.2f} plain rounds and gives {self.tokens[k]:.2f} tokens"
+            return text if pays else f"{text}: the text repeats itself too little"
         costs, found = self.costs(k), self.acceptances(k)
-        gives = (
-            f"a draft costs {costs.draft:.2f} of a plain round and checking {k} of them {costs.verify:.2f}; "
-            f"{expected_tokens(found):.2f} tokens come of {costs.round(k):.2f} plain rounds' time"
+        text = (
+            f"a draft costs {costs.draft:.2f} of a plain round, checking {k} of them {costs.verify:.2f}; "
+            f"{expected_tokens(found):.2f} tokens for {taken:.2f} plain rounds' time"
         )
-        needed = break_even_acceptance(k, costs)
-        mean = _equal(found)
+        needed, mean = break_even_acceptance(k, costs), _equal(found)
         if needed is None:
-            return f"{gives}: too dear, it would not pay if every draft were accepted"
-        if speed_up(found, costs) < 1:
-            return f"{gives}: too few are accepted, {mean:.0%} where {needed:.0%} are needed to break even"
-        return (
-            f"{gives}: {mean:.0%} of the drafts that are judged are accepted, {needed:.0%} would break even"
-        )
+            return text if pays else f"{text}: too dear, it would not pay if every draft were accepted"
+        if pays or needed < mean:
+            return f"{text}; {mean:.0%} of the drafts that are judged are accepted, {needed:.0%} would break even"
+        return f"{text}: too few are accepted, {mean:.0%} where {needed:.0%} are needed to break even"
 
 
 def _equal(acceptances: Sequence[float]) -> float:

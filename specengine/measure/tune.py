@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 from specengine import bundled
 from specengine.call import Call
-from specengine.config import SamplingParams
+from specengine.config import EngineConfig, SamplingParams
 from specengine.drafters.registry import names_a_drafter
 from specengine.engine import Engine, profiled
 from specengine.kinds import AUTO
@@ -29,7 +29,7 @@ from specengine.measure.runs import Case, EngineCase, Run, Shares, generate, mea
 from specengine.measure.statistics import ratio_interval
 from specengine.measure.summary import seconds_a_token
 from specengine.models.checkpoints import open_checkpoint
-from specengine.models.loader import has_native_bf16
+from specengine.models.loader import has_native_bf16, main_dtype
 from specengine.outputs import GenerationResult
 from specengine.profiles import (
     BUNDLED,
@@ -55,6 +55,8 @@ NUM_BEST = 3
 # Below this much gain plain decoding is recommended; by so much a choice that depends on clocks must be better than one
 # number of drafts, whose text is the same again.
 _ENOUGH = 1.02
+# Rounds of a kind that a profile must have seen. A draft model's first one computes the prompt, too.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -337,23 +339,27 @@ class Tuner:
         return best
 
     def reasons(self, best: Score) -> list[str]:
-        """Why, in sentences: of the setup that is recommended, or of every one that is not."""
-        if best.candidate.num_speculative_tokens == 0 and not best.candidate.is_changed:
-            return [
-                f"{Candidate(setup, k).label}: {self.surveys[setup].explain(k)}"
-                for setup in self._by_speed()
-                for k in [self._best(setup)[1]]
-            ]
-        setup, k = best.candidate.setup, best.candidate.num_speculative_tokens
-        if setup not in self.surveys:
-            return [
-                f"{Candidate(each, k).label}: {self.surveys[each].explain(k)}"
-                for each in self._by_speed()
-                if str(each.draft_model) in (setup.draft_model or ())
-                for k in [self._best(each)[1]]
-            ][:2]
-        number = k if isinstance(k, int) and k else self._best(setup)[1]
-        return [self.surveys[setup].explain(number)]
+        """Why, in sentences: of what is recommended, or of every way to draft where none is."""
+        candidate = best.candidate
+        if candidate == self.finalists[0]:
+            return [self._reason(setup, self._best(setup)[1], pays=False) for setup in self._by_speed()]
+        setup, k = candidate.setup, candidate.num_speculative_tokens
+        if k == 0:
+            return ["drafting gains less than that"]
+        sources = setup.draft_model if isinstance(setup.draft_model, tuple) else (setup.draft_model,)
+        parts = [
+            next(
+                each
+                for each in (setup, *self._by_speed())
+                if each in self.surveys and each.draft_model == source
+            )
+            for source in sources
+        ]
+        numbers = [k if isinstance(k, int) else self._best(part)[1] for part in parts]
+        return [self._reason(part, number, pays=True) for part, number in zip(parts, numbers, strict=True)]
+
+    def _reason(self, setup: Setup, k: int, *, pays: bool) -> str:
+        return f"{Candidate(setup, k).label}: {self.surveys[setup].explain(k, pays=pays)}"
 
     def profile(self) -> Profile:
         """What was found, for a file."""
@@ -412,6 +418,7 @@ def _describe(
         rounds=[
             KnownRound(**{name: value for name, value in each.items() if name != "count"})
             for each in merge_rounds(records)
+            if each["count"] >= _FEWEST
         ],
     )
 
@@ -441,16 +448,6 @@ def build_tuner(
     drafts = call.draft_model if isinstance(call.draft_model, tuple) else (call.draft_model,)
     sources = [name_source(each) for each in (*drafts, *drafters) if each is not None]
     config = call.config
-    stored = [config.draft_weight_dtype]
-    if (
-        config.draft_weight_dtype == "auto"
-        and config.device in ("auto", "cpu")
-        and config.backend in ("auto", "native")
-    ):
-        stored += [
-            "int8",
-            *(["bfloat16"] if config.dtype in ("auto", "float32") and has_native_bf16() else []),
-        ]
     if not any(source.partition(":")[0] not in LOOKUPS for source in sources):
         num_layers = open_checkpoint(
             call.model, revision=config.revision, allow_pickle=config.allow_pickle
@@ -460,7 +457,7 @@ def build_tuner(
     setups = [
         Setup(source, dtype, **base)
         for source in dict.fromkeys([*sources, *LOOKUPS])
-        for dtype in (stored if not names_a_drafter(source) else [config.draft_weight_dtype])
+        for dtype in _draft_dtypes(source, config)
     ]
     modes = ["block"] if call.params.rule == "rejection" and call.params.acceptance == "auto" else []
     return Tuner(
@@ -474,6 +471,20 @@ def build_tuner(
         repeats=repeats,
         batch_size=batch_size,
     )
+
+
+def _draft_dtypes(source: str, config: EngineConfig) -> list[str]:
+    """How a draft's weights may be stored: as asked for; where nothing was, also in what reads fewer bytes."""
+    asked = config.draft_weight_dtype
+    is_native = config.device in (AUTO, "cpu") and config.backend in (AUTO, "native")
+    if names_a_drafter(source) or asked != AUTO or not is_native:
+        return [asked]
+    path = resolve_source(source, is_draft=True)
+    stored = main_dtype(
+        open_checkpoint(path, revision=config.revision, allow_pickle=config.allow_pickle).tensors
+    )
+    is_fp32 = config.dtype == "float32" or (config.dtype == AUTO and stored.itemsize > 2)
+    return [AUTO, "int8", *(["bfloat16"] if is_fp32 and has_native_bf16() else [])]
 
 
 def name_source(source: Any) -> str:

@@ -69,7 +69,7 @@ def load_model(
     model = checkpoint.model if num_layers is None else checkpoint.model.first_layers(num_layers)
     if tokenizer is None:
         tokenizer = checkpoint.tokenizer
-    checkpoint_dtype = _main_dtype(checkpoint.tensors)
+    checkpoint_dtype = main_dtype(checkpoint.tensors)
     named = WEIGHT_FORMATS.get(weight_dtype)
     if named is not None and not named.has_scales:
         dtype = named.dtype
@@ -112,7 +112,8 @@ def has_native_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _main_dtype(source: TensorSource) -> torch.dtype:
+def main_dtype(source: TensorSource) -> torch.dtype:
+    """What most of a checkpoint's bytes are stored in."""
     num_bytes: Counter[torch.dtype] = Counter()
     for info in source.tensors.values():
         if info.dtype is not None:
