@@ -176,6 +176,10 @@ def _print(tuner: Tuner, profile: Profile | None) -> None:
             f"\nRecommended: {best.candidate.label}. {gain.median:.2f}× as fast as plain decoding "
             f"(95 % interval {gain.low:.2f} to {gain.high:.2f}, {best.num_pairs} pairs)."
         )
+        if gain.low < 1:
+            console.print(
+                "  The gain is not sure: with other texts it may be as fast as plain decoding, or slower."
+            )
     for reason in tuner.reasons(best):
         console.print(f"  {reason}.")
     if best.candidate.is_changed:

@@ -21,6 +21,7 @@ from specengine.measure.theory import (
 
 # Drafts a round that are considered.
 MOST_DRAFTS = 16
+_UNSURE = ": that would pay a little, and measured in turns it did not"
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,9 @@ class Survey:
         taken = self.round_seconds(k) / self.plain
         if self.is_lookup:
             text = f"a round with what it finds takes {taken:.2f} plain rounds and gives {self.tokens[k]:.2f} tokens"
-            return text if pays else f"{text}: the text repeats itself too little"
+            if not pays:
+                text += _UNSURE if self.tokens[k] > taken else ": the text repeats itself too little"
+            return text
         costs, found = self.costs(k), self.acceptances(k)
         text = (
             f"a draft costs {costs.draft:.2f} of a plain round, checking {k} of them {costs.verify:.2f}; "
@@ -95,7 +98,9 @@ class Survey:
         needed, mean = break_even_acceptance(k, costs), _equal(found)
         if needed is None:
             return text if pays else f"{text}: too dear, it would not pay if every draft were accepted"
-        if pays or needed < mean:
+        if needed < mean and not pays:
+            return text + _UNSURE
+        if pays:
             return f"{text}; {mean:.0%} of the drafts that are judged are accepted, {needed:.0%} would break even"
         return f"{text}: too few are accepted, {mean:.0%} where {needed:.0%} are needed to break even"
 

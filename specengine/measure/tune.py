@@ -46,15 +46,16 @@ from specengine.prompt import Prompt
 
 LOOKUPS = ("suffix", "ngram")
 MODEL_DRAFTS = (1, 2, 4, 8)
-LOOKUP_DRAFTS = (4, 8, 16)
+LOOKUP_DRAFTS = (2, 4, 8, 16)
 # Of the duel: candidates beside plain decoding, engines for them, repeats before all but the best end, and these.
 NUM_FINALISTS = 8
 NUM_SETUPS = 3
 FIRST_REPEATS = 2
 NUM_BEST = 3
-# Below this much gain plain decoding is recommended; by so much a choice that depends on clocks must be better than one
-# number of drafts, whose text is the same again.
+# Below this much gain plain decoding is recommended, and where the interval reaches below _RISK; by _ENOUGH, too, a
+# choice that depends on clocks must be better than one number of drafts, whose text is the same again.
 _ENOUGH = 1.02
+_RISK = 0.97
 # Rounds of a kind that a profile must have seen. A draft model's first one computes the prompt, too.
 _FEWEST = 4
 
@@ -334,7 +335,7 @@ class Tuner:
             if is_fixed and score.speedup.median * _ENOUGH > best.speedup.median:
                 best = score
                 break
-        if best.speedup.median < _ENOUGH or best.speedup.low <= 1.0:
+        if best.speedup.median < _ENOUGH or best.speedup.low < _RISK:
             return plain
         return best
 
