@@ -191,12 +191,11 @@ def _print(tuner: Tuner, profile: Profile | None) -> None:
 
 
 def _survey_lines(tuner: Tuner) -> list[str]:
-    from specengine.measure.tune import Candidate
-
     lines = ["Accepted of the drafts that are judged, by position; what one costs, in rounds:"]
-    width = max((len(Candidate(setup, 1).label.split(", k")[0]) for setup in tuner.surveys), default=0)
+    names = {setup: tuner.name_of(setup) for setup in tuner.surveys}
+    width = max(map(len, names.values()), default=0)
     for setup, found in tuner.surveys.items():
         rates = " ".join(f"{rate:4.0%}" for rate in found.acceptance[:8]) or "none"
         cost = "" if setup.is_lookup or found.draft is None else f"  {found.draft / found.plain:.2f}"
-        lines.append(f"  {Candidate(setup, 1).label.split(', k')[0]:<{width}}  {rates}{cost}")
+        lines.append(f"  {names[setup]:<{width}}  {rates}{cost}")
     return lines if tuner.surveys else []

@@ -29,7 +29,7 @@ class Survey:
     """One way to draft, measured with a few numbers of drafts.
 
     plain:      seconds of a round without drafts
-    rounds:     by drafts a round, seconds of one: the medians
+    rounds:     by drafts a round, seconds of one: the medians; of a lookup what its tokens took, over its rounds
     acceptance: [m], as in `theory.expected_tokens`
     num_judged: rounds in which the first draft was accepted or not
     draft:      seconds of one draft; None where rounds are one part
@@ -116,33 +116,31 @@ def survey(plain: Sequence[Record], drafted: Iterable[Record], *, is_lookup: boo
     for record in drafted:
         by_k[record.settings["num_speculative_tokens"]].append(record)
     before = {(record.prompt_index, record.repeat): seconds_a_token(record) for record in plain}
+    plain_rounds = [each for record in plain for each in record.measured["rounds"]]
+    # Where texts of a batch all end early there is no round of the whole batch.
+    plain_seconds = _median(plain_rounds) if plain_rounds else statistics.median(before.values())
     rounds: dict[int, float] = {}
     tokens: dict[int, float] = {}
+    speeds: dict[int, float] = {}
     steps: list[float] = []
     for k, records in by_k.items():
-        found = [each for record in records for each in record.measured["rounds"]]
-        # The last rounds of a text have fewer drafts: of a model those with all k count, of a lookup all as they are.
-        full = [each for each in found if each["k"] == k]
-        if is_lookup or not full:
-            count = sum(each["count"] for each in found)
-            rounds[k] = sum(each["seconds"] * each["count"] for each in found) / max(1, count)
-        else:
-            rounds[k] = _median(full)
-        steps += [each["draft"] / k for each in full if each["draft"] is not None]
         tokens[k] = _mean_tokens(records)
+        speeds[k] = statistics.median(
+            before[record.prompt_index, record.repeat] / seconds_a_token(record) for record in records
+        )
+        # The last rounds of a text have fewer drafts: those with all k count.
+        full = [each for record in records for each in record.measured["rounds"] if each["k"] == k]
+        is_known = full and not is_lookup
+        rounds[k] = _median(full) if is_known else tokens[k] * plain_seconds / speeds[k]
+        steps += [each["draft"] / k for each in full if each["draft"] is not None]
     accepted, rejected = _positions(record for records in by_k.values() for record in records)
     return Survey(
-        plain=_median([each for record in plain for each in record.measured["rounds"]]),
+        plain=plain_seconds,
         rounds=rounds,
         acceptance=conditional_acceptances(accepted, rejected),
         num_judged=accepted[0] + rejected[0] if accepted else 0,
         draft=statistics.median(steps) if steps else None,
-        speeds={
-            k: statistics.median(
-                before[record.prompt_index, record.repeat] / seconds_a_token(record) for record in records
-            )
-            for k, records in by_k.items()
-        },
+        speeds=speeds,
         tokens=tokens,
         is_lookup=is_lookup,
     )

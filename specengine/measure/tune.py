@@ -90,22 +90,22 @@ class Candidate:
     @property
     def label(self) -> str:
         """For people."""
-        setup = self.setup
-        if self.num_speculative_tokens == 0:
-            parts = ["plain"]
-        else:
-            sources = setup.draft_model if isinstance(setup.draft_model, tuple) else (setup.draft_model,)
-            parts = ["+".join(_short(str(each)) for each in sources)]
-            if setup.draft_weight_dtype != "auto":
-                parts[0] += f" ({setup.draft_weight_dtype})"
-            parts.append(
-                "auto" if self.num_speculative_tokens == AUTO else f"k = {self.num_speculative_tokens}"
-            )
-            if self.acceptance != "auto":
-                parts.append(self.acceptance)
-        if self.is_changed:
-            parts += [f"target {each}" for each in (setup.dtype, setup.weight_dtype) if each != "auto"]
-        return ", ".join(parts)
+        k = self.num_speculative_tokens
+        parts = ["plain"] if k == 0 else [_name(self.setup), AUTO if k == AUTO else f"k = {k}"]
+        if k != 0 and self.acceptance != AUTO:
+            parts.append(self.acceptance)
+        return ", ".join([*parts, *([_target_of(self.setup)] if self.is_changed else [])])
+
+
+def _name(setup: Setup) -> str:
+    """Who drafts, for people."""
+    sources = setup.draft_model if isinstance(setup.draft_model, tuple) else (setup.draft_model,)
+    name = "+".join(_short(str(each)) for each in sources)
+    return name if setup.draft_weight_dtype == AUTO else f"{name} ({setup.draft_weight_dtype})"
+
+
+def _target_of(setup: Setup) -> str:
+    return "target " + " ".join(each for each in (setup.dtype, setup.weight_dtype) if each != AUTO)
 
 
 def _short(source: str) -> str:
@@ -300,6 +300,10 @@ class Tuner:
 
     def _by_speed(self) -> list[Setup]:
         return sorted(self.setups, key=lambda setup: -self._best(setup)[0])
+
+    def name_of(self, setup: Setup) -> str:
+        """Of one that was surveyed, for people."""
+        return _name(setup) if setup in self.setups else f"{_name(setup)}, {_target_of(setup)}"
 
     def scores(self) -> list[Score]:
         """Of the duel so far, the fastest first."""
