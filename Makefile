@@ -31,7 +31,7 @@ BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow lint format bench bench-generate sanitize rehearse-gpu install clean
+.PHONY: help demo test test-slow docs lint format bench bench-generate sanitize rehearse-gpu install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,9 @@ test: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The default tests
 
 test-slow: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The long versions of the tests
 	@$(PYTEST) -m "slow and not gpu"
+
+docs: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Build the site into build/site (open build/site/index.html)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 
 bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 	@$(BIN)/pytest --benchmark-only

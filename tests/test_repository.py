@@ -117,12 +117,15 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_every_extra_is_checked() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "test", "dev", "bench"}
+    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "docs", "test", "dev", "bench"}
 
 
 @pytest.mark.parametrize(
     ("path", "extras"),
-    [("constraints.txt", ("gpu", "report", "test", "dev")), ("benchmarks/constraints.txt", ("bench",))],
+    [
+        ("constraints.txt", ("gpu", "report", "docs", "test", "dev")),
+        ("benchmarks/constraints.txt", ("bench",)),
+    ],
 )
 def test_every_dependency_is_pinned_to_an_allowed_version(path: str, extras: tuple[str, ...]) -> None:
     pinned = constraints(path)
@@ -194,7 +197,7 @@ def test_links_and_paths_exist(page: str) -> None:
     text = path.read_text(encoding="utf-8")
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)]
     targets = [path.parent / link for link in links if link and "://" not in link]
-    folders = "specengine|kernels|csrc|benchmarks|tests|tools|docs|\\.ci"
+    folders = "specengine|kernels|csrc|benchmarks|tests|tools|docs|examples|\\.ci"
     targets += [ROOT / name for name in re.findall(rf"`((?:{folders})/[\w./-]+)`", text)]
     missing = [str(target.relative_to(ROOT)) for target in targets if not target.exists()]
     assert missing == []
