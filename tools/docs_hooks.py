@@ -93,9 +93,8 @@ def _definitions(parameters: list[Any], context: Any) -> str:
 def _definition(parameter: Any, context: Any) -> str:
     record = parameter.get_help_record(context)
     names, text = record or (parameter.human_readable_name, "")
-    return (
-        f"`{names.removesuffix(' <str>')}`\n:   {_escaped(' '.join(text.split())) or 'given without a name'}"
-    )
+    names = re.sub(r" <[\w\[\]]+>$", "", names)  # an argument's Python type says nothing to a reader
+    return f"`{names}`\n:   {_escaped(' '.join(text.split())) or 'given without a name'}"
 
 
 # Options of the library
