@@ -219,6 +219,18 @@ def test_python_on_the_pages_runs(code: str, capsys: pytest.CaptureFixture[str])
     assert [line for line in expected if line not in capsys.readouterr().out] == []
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_of_code_says_what_it_is(page: str) -> None:
+    """So that none escapes the test above: Python that cannot run here, for want of a model, is marked `py`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert set(re.findall(r"^ *```(.*)\n(?:.*\n)*? *```$", text, re.MULTILINE)) <= {
+        "python",
+        "py",
+        "bash",
+        "text",
+    }
+
+
 # Four twins
 
 
