@@ -166,6 +166,8 @@ class CompletionOutput:
     seed:               the key this sample was drawn with
     rounds:             in order, if asked for (`return_rounds`): all tokens but the first, which the prompt's forward
                         gave, come from them
+    text_offsets:       where in `text` each token begins: token i ends where the next one begins, and is empty inside a
+                        character that a later token completes; without a tokenizer all are 0
     error:              with finish_reason "error", what was wrong: the target's logits held a NaN or nothing finite
     """
 
@@ -180,6 +182,12 @@ class CompletionOutput:
     seed: int
     error: str | None = None
     rounds: list[Round] | None = None
+    text_offsets: list[int] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        from specengine.html_view import completion_html
+
+        return completion_html(self)
 
     def to_dict(self) -> dict[str, Any]:
         result = asdict(self)
@@ -204,6 +212,11 @@ class GenerationResult:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     seed: int | None = None
     lossless: bool = True
+
+    def _repr_html_(self) -> str:
+        from specengine.html_view import result_html
+
+        return result_html(self)
 
     @property
     def text(self) -> str:

@@ -43,6 +43,7 @@ def _build_output(sequence: Sequence) -> CompletionOutput:
         token_source=list(sequence.token_source),
         seed=sequence.seed,
         error=settled.error,
+        text_offsets=sequence.text.offsets(len(sequence.output_ids)),
         rounds=_build_rounds(sequence) if sequence.params.return_rounds else None,
     )
 

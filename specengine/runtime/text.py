@@ -26,6 +26,7 @@ class TextStream:
         include_stop: bool,
     ) -> None:
         self._marked = ""
+        self._offsets: list[int] = []
         self._tokenizer = tokenizer
         self._prompt_ids = prompt_ids
         self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids)
@@ -40,6 +41,15 @@ class TextStream:
         """The text so far, cut at a stop string."""
         return _without_marks(self._marked) if self._marks else self._marked
 
+    def offsets(self, num_tokens: int) -> list[int]:
+        """Where in the text each of the sequence's tokens begins. One that is inside a character, which a later one
+        completes, begins and ends where that does; one that is not shown is at the text's end."""
+        end = len(self.text)
+        found = [
+            len(_without_marks(self._marked[:at])) if self._marks else min(at, end) for at in self._offsets
+        ]
+        return found[:num_tokens] + [end] * (num_tokens - len(found))
+
     def rebuilt(self, token_ids: list[int]) -> TextStream:
         """A stream that has seen these tokens, none of which ended the text; this one is left as it is."""
         stream = TextStream(
@@ -51,6 +61,7 @@ class TextStream:
 
     def push(self, token_id: int, *, may_stop: bool) -> str | None:
         """Appends a token's text; returns the stop string that it completes, after cutting the text there."""
+        self._offsets.append(len(self._marked))
         if self._detokenizer is None:
             return None
         mark = self._marks.get(token_id, ("", ""))[1]
