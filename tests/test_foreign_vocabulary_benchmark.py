@@ -1,4 +1,4 @@
-"""The models of benchmarks/foreign_vocabulary.py are what it says: the same function with other ids, also as an OPT.
+"""The models of measure/renumbered.py are what it says: the same function with other ids, also as an OPT.
 And law E for the bundled pair, GPT-2's kind of tokenizer and all, when the target's ids are permuted."""
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import pytest
 import torch
 import transformers
 from law_helpers import plain, spec
-from pairs import BUNDLED, Shape
 from test_law_e_distribution import ALPHA, p_value
 
 from specengine import SamplingParams
 from specengine.engine import Engine
+from specengine.measure import renumbered
+from specengine.measure.widened import BUNDLED, Shape
 
 SHAPE = Shape(num_features=384, num_layers=9, num_heads=6, vocab_size=4200)
 TEXT = "def binary_search(items, x):\n    low"
@@ -32,7 +33,7 @@ def logits_of(path: Path, ids: list[int]) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [None, SHAPE], ids=["as it is", "opt"])
 def test_a_renumbered_model_computes_the_same_function(shape: Shape | None, tmp_path: Path) -> None:
     out = tmp_path / "target"
-    order = foreign_vocabulary.build_foreign(out, shape, torch.float32)
+    order = renumbered.build_foreign(out, shape, torch.float32)
     ids = transformers.AutoTokenizer.from_pretrained(BUNDLED / "target")(TEXT).input_ids
     new_ids = transformers.AutoTokenizer.from_pretrained(out)(TEXT).input_ids
     assert new_ids == [order[token] for token in ids] != ids
@@ -46,7 +47,7 @@ def test_a_renumbered_model_computes_the_same_function(shape: Shape | None, tmp_
 def test_gpt2_drafts_for_an_opt_with_other_ids(tmp_path: Path) -> None:
     """As exactly as for the model that it came from."""
     out = tmp_path / "opt"
-    order = foreign_vocabulary.build_foreign(out, SHAPE, torch.float32)
+    order = renumbered.build_foreign(out, SHAPE, torch.float32)
     with (
         Engine(out, BUNDLED / "draft", dtype="float32") as engine,
         Engine(BUNDLED / "target", BUNDLED / "draft", dtype="float32") as usual,
@@ -64,9 +65,9 @@ def test_gpt2_drafts_for_an_opt_with_other_ids(tmp_path: Path) -> None:
 
 def test_how_far_threshold_is_is_measured(tmp_path: Path) -> None:
     """Nothing is kept at 1, so nothing is lost; at 0.1 something is."""
-    order = foreign_vocabulary.permutation(4096)
+    order = renumbered.permutation(4096)
     out = tmp_path / "target"
-    assert foreign_vocabulary.build_foreign(out, None, torch.float32) == order
+    assert renumbered.build_foreign(out, None, torch.float32) == order
     with Engine(out, dtype="float32") as engine:
         results = [plain(engine, TEXT, max_new_tokens=20, temperature=0.8, seed=1)]
     assert 0.01 < foreign_vocabulary.threshold_distance(results, order) < 0.9
@@ -112,7 +113,7 @@ def law_of_cells(path: Path, prompt: list[int]) -> dict[Cell, float]:
 def test_the_bundled_draft_for_a_permuted_target_samples_its_law(acceptance: str, tmp_path: Path) -> None:
     """At temperature 1, four at a time: the first token is the prompt's, the next two are drafted."""
     out = tmp_path / "target"
-    foreign_vocabulary.build_foreign(out, None, torch.float32)
+    renumbered.build_foreign(out, None, torch.float32)
     prompt = transformers.AutoTokenizer.from_pretrained(out)("import os\nimport").input_ids
     law = law_of_cells(out, prompt)
     assert abs(sum(law.values()) - 1) < 1e-9

@@ -3,41 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from specengine.measure import widened as pairs
+
 transformers = pytest.importorskip("transformers")
 
 TOLERANCE = 1e-4  # absolute, fp32; the logits span tens
-ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = (
     "def binary_search(items, x):\n    low",
     "class Stack:\n    '''A stack ‘é’.'''\n\n    def __init__(self",
 )
-
-
-def _load_pairs() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "specengine_benchmark_pairs", ROOT / "benchmarks" / "pairs.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-pairs = _load_pairs()
 BUNDLED_SHAPES = {
     "one feature more": pairs.Shape(num_features=384, num_layers=8, num_heads=6, vocab_size=4097),
     "deeper": pairs.Shape(num_features=448, num_layers=11, num_heads=7, vocab_size=5000),
