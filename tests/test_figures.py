@@ -50,6 +50,23 @@ ALL: dict[str, Callable[[Style], Explained]] = {
     "acceptance-by-similarity": lambda style: figures.acceptance_by_similarity(
         {0.0: [0.1, 0.2], 0.5: [0.4, 0.6], 1.0: [1.0, 1.0]}, style=style
     ),
+    "time-by-k": lambda style: figures.time_by_k(
+        {0: [1.2, 1.3], **{k: [1.5 / k, 1.6 / k] for k in (1, 2, 3, 4, 5, 8, 10)}}, style=style
+    ),
+    "forwards-by-k": lambda style: figures.forwards_by_k(
+        {1: [32], 2: [24], 4: [20], 8: [14]}, 60, style=style
+    ),
+    "accepted-by-k": lambda style: figures.accepted_by_k(
+        {1: [0.8], 2: [1.4], 4: [2.2], 8: [2.9]}, style=style
+    ),
+    "speed-up-by-prompt": lambda style: figures.bars_by_prompt(
+        {prompt: {"fp32": [1.1, 1.2], "bf16": [1.5, 1.6], "fp16": [1.4]} for prompt in SPEEDS},
+        "speed-up",
+        style=style,
+    ),
+    "next-token-laws": lambda style: figures.next_token_laws(
+        {"target": {" a": 0.5, "\n": 0.2}, "threshold": {" a": 0.7, "\n": 0.1}}, style=style
+    ),
     "k-over-time": lambda style: figures.k_over_time(
         {"a": [4] * 5 + [8] * 30, "b": [4, 2, 0, 0]}, style=style
     ),

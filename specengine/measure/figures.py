@@ -625,3 +625,171 @@ def _range(sizes: set[int]) -> str:
 def _short(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= 18 else line[:17] + "…"
+
+
+# Of the notebooks: what their originals drew, right
+
+Quantity = Literal["time", "speed", "speed-up", "latency reduction", "acceptance"]
+_QUANTITIES: dict[str, tuple[str, str]] = {
+    "time": ("seconds", "From the request to the last token, the prompt included; shorter is better."),
+    "speed": ("tokens/s", "Tokens a second, the prompt's time included; longer is better."),
+    "speed-up": (
+        "× plain",
+        "Plain time over the time of each way, measured in turn; beyond 1 a way is faster.",
+    ),
+    "latency reduction": ("share of plain time saved", "1 − 1/speed-up; below 0 a way is slower than plain."),
+    "acceptance": ("accepted / drafted", "The share of the drafts that the target kept."),
+}
+
+
+def time_by_k(seconds: Mapping[int, Sequence[float]], *, style: Style = "light") -> Explained:
+    """Seconds a text against k.
+
+    seconds: by k, of each repetition; 0 is plain decoding
+    """
+    with _axes(style) as (figure, axes):
+        _lines(axes, {"speculative": {k: seconds[k] for k in seconds if k}}, style, "{}")
+        plain = fmean(seconds[0]) if seconds.get(0) else None
+        if plain is not None:
+            axes.axhline(plain, color=_INK[style], linewidth=2, linestyle=(0, (2, 2)), label="plain")
+        axes.set_ylim(bottom=0)
+        title = "Time of a text against number of drafts"
+        _label(axes, title, f"drafts a round, k\n{_counted({'': seconds})}", "seconds")
+        _legend(figure, axes)
+    known = "" if plain is None else f"Plain: {plain:.3g}. "
+    described = _described({"speculative": {k: seconds[k] for k in seconds if k}}, "{}")
+    return Explained(
+        "time-by-k",
+        figure,
+        title,
+        "Seconds from the request to its last token. Below the dashed line speculation is faster than plain decoding; "
+        "behind the lowest point a further draft costs more time than it saves.",
+        f"A line of seconds against k. {known}{described}",
+    )
+
+
+def forwards_by_k(
+    forwards: Mapping[int, Sequence[float]], num_tokens: int, *, style: Style = "light"
+) -> Explained:
+    """Forwards of the target that a text of `num_tokens` tokens takes, against k, and the fewest that are possible.
+
+    forwards: by k, of each repetition
+    """
+    ks = sorted(forwards)
+    fewest = [1 + -(-(num_tokens - 1) // (k + 1)) for k in ks]
+    with _axes(style) as (figure, axes):
+        _lines(axes, {"measured": forwards}, style, "{}")
+        axes.plot(ks, fewest, **_series(style, 1), label="if every draft were accepted")
+        axes.set_ylim(bottom=0)
+        title = "Forwards of the target against k"
+        _label(axes, title, f"drafts a round, k\n{_counted({'': forwards})}", "forwards")
+        _legend(figure, axes)
+    return Explained(
+        "forwards-by-k",
+        figure,
+        title,
+        f"How often the target ran for {num_tokens} tokens, its prompt included. Fewer is not yet faster: each forward "
+        "also had k steps of the draft before it, and k + 1 rows to compute.",
+        f"A line of forwards against k. {_described({'measured': forwards}, '{}')} "
+        f"The fewest possible: {', '.join(f'{k}: {count}' for k, count in zip(ks, fewest, strict=True))}.",
+    )
+
+
+def accepted_by_k(accepted: Mapping[int, Sequence[float]], *, style: Style = "light") -> Explained:
+    """Accepted drafts a round against k, and the most that are possible.
+
+    accepted: by k, the mean of each repetition or prompt
+    """
+    ks = sorted(accepted)
+    with _axes(style) as (figure, axes):
+        _lines(axes, {"measured": accepted}, style, "{}")
+        axes.plot(ks, ks, **_series(style, 1), label="if every draft were accepted")
+        axes.set_ylim(bottom=0)
+        title = "Accepted drafts of a round against k"
+        _label(axes, title, f"drafts a round, k\n{_counted({'': accepted})}", "accepted drafts a round")
+        _legend(figure, axes)
+    return Explained(
+        "accepted-by-k",
+        figure,
+        title,
+        "How many drafts of a round the target kept on average; each round gives one token more, the target's own. "
+        "The line flattens, since a draft counts only if all before it were right.",
+        f"A line of accepted drafts a round against k. {_described({'measured': accepted}, '{}')}",
+    )
+
+
+def bars_by_prompt(
+    values: Mapping[str, Mapping[str, Sequence[float]]],
+    quantity: Quantity,
+    *,
+    by: str = "prompt",
+    style: Style = "light",
+) -> Explained:
+    """Bars of one quantity: a group a prompt, a bar a way to decode.
+
+    values: by prompt, by way ("plain", "fp16", …), of each repetition
+    by:     what the groups are if not prompts
+    """
+    unit, meaning = _QUANTITIES[quantity]
+    ways = list(dict.fromkeys(way for by_way in values.values() for way in by_way))
+    width = 0.8 / len(ways)
+    with _axes(style, height=2.0 + (0.15 + 0.24 * len(ways)) * len(values)) as (figure, axes):
+        for index, way in enumerate(ways):
+            found = [by_way.get(way, ()) for by_way in values.values()]
+            means = [_mean(each) for each in found]
+            deviations = [pstdev(each) if each else float("nan") for each in found]
+            places = [row + width * (index - (len(ways) - 1) / 2) for row in range(len(values))]
+            axes.barh(places, means, width, xerr=deviations, label=way, **_bar(style, index))
+        axes.set_yticks(range(len(values)), [_short(prompt) for prompt in values])
+        axes.invert_yaxis()
+        if quantity == "speed-up":
+            axes.axvline(1, color=_INK[style], linewidth=1, linestyle=(0, (2, 2)))
+        title = f"{quantity.capitalize()}, by {by}"
+        counted = _counted(values, "mean ± standard deviation\n").replace("\n of", "\n")
+        _label(axes, title, f"{unit}, {counted}", "")
+        axes.grid(visible=False, axis="y")
+        _legend(figure, axes)
+    listing = "; ".join(
+        f"{_short(prompt)}: " + ", ".join(f"{way} {fmean(each):.3g}" for way, each in by_way.items() if each)
+        for prompt, by_way in values.items()
+    )
+    return Explained(
+        f"{quantity}-by-{by}".replace(" ", "-"),
+        figure,
+        title,
+        f"{meaning} A group of bars is a {by}, the bars of a group are ways to decode.",
+        f"Bars of {quantity} in {unit}, by {by}. {listing}.",
+    )
+
+
+def next_token_laws(laws: Mapping[str, Mapping[str, float]], *, style: Style = "light") -> Explained:
+    """The probability of the same few next tokens under several laws.
+
+    laws: by name ("target", "threshold", …), by token
+    """
+    tokens = list(dict.fromkeys(token for law in laws.values() for token in law))
+    width = 0.8 / len(laws)
+    with _axes(style, height=2.0 + (0.15 + 0.22 * len(laws)) * len(tokens)) as (figure, axes):
+        for index, (name, law) in enumerate(laws.items()):
+            places = [row + width * (index - (len(laws) - 1) / 2) for row in range(len(tokens))]
+            axes.barh(
+                places, [law.get(token, 0.0) for token in tokens], width, label=name, **_bar(style, index)
+            )
+        axes.set_yticks(range(len(tokens)), [_short(repr(token)) for token in tokens])
+        axes.invert_yaxis()
+        title = "What the next token may be"
+        _label(axes, title, "probability, computed\nn = 1 place in a text", "")
+        axes.grid(visible=False, axis="y")
+        _legend(figure, axes)
+    listing = "; ".join(
+        f"{name}: " + ", ".join(f"{token!r} {law.get(token, 0.0):.1%}" for token in tokens)
+        for name, law in laws.items()
+    )
+    return Explained(
+        "next-token-laws",
+        figure,
+        title,
+        "The law by which each rule draws the next token, where a draft is judged. A rule is lossless if its bars are "
+        "the target's, for every token and after every text.",
+        f"Bars of probability by token. {listing}.",
+    )
