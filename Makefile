@@ -31,7 +31,7 @@ BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow docs lint format bench bench-generate sanitize rehearse-gpu install clean
+.PHONY: help demo test test-slow docs lint format bench bench-generate notebooks sanitize rehearse-gpu install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,9 @@ bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 
 bench-generate: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## End-to-end generation beside other runtimes (BENCH_FLAGS="--help")
 	@$(BENCH_PYTHON) benchmarks/bench_generate.py $(BENCH_FLAGS)
+
+notebooks: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Execute examples/notebooks anew (some minutes, 16 GB of memory)
+	@$(BIN)/python tools/notebooks.py
 
 lint: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## ruff, mypy, import-linter, clang-format; changes nothing
 	$(BIN)/ruff check

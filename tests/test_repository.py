@@ -117,13 +117,13 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_every_extra_is_checked() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "docs", "test", "dev", "bench"}
+    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "docs", "notebooks", "test", "dev", "bench"}
 
 
 @pytest.mark.parametrize(
     ("path", "extras"),
     [
-        ("constraints.txt", ("gpu", "report", "docs", "test", "dev")),
+        ("constraints.txt", ("gpu", "report", "docs", "notebooks", "test", "dev")),
         ("benchmarks/constraints.txt", ("bench",)),
     ],
 )
