@@ -56,7 +56,7 @@ bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 bench-generate: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## End-to-end generation beside other runtimes (BENCH_FLAGS="--help")
 	@$(BENCH_PYTHON) benchmarks/bench_generate.py $(BENCH_FLAGS)
 
-notebooks: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Execute examples/notebooks anew (some minutes, 16 GB of memory)
+notebooks: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Execute examples/notebooks anew (some minutes)
 	@$(BIN)/python tools/notebooks.py
 
 lint: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## ruff, mypy, import-linter, clang-format; changes nothing

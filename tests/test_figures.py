@@ -64,6 +64,12 @@ ALL: dict[str, Callable[[Style], Explained]] = {
         "speed-up",
         style=style,
     ),
+    "latency-reduction-by-dtype": lambda style: figures.bars_by_prompt(
+        {"float32": {"plain": [0.1, 0.2], "speculative": [0.3]}, "bfloat16": {"plain": [0.2]}},
+        "latency reduction",
+        by="dtype",
+        style=style,
+    ),
     "next-token-laws": lambda style: figures.next_token_laws(
         {"target": {" a": 0.5, "\n": 0.2}, "threshold": {" a": 0.7, "\n": 0.1}}, style=style
     ),

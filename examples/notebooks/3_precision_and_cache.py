@@ -92,19 +92,24 @@ def speculative_without_cache(engine, draft_engine, ids):
 
 # %%
 cached, uncached = {}, {}
-for pair_name, pair in PAIRS.items():
+
+
+def measure(pair_name, dtype):
+    pair = PAIRS[pair_name]
+    options = {"dtype": dtype, "enable_prefix_cache": False}
+    with Engine(pair.target, pair.draft, **options) as engine, Engine(pair.draft, **options) as draft_engine:
+        for prompt in pair.prompts:
+            cached[pair_name, dtype, prompt] = with_cache(engine, prompt)
+        ids = cached[pair_name, dtype, pair.prompts[0]]["plain"][0].prompt_token_ids
+        plain_ids, plain_seconds = plain_without_cache(engine, ids)
+        ids, seconds = speculative_without_cache(engine, draft_engine, ids)
+        assert ids == plain_ids, "without a cache there is nothing to roll back"
+        uncached[pair_name, dtype] = (plain_seconds, seconds)
+
+
+for pair_name in PAIRS:
     for dtype in DTYPES:
-        with (
-            Engine(pair.target, pair.draft, dtype=dtype, enable_prefix_cache=False) as engine,
-            Engine(pair.draft, dtype=dtype, enable_prefix_cache=False) as draft_engine,
-        ):
-            for prompt in pair.prompts:
-                cached[pair_name, dtype, prompt] = with_cache(engine, prompt)
-            ids = cached[pair_name, dtype, pair.prompts[0]]["plain"][0].prompt_token_ids
-            plain_ids, plain_seconds = plain_without_cache(engine, ids)
-            ids, seconds = speculative_without_cache(engine, draft_engine, ids)
-            assert ids == plain_ids, "without a cache there is nothing to roll back"
-            uncached[pair_name, dtype] = (plain_seconds, seconds)
+        measure(pair_name, dtype)
 
 # %% [markdown]
 # ## Pair by pair

@@ -231,9 +231,10 @@ Table(
 )
 
 # %%
-# A place where the two rules differ about as much as they do on average.
-typical = int((distance(rules["threshold"]) - distance(rules["threshold"]).mean()).abs().argmin())
-likely = p[typical].topk(6).indices.tolist()
+# A place where the rules differ about as much as they do on average, and the target itself is undecided.
+far = distance(rules["threshold"])
+typical = int(((far - far.mean()).abs() + (p.amax(dim=1) > 0.5)).argmin())
+likely = p[typical].topk(4).indices.tolist()
 shown = {"target": p, "draft": q, "rejection": rules["rejection"], "threshold": rules["threshold"]}
 show(
     figures.next_token_laws(

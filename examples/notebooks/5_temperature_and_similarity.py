@@ -120,7 +120,7 @@ show(figures.acceptance_by_position(drafted, accepted, rejected))
 # last steps bring most of it.
 
 # %%
-SIMILARITIES = [0.0, 0.5, 0.8, 0.9, 0.95, 1.0]
+SIMILARITIES = [0.0, 0.25, 0.5, 0.75, 0.9, 1.0]
 trained = load_file(bundled.draft_path() / "model.safetensors")
 
 
@@ -249,24 +249,23 @@ show(figures.bars_by_prompt(speeds, "speed", by="batch"))
 # ## Several drafts
 #
 # A draft need not be a model: `"suffix"` looks up what followed the same words earlier in the text. A list of both
-# drafts round by round with whichever pays more. One prompt is new code, the other asks for a copy of given code.
+# drafts round by round with whichever pays more. One text is new code, the other goes on repeating itself.
 
 # %%
-COPY = PROMPTS[0] + "\n\n" + PROMPTS[0][: len(PROMPTS[0]) // 3]
 DRAFTS = {
     "model": bundled.draft_path(),
     "suffix": "suffix",
     "both": [bundled.draft_path(), "suffix"],
 }
-rows, tokens_a_second = [], {"new": {}, "copy": {}}
+rows, tokens_a_second = [], {"new": {}, "repeating": {}}
 for name, drafts in DRAFTS.items():
     with Engine(bundled.target_path(), drafts, enable_prefix_cache=False) as drafted_by:
-        for kind, prompt in (("new", PROMPTS[1]), ("copy", COPY)):
+        for kind, prompt in (("new", PROMPTS[1]), ("repeating", REPEATING)):
             ways = {
                 k: lambda k=k: drafted_by.generate(
                     prompt,  # noqa: B023
                     num_speculative_tokens=k,
-                    max_new_tokens=NUM_TOKENS,
+                    max_new_tokens=size(160, 24),
                     ignore_eos=True,
                 )
                 for k in (0, "auto")

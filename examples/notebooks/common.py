@@ -112,21 +112,21 @@ def _why_not_from_hub(*names: str) -> str | None:
 
 
 def _shapes() -> dict[str, tuple[Any, str]]:
-    """By name of a model: the shape of its stand-in, and a word about it. The largest have half of the layers, so that
-    16 GB of memory are enough for them in float32; so have their drafts, which keeps the ratio of costs."""
+    """By name of a model: the shape of its stand-in, and a word about it. The largest have a third of the layers, so
+    that 8 GB of memory are enough for them in float32; so have their drafts, which keeps the ratio of costs."""
     from specengine.measure.widened import SHAPES, Shape
 
-    half = "half the layers of the real one"
+    third = "a third of the real one's layers"
     return {
         "distilgpt2": (SHAPES["distilgpt2"], "the shape of the real one"),
         "gpt2": (SHAPES["gpt2"], "the shape of the real one"),
         "gpt2-medium": (SHAPES["gpt2-medium"], "the shape of the real one"),
-        "gpt2-xl": (Shape(1600, 24, 25), half),
-        "gpt2 for gpt2-xl": (Shape(768, 6, 12), half),
-        "facebook/opt-1.3b": (Shape(2048, 12, 32, 50272, 2048), half),
-        "gpt2 for facebook/opt-1.3b": (Shape(768, 6, 12), half),
-        "EleutherAI/pythia-1.4b": (Shape(2048, 12, 32, 50304, 2048), f"{half}, a GPT-2 in architecture"),
-        "EleutherAI/pythia-160m": (Shape(768, 6, 12, 50304, 2048), f"{half}, a GPT-2 in architecture"),
+        "gpt2-xl": (Shape(1600, 16, 25), third),
+        "gpt2 for gpt2-xl": (Shape(768, 4, 12), third),
+        "facebook/opt-1.3b": (Shape(2048, 8, 32, 50272, 2048), third),
+        "gpt2 for facebook/opt-1.3b": (Shape(768, 4, 12), third),
+        "EleutherAI/pythia-1.4b": (Shape(2048, 8, 32, 50304, 2048), f"{third}, a GPT-2 in architecture"),
+        "EleutherAI/pythia-160m": (Shape(768, 4, 12, 50304, 2048), f"{third}, a GPT-2 in architecture"),
     }
 
 

@@ -745,8 +745,8 @@ def bars_by_prompt(
         if quantity == "speed-up":
             axes.axvline(1, color=_INK[style], linewidth=1, linestyle=(0, (2, 2)))
         title = f"{quantity.capitalize()}, by {by}"
-        counted = _counted(values, "mean ± standard deviation\n").replace("\n of", "\n")
-        _label(axes, title, f"{unit}, {counted}", "")
+        sizes = {len(each) for by_way in values.values() for each in by_way.values() if each}
+        _label(axes, title, f"{unit}\nmean ± standard deviation\nn = {_range(sizes)} runs a bar", "")
         axes.grid(visible=False, axis="y")
         _legend(figure, axes)
     listing = "; ".join(
