@@ -20,7 +20,6 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples" / "notebooks"
-CELL_TIMEOUT = 600  # seconds
 
 
 def sources(wanted: list[str]) -> list[Path]:
@@ -47,7 +46,7 @@ def execute(path: Path) -> Any:
     notebook = read_source(path)
     client = NotebookClient(
         notebook,
-        timeout=CELL_TIMEOUT,
+        timeout=None,
         kernel_name="python3",
         record_timing=False,
         resources={"metadata": {"path": str(FOLDER)}},
