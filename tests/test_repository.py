@@ -117,7 +117,15 @@ def requirements(*extras: str) -> list[Requirement]:
 
 
 def test_every_extra_is_checked() -> None:
-    assert set(PROJECT["optional-dependencies"]) == {"gpu", "report", "docs", "notebooks", "test", "dev", "bench"}
+    assert set(PROJECT["optional-dependencies"]) == {
+        "gpu",
+        "report",
+        "docs",
+        "notebooks",
+        "test",
+        "dev",
+        "bench",
+    }
 
 
 @pytest.mark.parametrize(
