@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         CompletionOutput,
         GenerationMetrics,
         GenerationResult,
+        Round,
         SpeculativeDecodingMetrics,
         StreamEvent,
         TokenLogprob,

@@ -267,7 +267,7 @@ def speed_up_by_acceptance(
         axes.plot(alphas, wrong, color=_GREY[style], linewidth=1.2, label=f"γ/(1+(1−α)γ), γ = {max(ks)}")
         _break_even(axes, style)
         title = "Speed-up against acceptance"
-        note = f"c = {costs.draft:.3g}, v = {costs.verify:.3g}; big marks: measured, n = {len(measured)}"
+        note = _costs(costs, measured)
         _label(axes, title, f"acceptance of a draft, α\n{note}", "speed-up, × plain")
         _legend(figure, axes)
     return Explained("speed-up-by-acceptance", figure, title, _THEORY, _theory_text(ks, costs, measured))
@@ -303,7 +303,7 @@ def speed_up_by_k(
         )
         _break_even(axes, style)
         title = "Speed-up by theory against k"
-        note = f"c = {costs.draft:.3g}, v = {costs.verify:.3g}; big marks: measured, n = {len(measured)}"
+        note = _costs(costs, measured)
         _label(axes, title, f"drafts a round, k\n{note}", "speed-up, × plain")
         _integers(axes.xaxis)
         _legend(figure, axes)
@@ -589,6 +589,11 @@ def _described(
         for key in sorted(samples)
     ]
     return "; ".join(lines) + f"; {_counted(samples)}."
+
+
+def _costs(costs: Costs, measured: Sequence[object]) -> str:
+    note = f"c = {costs.draft:.3g}, v = {costs.verify:.3g}"
+    return f"{note}; big marks: measured, n = {len(measured)}" if measured else note
 
 
 def _theory_text(
