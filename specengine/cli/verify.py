@@ -81,6 +81,7 @@ def verify(
         raise ValueError(f"--html {str(page)!r} exists: nothing is overwritten")
 
     from specengine.measure import verify_page
+    from specengine.measure.report import write_page
     from specengine.measure.verify import make_plan
     from specengine.measure.verify import verify as run_checks
 
@@ -90,7 +91,7 @@ def verify(
     check_out(out)
     kept = collect(run_checks(call, plan), total=plan.num_checks, out=out, draw=_draw)
     if page is not None and kept.records:
-        verify_page.write_page(page, kept.records, plan.num_checks)
+        write_page(page, verify_page.page(kept.records, plan.num_checks))
     if as_json:
         print_json(
             {

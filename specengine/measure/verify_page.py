@@ -102,12 +102,8 @@ def page(records: Sequence[Record], total: int) -> str:
     sentences = "\n".join(f"<p>{html.escape(line)}</p>" for line in explanation(records))
     bad = "\n".join(f"<li>{html.escape(line)}</li>" for line in reasons(records))
     tests = [_test_row(record, test) for record in records for test in record.measured["tests"]]
-    every = (
-        f"""<h2>Every test</h2>
-{table(("drafter", "judged by", "tokens", "number", "chi-square", "degrees", "p"), tests, "Every test")}"""
-        if tests
-        else ""
-    )
+    heads = ("drafter", "judged by", "tokens", "number", "chi-square", "degrees", "p")
+    every = f"<h2>Every test</h2>\n{table(heads, tests, 'Every test')}" if tests else ""
     return document(
         "Is it lossless?",
         f"""<header>
@@ -120,13 +116,6 @@ def page(records: Sequence[Record], total: int) -> str:
 {sentences}
 {every}""",
     )
-
-
-def write_page(path: Path, records: Sequence[Record], total: int) -> None:
-    """Raises `FileExistsError` where there is a file: nothing is overwritten."""
-    text = page(records, total)
-    with path.open("x", encoding="utf-8") as file:
-        file.write(text)
 
 
 def _test_row(record: Record, test: dict[str, Any]) -> list[str]:
