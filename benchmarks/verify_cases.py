@@ -198,7 +198,7 @@ def build_case(logits: Logits, mode: str, batch: int, k: int, ops: Backend, *, t
         rounds.append(Round(logits.target[rows], tokens.view(batch, k), kept))
     batch_column = torch.arange(batch, dtype=torch.int32, device=device)
     rules = {"greedy": Rule.MATCH, "coupled": Rule.MATCH, "point mass": Rule.REJECTION}
-    rule = rules.get(mode) or Rule[mode.upper()]
+    rule = rules[mode] if mode in rules else Rule[mode.upper()]
     return Case(
         mode,
         batch,
