@@ -17,6 +17,7 @@ from matplotlib.text import Text
 from specengine.errors import SpecEngineError
 from specengine.measure import figures
 from specengine.measure.figures import Explained, Style
+from specengine.measure.statistics import median_interval
 from specengine.measure.theory import Costs, speed_up
 
 RATES = {
@@ -72,6 +73,9 @@ ALL: dict[str, Callable[[Style], Explained]] = {
     ),
     "next-token-laws": lambda style: figures.next_token_laws(
         {"target": {" a": 0.5, "\n": 0.2}, "threshold": {" a": 0.7, "\n": 0.1}}, style=style
+    ),
+    "acceptance-by-similarity/prompts": lambda style: figures.acceptance_by_similarity(
+        {0.62: [0.6], 0.8: [0.75], 0.81: [0.9]}, are_prompts=True, style=style
     ),
     "k-over-time": lambda style: figures.k_over_time(
         {"a": [4] * 5 + [8] * 30, "b": [4, 2, 0, 0]}, style=style
@@ -132,7 +136,7 @@ def complaints(explained: Explained) -> list[str]:
 @pytest.mark.parametrize("name", ALL)
 def test_a_figure_can_be_read(name: str, style: Style) -> None:
     explained = ALL[name](style)
-    assert explained.name == name
+    assert explained.name == name.partition("/")[0]
     assert complaints(explained) == []
     assert len(re.findall(r"[^.]\.(?: |$)", explained.explanation)) == 2, explained.explanation
     assert re.search(r"\d", explained.alternative_text)
@@ -235,3 +239,47 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(SpecEngineError, match=r"pip install 'specengine\[report\]'"):
         figures.acceptance_by_k(RATES)
+
+
+def test_speed_ups_are_medians_with_their_intervals() -> None:
+    values = [1.0, 2.0, 4.0, 1.5]
+    explained = figures.throughput_by_k({0.8: {4: values, 2: [0.9]}})
+    line, (lower, upper), _ = explained.figure.axes[0].containers[0]
+    middle, low, high = median_interval(values)
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([2, 4], [0.9, middle])
+    assert list(lower.get_ydata()) == pytest.approx([0.9, low])
+    assert list(upper.get_ydata()) == pytest.approx([0.9, high])
+    assert f"4: {middle:.3g} ({low:.3g} to {high:.3g})" in explained.alternative_text
+
+
+def test_bars_of_prompts_are_means_in_their_order() -> None:
+    explained = figures.plain_against_speculative(SPEEDS, of="k = 4", num_more=3)
+    plain, fast = [bars for bars in explained.figure.axes[0].containers if hasattr(bars, "patches")]
+    assert [bar.get_width() for bar in plain] == [31.0, 30.5]
+    assert [bar.get_width() for bar in fast] == [62.0, 47.5]
+    (segments,) = [line.get_segments() for line in fast.errorbar.lines[2]]
+    assert [segment[:, 0].tolist() for segment in segments] == [[60.0, 64.0], [45.0, 50.0]]
+    shown = [text.get_text() for text in explained.figure.findobj(Text)]
+    assert "speculative, k = 4" in shown
+    assert any("2 of 5 prompts" in text for text in shown)
+
+
+def test_similar_models_lie_where_they_were_measured() -> None:
+    points = {0.5: [0.4, 0.6], 0.25: [0.2]}
+    axes = figures.acceptance_by_similarity(points, are_prompts=True).figure.axes[0]
+    drawn, diagonal = axes.lines
+    assert list(zip(drawn.get_xdata(), drawn.get_ydata(), strict=True)) == [
+        (0.25, 0.2),
+        (0.5, 0.4),
+        (0.5, 0.6),
+    ]
+    assert (list(diagonal.get_xdata()), list(diagonal.get_ydata())) == ([0, 1], [0, 1])
+    line = figures.acceptance_by_similarity(points).figure.axes[0].containers[0][0]
+    assert list(line.get_ydata()) == pytest.approx([0.2, 0.5])
+
+
+def test_every_round_has_its_k() -> None:
+    choices = {"a": [4, 4, 0, 8], "b": [2]}
+    drawn = figures.k_over_time(choices).figure.axes[0].lines
+    assert [list(line.get_ydata()) for line in drawn] == list(choices.values())
+    assert [list(line.get_xdata()) for line in drawn] == [[1, 2, 3, 4], [1]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import html
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from statistics import fmean, pstdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from specengine.errors import SpecEngineError
+from specengine.measure.statistics import median_interval
 from specengine.measure.theory import Costs, conditional_acceptances, popular_formula, speed_up
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 Style = Literal["light", "dark"]
 # [temperature][k]: acceptance rates (or speed-ups) of the runs with these.
 ByTemperature = Mapping[float, Mapping[int, Sequence[float]]]
+# Of values: what is drawn, and the ends of its bar.
+Summarize = Callable[[Sequence[float]], tuple[float, float, float]]
 
 _INK = {"light": "#1a1a1a", "dark": "#f0f0f0"}
 _PAPER = {"light": "#ffffff", "dark": "#16181d"}
@@ -80,13 +83,13 @@ class Explained:
         )
 
 
-def acceptance_by_k(samples: ByTemperature, *, style: Style = "light") -> Explained:
-    """Acceptance rate (accepted / drafted) against k, a line a temperature."""
+def acceptance_by_k(samples: ByTemperature, *, unit: str = "runs", style: Style = "light") -> Explained:
+    """Acceptance rate (accepted / drafted) against k, a line a temperature. unit: what a rate is of"""
     with _axes(style) as (figure, axes):
         _lines(axes, samples, style)
         axes.set_ylim(-0.03, 1.03)
         title = "Acceptance against number of drafts"
-        _label(axes, title, f"drafts a round, k\n{_counted(samples)}", "accepted / drafted")
+        _label(axes, title, f"drafts a round, k\n{_counted(samples, unit=unit)}", "accepted / drafted")
         _legend(figure, axes)
     return Explained(
         "acceptance-by-k",
@@ -94,37 +97,52 @@ def acceptance_by_k(samples: ByTemperature, *, style: Style = "light") -> Explai
         title,
         "The share of drafted tokens that the target kept. It falls with k, since a draft counts only if all before it "
         "in its round were right.",
-        f"Lines of acceptance rate against k. {_described(samples)}",
+        f"Lines of acceptance rate against k. {_described(samples, unit=unit)}",
     )
 
 
 def throughput_by_k(samples: ByTemperature, *, style: Style = "light") -> Explained:
-    """Speed beside plain decoding against k, a line a temperature."""
+    """Speed beside plain decoding against k, a line a temperature: medians, and their 95 % bootstrap intervals.
+
+    samples: speed-ups, each of one run and of plain decoding of the same prompt right before or after it
+    """
     with _axes(style) as (figure, axes):
-        _lines(axes, samples, style)
+        _lines(axes, samples, style, summary=median_interval)
         _break_even(axes, style)
         axes.set_ylim(bottom=0)
         title = "Speed-up against number of drafts"
-        _label(axes, title, f"drafts a round, k\n{_counted(samples)}", "speed-up, × plain")
+        counted = _counted(samples, "median, 95 % interval")
+        _label(axes, title, f"drafts a round, k\n{counted}", "speed-up, × plain")
         _legend(figure, axes)
+    listing = "; ".join(
+        f"T = {temperature:g}: "
+        + ", ".join(
+            "{:g}: {:.3g} ({:.3g} to {:.3g})".format(k, *median_interval(values))
+            for k, values in sorted(by_k.items())
+            if values
+        )
+        for temperature, by_k in sorted(samples.items())
+    )
     return Explained(
         "throughput-by-k",
         figure,
         title,
-        "Tokens a second with speculation, as a multiple of plain decoding. Each line rises while one more draft pays "
-        "for itself and falls after that; below the line at 1 speculation is slower.",
-        f"Lines of speed-up against k. {_described(samples)}",
+        "How many times as fast a text came as with plain decoding, its prompt included. Each line rises while one "
+        "more draft pays for itself and falls after that; below the dashed line at 1 speculation is slower.",
+        f"Lines of speed-up against k. {listing}; {counted}.",
     )
 
 
-def acceptance_by_temperature(samples: ByTemperature, *, style: Style = "light") -> Explained:
+def acceptance_by_temperature(
+    samples: ByTemperature, *, unit: str = "runs", style: Style = "light"
+) -> Explained:
     """Acceptance rate against temperature, a line a k."""
     by_k = _transposed(samples)
     with _axes(style) as (figure, axes):
         _lines(axes, by_k, style, "k = {}")
         axes.set_ylim(-0.03, 1.03)
         title = "Acceptance against temperature"
-        _label(axes, title, f"temperature\n{_counted(samples)}", "accepted / drafted")
+        _label(axes, title, f"temperature\n{_counted(samples, unit=unit)}", "accepted / drafted")
         _legend(figure, axes)
     return Explained(
         "acceptance-by-temperature",
@@ -132,11 +150,11 @@ def acceptance_by_temperature(samples: ByTemperature, *, style: Style = "light")
         title,
         "The same acceptance rates, along the temperature. A higher temperature flattens both models' distributions, "
         "which may bring them together or apart, so the line may go either way.",
-        f"Lines of acceptance rate against temperature. {_described(by_k, 'k = {}')}",
+        f"Lines of acceptance rate against temperature. {_described(by_k, 'k = {}', unit=unit)}",
     )
 
 
-def acceptance_map(samples: ByTemperature, *, style: Style = "light") -> Explained:
+def acceptance_map(samples: ByTemperature, *, unit: str = "runs", style: Style = "light") -> Explained:
     """A heat map of mean acceptance rates: temperature down, k across."""
     temperatures = sorted(samples)
     ks = sorted({k for by_k in samples.values() for k in by_k})
@@ -153,24 +171,25 @@ def acceptance_map(samples: ByTemperature, *, style: Style = "light") -> Explain
         axes.set_yticks(range(len(temperatures)), [f"{temperature:g}" for temperature in temperatures])
         axes.grid(visible=False)
         title = "Acceptance by temperature and k"
-        _label(axes, title, f"drafts a round, k\n{_counted(samples, 'mean')}", "temperature")
+        _label(axes, title, f"drafts a round, k\n{_counted(samples, 'mean', unit=unit)}", "temperature")
     return Explained(
         "acceptance-map",
         figure,
         title,
         "Each cell is the share of drafted tokens that the target kept, brighter where it is higher. A dash is a pair "
         "of temperature and k that was not run.",
-        f"A table of acceptance rates. {_described(samples)}",
+        f"A table of acceptance rates. {_described(samples, unit=unit)}",
     )
 
 
 def rejection_positions(
-    counts: Sequence[int], num_fully_accepted: int = 0, *, style: Style = "light"
+    counts: Sequence[int], num_fully_accepted: int = 0, *, of: str = "", style: Style = "light"
 ) -> Explained:
     """Where in a round the first rejection was.
 
     counts:             [i] = rounds whose first rejection was draft i + 1 (`SpeculativeDecodingMetrics`)
     num_fully_accepted: rounds in which nothing was rejected
+    of:                 which runs: "k = 4"
     """
     positions = range(1, len(counts) + 1)
     total = sum(counts)
@@ -187,7 +206,7 @@ def rejection_positions(
             summary = f"mean position {mean:.2f}, median {median:g}"
         title = "First rejected draft of a round"
         note = f"n = {total} rounds with a rejection, {num_fully_accepted} without"
-        _label(axes, title, f"position in the round\n{note}", "rounds")
+        _label(axes, title, f"position in the round{_of(of)}\n{note}", "rounds")
         _integers(axes.xaxis)
         _legend(figure, axes)
     listing = ", ".join(f"{position}: {count}" for position, count in zip(positions, counts, strict=True))
@@ -197,7 +216,7 @@ def rejection_positions(
         title,
         "How many rounds had their first rejection at each position; what was drafted behind it was for nothing. "
         "Rejections early in a round ask for fewer drafts, or a better draft.",
-        f"Bars: rounds by position of the first rejection: {listing}; {summary}; {note}.",
+        f"Bars: rounds by position of the first rejection: {listing}; {summary}; {note}{_of(of)}.",
     )
 
 
@@ -206,12 +225,14 @@ def acceptance_by_position(
     num_accepted: Sequence[int],
     rejected: Sequence[int],
     *,
+    of: str = "",
     style: Style = "light",
 ) -> Explained:
     """Acceptance by position in the round, of all drafts there and of those that came to be judged.
 
     num_drafted, num_accepted, rejected: `num_drafted_by_position`, `num_accepted_by_position`, `rejection_positions` of
     `SpeculativeDecodingMetrics`
+    of: which runs: "k = 4"
     """
     conditional = conditional_acceptances(num_accepted, rejected)
     shares = [accepted / drafted for accepted, drafted in zip(num_accepted, num_drafted, strict=True)]
@@ -225,7 +246,7 @@ def acceptance_by_position(
         axes.set_ylim(-0.03, 1.08)
         title = "Acceptance by position in the round"
         counts = f"n = {num_drafted[0] if num_drafted else 0} rounds; bars: standard error"
-        _label(axes, title, f"position in the round\n{counts}", "share accepted")
+        _label(axes, title, f"position in the round{_of(of)}\n{counts}", "share accepted")
         _integers(axes.xaxis)
         _legend(figure, axes)
     listing = "; ".join(
@@ -240,7 +261,7 @@ def acceptance_by_position(
         "The lower line is the share of all drafts at a position that were kept, which can only fall where all rounds "
         "draft alike. The upper one counts only rounds that came so far without a rejection: it says whether the "
         "draft itself gets worse.",
-        f"Two lines over the position in a round. {listing}.",
+        f"Two lines over the position in a round{_of(of)}. {listing}.",
     )
 
 
@@ -249,11 +270,13 @@ def speed_up_by_acceptance(
     costs: Costs,
     measured: Sequence[tuple[float, int, float]] = (),
     *,
+    of: str = "",
     style: Style = "light",
 ) -> Explained:
     """Speed-up against the acceptance α, a line a k, beside the popular formula for the largest k.
 
     measured: (α, k, speed-up) of runs; see `theory.equal_acceptance`
+    of:       which runs: "T = 0"
     """
     alphas = [index / 100 for index in range(101)]
     with _axes(style, height=4.5) as (figure, axes):
@@ -267,7 +290,7 @@ def speed_up_by_acceptance(
         axes.plot(alphas, wrong, color=_GREY[style], linewidth=1.2, label=f"γ/(1+(1−α)γ), γ = {max(ks)}")
         _break_even(axes, style)
         title = "Speed-up against acceptance"
-        note = _costs(costs, measured)
+        note = _costs(costs, measured, of)
         _label(axes, title, f"acceptance of a draft, α\n{note}", "speed-up, × plain")
         _legend(figure, axes)
     return Explained("speed-up-by-acceptance", figure, title, _THEORY, _theory_text(ks, costs, measured))
@@ -279,11 +302,13 @@ def speed_up_by_k(
     measured: Sequence[tuple[float, int, float]] = (),
     *,
     max_k: int = 16,
+    of: str = "",
     style: Style = "light",
 ) -> Explained:
     """Speed-up against k, a line an α, beside the popular formula for the largest α.
 
     measured: (α, k, speed-up) of runs; each is drawn with the mark of the nearest α
+    of:       which runs: "T = 0"
     """
     ks = range(max_k + 1)
     with _axes(style, height=4.5) as (figure, axes):
@@ -303,7 +328,7 @@ def speed_up_by_k(
         )
         _break_even(axes, style)
         title = "Speed-up by theory against k"
-        note = _costs(costs, measured)
+        note = _costs(costs, measured, of)
         _label(axes, title, f"drafts a round, k\n{note}", "speed-up, × plain")
         _integers(axes.xaxis)
         _legend(figure, axes)
@@ -312,14 +337,20 @@ def speed_up_by_k(
 
 
 def plain_against_speculative(
-    speeds: Mapping[str, tuple[Sequence[float], Sequence[float]]], *, style: Style = "light"
+    speeds: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    of: str = "",
+    num_more: int = 0,
+    style: Style = "light",
 ) -> Explained:
     """Bars of tokens a second, two a prompt.
 
-    speeds: by prompt, (plain, speculative): tokens a second of each repetition
+    speeds:   by prompt, (plain, speculative): tokens a second of each repetition
+    of:       how it speculated: "k = 4"
+    num_more: prompts that were measured and are not among these
     """
     with _axes(style, height=1.9 + 0.55 * len(speeds)) as (figure, axes):
-        for index, label in enumerate(("plain", "speculative")):
+        for index, label in enumerate(("plain", f"speculative{_of(of)}")):
             means = [fmean(pair[index]) for pair in speeds.values()]
             deviations = [pstdev(pair[index]) for pair in speeds.values()]
             places = [row + 0.2 * (2 * index - 1) for row in range(len(speeds))]
@@ -328,6 +359,7 @@ def plain_against_speculative(
         axes.invert_yaxis()
         sizes = {len(values) for pair in speeds.values() for values in pair}
         counted = f"mean ± standard deviation\nn = {_range(sizes)} runs a bar"
+        counted += f"; {len(speeds)} of {len(speeds) + num_more} prompts" if num_more else ""
         title = "Plain and speculative, by prompt"
         _label(axes, title, f"tokens/s\n{counted}", "")
         axes.grid(visible=False, axis="y")
@@ -342,17 +374,22 @@ def plain_against_speculative(
         title,
         "Decoding speed of each prompt without and with speculation. How much it gains depends on how predictable the "
         "text is for the draft.",
-        f"Two bars a prompt, in tokens a second. {listing}.",
+        f"Two bars a prompt, in tokens a second{_of(of)}. {listing}.",
     )
 
 
 def time_by_phase(
-    seconds: Mapping[str, Mapping[str, float]], num_rounds: int | None = None, *, style: Style = "light"
+    seconds: Mapping[str, Mapping[str, float]],
+    num_rounds: int | None = None,
+    *,
+    of: str = "",
+    style: Style = "light",
 ) -> Explained:
     """Stacked bars of what a round takes.
 
     seconds:    by setting ("k = 4"), by phase ("draft", "verify", "other"): mean seconds a round
     num_rounds: how many rounds were measured
+    of:         which runs: "T = 0"
     """
     found = dict.fromkeys(phase for parts in seconds.values() for phase in parts)
     phases = sorted(found, key=lambda phase: _PHASES.index(phase) if phase in _PHASES else len(_PHASES))
@@ -367,7 +404,7 @@ def time_by_phase(
         axes.grid(visible=False, axis="y")
         title = "Time of a round, by phase"
         note = "" if num_rounds is None else f"\nmean of n = {num_rounds} rounds"
-        _label(axes, title, f"ms a round{note}", "")
+        _label(axes, title, f"ms a round{_of(of)}{note}", "")
         _legend(figure, axes)
     listing = "; ".join(
         f"{setting}: " + ", ".join(f"{phase} {value * 1e3:.3g} ms" for phase, value in parts.items())
@@ -383,25 +420,56 @@ def time_by_phase(
     )
 
 
-def acceptance_by_similarity(points: Mapping[float, Sequence[float]], *, style: Style = "light") -> Explained:
+def acceptance_by_similarity(
+    points: Mapping[float, Sequence[float]], *, are_prompts: bool = False, style: Style = "light"
+) -> Explained:
     """Acceptance rate against how alike draft and target are.
 
-    points: by similarity (0 … 1, for example the weight of the trained parameters in a draft that is mixed of random
-            and trained ones), acceptance rates
+    points:      by similarity (0 … 1), acceptance rates
+    are_prompts: each similarity is one of a prompt's text: points, beside the line on which both are equal. Otherwise
+                 it is a draft's (for example the weight of the trained parameters in one that is mixed of random and
+                 trained ones): a line
     """
+    num_points = sum(len(values) for values in points.values())
     with _axes(style) as (figure, axes):
-        _lines(axes, {"acceptance": points}, style, "{}")
+        if are_prompts:
+            pairs = [(place, value) for place, values in sorted(points.items()) for value in values]
+            axes.plot(
+                *zip(*pairs, strict=True),
+                **_series(style, 0, linestyle="none", markersize=9),
+                label="a prompt",
+            )
+            axes.plot([0, 1], [0, 1], color=_INK[style], linewidth=1, linestyle=(0, (2, 2)), label="equal")
+            axes.set_xlim(-0.03, 1.03)
+            note = f"1 − total variation, mean over a text\nn = {num_points} prompts"
+        else:
+            _lines(axes, {"acceptance": points}, style, "{}")
+            note = _counted({"": points})
         axes.set_ylim(-0.03, 1.03)
         title = "Acceptance against similarity"
-        counted = _counted({"": points})
-        _label(axes, title, f"similarity of draft and target\n{counted}", "accepted / drafted")
+        _label(axes, title, f"similarity of draft and target\n{note}", "accepted / drafted")
+        if are_prompts:
+            _legend(figure, axes)
+    meaning = (
+        "For each prompt, how much probability the two models' distributions share along its text, and how many of the "
+        "drafts there were accepted."
+        if are_prompts
+        else "The acceptance rate of drafts that resemble the target to a known degree."
+    )
+    listing = (
+        "; ".join(
+            f"{value:.3g} at {place:.3g}" for place, values in sorted(points.items()) for value in values
+        )
+        + f"; n = {num_points} prompts."
+        if are_prompts
+        else _described({"acceptance": points}, "{}", "at")
+    )
     return Explained(
         "acceptance-by-similarity",
         figure,
         title,
-        "The acceptance rate of drafts that resemble the target to a known degree. What matters is not how good a "
-        "draft is but how near its distribution is to the target's.",
-        f"A line of acceptance rate against similarity. {_described({'acceptance': points}, '{}', 'at')}",
+        f"{meaning} What matters is not how good a draft is but how near its distribution is to the target's.",
+        f"{'Points' if are_prompts else 'A line'} of acceptance rate against similarity. {listing}",
     )
 
 
@@ -508,17 +576,32 @@ def _bar(style: Style, index: int) -> dict[str, Any]:
 
 
 def _lines(
-    axes: Axes, samples: Mapping[Any, Mapping[Any, Sequence[float]]], style: Style, label: str = "T = {:g}"
+    axes: Axes,
+    samples: Mapping[Any, Mapping[Any, Sequence[float]]],
+    style: Style,
+    label: str = "T = {:g}",
+    summary: Summarize | None = None,
 ) -> None:
-    """A line of means a key, with standard deviations."""
+    """A line a key. summary: of values, (what is drawn, the ends of its bar); by default mean and standard deviation"""
     for index, key in enumerate(sorted(samples)):
         places = sorted(place for place, values in samples[key].items() if values)
-        means = [fmean(samples[key][place]) for place in places]
-        deviations = [pstdev(samples[key][place]) for place in places]
-        axes.errorbar(places, means, deviations, **_series(style, index), label=label.format(key))
+        drawn = [(summary or _mean_and_deviation)(samples[key][place]) for place in places]
+        bars = [[middle - low for middle, low, _ in drawn], [high - middle for middle, _, high in drawn]]
+        axes.errorbar(
+            places, [middle for middle, *_ in drawn], bars, **_series(style, index), label=label.format(key)
+        )
     places = sorted({place for by_place in samples.values() for place in by_place})
     if len(places) <= 7:
         axes.set_xticks(places, [f"{place:g}" for place in places])
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float, float]:
+    mean, deviation = fmean(values), pstdev(values)
+    return mean, mean - deviation, mean + deviation
+
+
+def _of(what: str) -> str:
+    return f", {what}" if what else ""
 
 
 def _ink_on(colour: Sequence[float]) -> str:
@@ -530,7 +613,7 @@ def _ink_on(colour: Sequence[float]) -> str:
 def _points(axes: Axes, points: Sequence[tuple[float, float]], style: Style, index: int) -> None:
     if points:
         xs, ys = zip(*points, strict=True)
-        series = _series(style, index, linestyle="none", markersize=11, markeredgecolor=_INK[style])
+        series = _series(style, index, linestyle="none", markersize=9, markeredgecolor=_INK[style])
         axes.plot(xs, ys, **series, markeredgewidth=1.5)
 
 
@@ -570,14 +653,19 @@ def _transposed(samples: ByTemperature) -> dict[int, dict[float, Sequence[float]
 
 
 def _counted(
-    samples: Mapping[Any, Mapping[Any, Sequence[float]]], what: str = "mean ± standard deviation"
+    samples: Mapping[Any, Mapping[Any, Sequence[float]]],
+    what: str = "mean ± standard deviation",
+    unit: str = "runs",
 ) -> str:
     sizes = {len(values) for by_place in samples.values() for values in by_place.values() if values}
-    return f"{what} of n = {_range(sizes)} runs"
+    return f"{what} of n = {_range(sizes)} {unit}"
 
 
 def _described(
-    samples: Mapping[Any, Mapping[Any, Sequence[float]]], label: str = "T = {:g}", place: str = ""
+    samples: Mapping[Any, Mapping[Any, Sequence[float]]],
+    label: str = "T = {:g}",
+    place: str = "",
+    unit: str = "runs",
 ) -> str:
     lines = [
         f"{label.format(key)}: "
@@ -588,12 +676,12 @@ def _described(
         )
         for key in sorted(samples)
     ]
-    return "; ".join(lines) + f"; {_counted(samples)}."
+    return "; ".join(lines) + f"; {_counted(samples, unit=unit)}."
 
 
-def _costs(costs: Costs, measured: Sequence[object]) -> str:
+def _costs(costs: Costs, measured: Sequence[object], of: str) -> str:
     note = f"c = {costs.draft:.3g}, v = {costs.verify:.3g}"
-    return f"{note}; big marks: measured, n = {len(measured)}" if measured else note
+    return f"{note}; big marks: n = {len(measured)} measured{_of(of)}" if measured else note
 
 
 def _theory_text(
