@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from specengine.cli.bench_compare import compare
+from specengine.cli.bench_kernels import kernels
 from specengine.cli.bench_latency import latency
 from specengine.cli.bench_sweep import sweep
 
@@ -17,3 +18,4 @@ bench = typer.Typer(
 bench.command()(latency)
 bench.command()(sweep)
 bench.command()(compare)
+bench.command()(kernels)

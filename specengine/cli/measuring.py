@@ -103,9 +103,9 @@ def check_out(out: Path | None) -> None:
 
 @dataclass
 class Measurements:
-    """What was measured of `total` records, all of it in `out`, and what ended it early."""
+    """What was measured of `total` records (None: nobody knows), all of it in `out`, and what ended it early."""
 
-    total: int
+    total: int | None
     out: Path | None
     records: list[Record] = field(default_factory=list)
     failure: BaseException | None = None
@@ -119,7 +119,8 @@ class Measurements:
         if self.failure is None:
             return
         sys.stdout.flush()
-        kept = f"{len(self.records)} of {self.total} measurements were made"
+        of_all = "" if self.total is None else f" of {self.total}"
+        kept = f"{len(self.records)}{of_all} measurements were made"
         kept += "" if self.out is None else f"; they are in {self.out}"
         if isinstance(self.failure, KeyboardInterrupt):
             complain(f"interrupted: {kept}")
@@ -131,7 +132,7 @@ class Measurements:
 def collect(
     records: Generator[Record, None, None],
     *,
-    total: int,
+    total: int | None,
     out: Path | None,
     draw: Callable[[Sequence[Record]], RenderableType],
 ) -> Measurements:
@@ -175,7 +176,7 @@ def _uninterrupted() -> Iterator[None]:
 
 
 @contextmanager
-def _live(total: int, draw: Callable[[Sequence[Record]], RenderableType]) -> Iterator[Any]:
+def _live(total: int | None, draw: Callable[[Sequence[Record]], RenderableType]) -> Iterator[Any]:
     """Yields what shows the measurements so far: a table, how many there are and the time left. On a terminal only."""
     if not sys.stderr.isatty():
         yield lambda records: None

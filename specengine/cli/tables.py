@@ -47,13 +47,17 @@ def peak(each: Summary) -> str:
     return "-" if each.peak_bytes is None else f"{each.peak_bytes / 1e6:.0f}"
 
 
-def build_table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1) -> Table:
-    """Numbers to the right; the first `num_names` columns, which name the row, to the left."""
+def build_table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1, wraps_names: bool = False
+) -> Table:
+    """Numbers to the right; the first `num_names` columns, which name the row, to the left, in several lines if they may
+    be."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for place, title in enumerate(titles):
-        table.add_column(title, justify="left" if place < num_names else "right", no_wrap=True)
+        is_name = place < num_names
+        table.add_column(title, justify="left" if is_name else "right", no_wrap=not (is_name and wraps_names))
     for row in rows:
         table.add_row(*row)
     return table
