@@ -412,7 +412,7 @@ def many_tokens(count: int) -> list[dict[str, Any]]:
 def test_the_token_view_holds_five_thousand_tokens(chromium: Any, tmp_path: Path) -> None:
     tokens = many_tokens(5000)
     path = tmp_path / "long.html"
-    body = Section("tokens", "Tokens", token_view("token", tokens, "<prompt>"), is_long=True)
+    body = Section("tokens", "Tokens", token_view("token", tokens, "<prompt>" + "x" * 150), is_long=True)
     path.write_text(page("Long", [Chapter("", sections=[body])], scripts=[SCRIPT]), encoding="utf-8")
     opened = browser.open_page(chromium, path, width=390)
     check_quiet(opened)

@@ -50,8 +50,8 @@ def peak(each: Summary) -> str:
 def build_table(
     titles: Sequence[str], rows: Sequence[Sequence[str]], *, num_names: int = 1, wraps_names: bool = False
 ) -> Table:
-    """Numbers to the right; the first `num_names` columns, which name the row, to the left, in several lines if they may
-    be."""
+    """Numbers to the right; the first `num_names` columns, which name the row, to the left, in several lines where
+    they may be."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

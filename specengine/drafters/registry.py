@@ -59,6 +59,15 @@ def check(draft_model: object, target: DecoderSpec | None = None) -> None:
         raise ValueError(f"draft_model={draft_model!r}: {error}") from None
 
 
+def lookups() -> list[str]:
+    """The names of those that need no model at all, not even a part of the target: they look up in the text."""
+    return [
+        name
+        for name, module in DRAFTERS.items()
+        if not hasattr(importlib.import_module(module), "choose_argument")
+    ]
+
+
 def without_model(target: DecoderSpec) -> list[str]:
     """Every drafter that can run with this target and nothing else, with its argument."""
     names: list[str] = []

@@ -94,7 +94,7 @@ class Engine:
         profile, model, draft_model, fields = profiled.apply(config, model, draft_model, dict(config_fields))
         self.config = assembly.build_config(config, fields)
         if model is None:
-            raise TypeError("an engine needs a model, or a profile, which names one")
+            raise TypeError("an engine needs a model, or a profile, which names one; got NoneType")
         drafters = assembly.list_drafters(draft_model)
         self.device = assembly.resolve_device(self.config.device)
         backend = load_backend(self.config.backend, self.device, num_threads=self.config.num_threads)

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from specengine import bundled
 from specengine.call import Call
 from specengine.config import EngineConfig, SamplingParams
-from specengine.drafters.registry import names_a_drafter
+from specengine.drafters.registry import lookups, names_a_drafter, without_model
 from specengine.engine import Engine, profiled
 from specengine.kinds import AUTO
 from specengine.measure.predictions import Survey, merge_rounds, summarize_rounds, survey
@@ -44,7 +44,8 @@ from specengine.profiles import (
 from specengine.profiles import Round as KnownRound
 from specengine.prompt import Prompt
 
-LOOKUPS = ("suffix", "ngram")
+# Those that draft from the text alone.
+LOOKUPS = tuple(lookups())
 MODEL_DRAFTS = (1, 2, 4, 8)
 LOOKUP_DRAFTS = (2, 4, 8, 16)
 # Of the duel: candidates beside plain decoding, engines for them, repeats before all but the best end, and these.
@@ -454,10 +455,8 @@ def build_tuner(
     sources = [name_source(each) for each in (*drafts, *drafters) if each is not None]
     config = call.config
     if not any(source.partition(":")[0] not in LOOKUPS for source in sources):
-        num_layers = open_checkpoint(
-            call.model, revision=config.revision, allow_pickle=config.allow_pickle
-        ).spec.num_layers
-        sources += [f"self:{num_layers // 2}"] * (num_layers > 1)
+        target = open_checkpoint(call.model, revision=config.revision, allow_pickle=config.allow_pickle).spec
+        sources += [name for name in without_model(target) if name not in LOOKUPS]
     base = {"dtype": config.dtype, "weight_dtype": config.weight_dtype}
     setups = [
         Setup(source, dtype, **base)
