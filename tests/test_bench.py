@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
+import re
+import signal
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +130,38 @@ def test_a_row_that_is_none_is_named(tmp_path: Path) -> None:
     path.write_text('{"kind": "latency"}\n')
     with pytest.raises(ValueError, match=r"measured\.jsonl:1: not a measured row"):
         read_records(path)
+
+
+def test_a_real_interruption_at_a_real_terminal(tmp_path: Path) -> None:
+    """A table grows with how much is left; Ctrl-C ends it, and the file holds what is said to be in it."""
+    out = tmp_path / "measured.jsonl"
+    here, there = pty.openpty()
+    fcntl.ioctl(there, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "specengine", "bench", "latency", "-k", "1,2", "--repeats", "10000"]
+    running = subprocess.Popen(
+        [*command, "--max-new-tokens", "6", "--out", str(out)],
+        stdin=there,
+        stdout=subprocess.PIPE,
+        stderr=there,
+        env={**os.environ, "TERM": "xterm-256color"},
+    )
+    os.close(there)
+    said = b""
+    with contextlib.suppress(OSError):  # the terminal's end, once nobody writes to it
+        while read := os.read(here, 65536):
+            said += read
+            if running.poll() is None and out.exists() and out.read_bytes().count(b"\n") > 20:
+                running.send_signal(signal.SIGINT)
+    os.close(here)
+    table, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    assert "tokens/s" in text
+    assert re.search(r"measuring .*/90000 .* left", text)
+    assert b"plain" in table
+    made = re.search(r"interrupted: (\d+) of 90000 measurements were made", text)
+    assert made
+    assert len(read_records(out)) == int(made.group(1)) > 20
 
 
 @pytest.mark.parametrize("width", ["80", "200"])
