@@ -88,6 +88,10 @@ class Candidate:
     acceptance: str = "auto"
     is_changed: bool = False
 
+    def is_like(self, other: Candidate) -> bool:
+        """Whether they differ in the number of drafts only."""
+        return replace(self, num_speculative_tokens=other.num_speculative_tokens) == other
+
     @property
     def label(self) -> str:
         """For people."""
@@ -330,16 +334,20 @@ class Tuner:
         return sorted(result, key=lambda score: -score.speedup.median)
 
     def best(self) -> Score:
-        """Of those that went on to the end the fastest; plain decoding where none gains."""
+        """Of those that went on to the end the fastest; plain decoding where none gains.
+
+        Where several numbers of drafts are about as fast, the smallest: it wastes least on a text that is less
+        predictable than these.
+        """
         scores = self.scores()
         plain = next(score for score in scores if score.candidate == self.finalists[0])
         last = [score for score in scores if score.num_pairs == plain.num_pairs]
         best = last[0]
-        for score in last:
-            is_fixed = score.candidate.num_speculative_tokens != "auto"
-            if is_fixed and score.speedup.median * _ENOUGH > best.speedup.median:
-                best = score
-                break
+        equal = [score for score in last if score.speedup.median * _ENOUGH > best.speedup.median]
+        fixed = [score for score in equal if score.candidate.num_speculative_tokens != "auto"]
+        if fixed:
+            alike = [score for score in fixed if score.candidate.is_like(fixed[0].candidate)]
+            best = min(alike, key=lambda score: int(score.candidate.num_speculative_tokens))
         if best.speedup.median < _ENOUGH or best.speedup.low < _RISK:
             return plain
         return best
