@@ -17,6 +17,7 @@ from specengine.cli.measuring import (
     check_out,
     check_outputs,
     collect,
+    prepare_drafted_call,
     print_csv,
     read_lookaheads,
 )
@@ -81,14 +82,8 @@ def compare(
     check_outputs(as_json=as_json, as_csv=as_csv)
     ks = read_lookaheads(lookaheads)
 
-    from specengine.call import prepare_call
-    from specengine.measure.bench_prompts import read_prompts
-
-    texts = read_prompts(prompts, num_prompts)
-    chosen = {**options, "num_speculative_tokens": ks[0], "enable_prefix_cache": False}
-    call = prepare_call(texts, chosen)
-    if call.draft_model is None:
-        raise ValueError("bench compare needs a draft_model: without one there is only plain decoding")
+    chosen = {**options, "enable_prefix_cache": False}
+    call = prepare_drafted_call("bench compare", chosen, ks[0], prompts, num_prompts)
 
     from specengine.measure.compare import compare as measure_compare
     from specengine.measure.compare import count_measurements, differences, summarize
@@ -105,12 +100,10 @@ def compare(
     contestants, different = summarize(kept.records), differences(kept.records)
     if as_json:
         print_json(
-            {
-                "is_complete": kept.is_complete,
-                "contestants": [contestant.to_dict() for contestant in contestants],
-                "differences": [difference.to_dict() for difference in different],
-                "records": [record.to_dict() for record in kept.records],
-            }
+            kept.to_json(
+                contestants=[contestant.to_dict() for contestant in contestants],
+                differences=[difference.to_dict() for difference in different],
+            )
         )
     elif as_csv:
         print_csv([contestant.flat() for contestant in contestants])

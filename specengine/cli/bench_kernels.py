@@ -54,9 +54,7 @@ def kernels(
         draw=_draw,
     )
     if as_json:
-        print_json(
-            {"is_complete": kept.is_complete, "records": [record.to_dict() for record in kept.records]}
-        )
+        print_json(kept.to_json())
     elif as_csv:
         print_csv(_filled([cells(record) for record in kept.records]))
     elif kept.records:

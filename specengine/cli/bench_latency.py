@@ -17,6 +17,7 @@ from specengine.cli.measuring import (
     check_out,
     check_outputs,
     collect,
+    prepare_drafted_call,
     print_csv,
     read_lookaheads,
 )
@@ -71,13 +72,7 @@ def latency(
     check_outputs(as_json=as_json, as_csv=as_csv)
     ks = read_lookaheads(lookaheads)
 
-    from specengine.call import prepare_call
-    from specengine.measure.bench_prompts import read_prompts
-
-    texts = read_prompts(prompts, num_prompts)
-    call = prepare_call(texts, {**options, "num_speculative_tokens": ks[0]})
-    if call.draft_model is None:
-        raise ValueError("bench latency needs a draft_model: without one there is only plain decoding")
+    call = prepare_drafted_call("bench latency", options, ks[0], prompts, num_prompts)
 
     from specengine.measure.latency import count_measurements, summarize
 
@@ -90,13 +85,7 @@ def latency(
     )
     summaries = summarize(kept.records)
     if as_json:
-        print_json(
-            {
-                "is_complete": kept.is_complete,
-                "summaries": [summary.to_dict() for summary in summaries],
-                "records": [record.to_dict() for record in kept.records],
-            }
-        )
+        print_json(kept.to_json(summaries=[summary.to_dict() for summary in summaries]))
     elif as_csv:
         print_csv([_flat(summary) for summary in summaries])
     else:

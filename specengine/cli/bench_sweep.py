@@ -27,7 +27,7 @@ from specengine.cli.measuring import (
 from specengine.cli.options import AsJson, takes
 from specengine.cli.output import print_json
 from specengine.config import EngineConfig, ModelOptions, SamplingParams
-from specengine.kinds import Integer
+from specengine.kinds import Flag, Integer
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -46,6 +46,13 @@ TITLES = (
 )
 BUNDLED = "bundled"
 _SWITCH = {"on": True, "true": True, "off": False, "false": False}
+
+
+class _OnOrOff(Flag):
+    def parse(self, text: str) -> bool:
+        if text not in _SWITCH:
+            raise ValueError(f"enable_prefix_cache must be a list of on and off, got {text!r}")
+        return _SWITCH[text]
 
 
 def _axis(help: str, flag: str | None = None) -> Any:
@@ -106,13 +113,13 @@ def sweep(
     """
     check_outputs(as_json=as_json, as_csv=as_csv)
     model, drafters = _read_pairs(options.get("model"), draft_model)
-    batch_sizes = read_list("batch_size", batch_size, _read_count)
+    batch_sizes = read_list("batch_size", batch_size, Integer(1, 4096))
     axes = {
         "draft_model": drafters,
         "dtype": read_list("dtype", dtype),
         "weight_dtype": read_list("weight_dtype", weight_dtype),
         "draft_weight_dtype": read_list("draft_weight_dtype", draft_weight_dtype),
-        "enable_prefix_cache": read_list("enable_prefix_cache", enable_prefix_cache, _read_switch),
+        "enable_prefix_cache": read_list("enable_prefix_cache", enable_prefix_cache, _OnOrOff()),
         "batch_size": batch_sizes,
         "acceptance": read_list("acceptance", acceptance),
         "top_k": read_list("top_k", top_k),
@@ -138,13 +145,7 @@ def sweep(
     )
     cells = summarize(kept.records)
     if as_json:
-        print_json(
-            {
-                "is_complete": kept.is_complete,
-                "cells": [cell.to_dict() for cell in cells],
-                "records": [record.to_dict() for record in kept.records],
-            }
-        )
+        print_json(kept.to_json(cells=[cell.to_dict() for cell in cells]))
     elif as_csv:
         print_csv([cell.flat() for cell in cells])
     else:
@@ -177,17 +178,6 @@ def _read_pairs(model: Any, draft_models: Sequence[str] | None) -> tuple[Any, li
 def _split(text: str, separator: str) -> list[str]:
     """A directory's name may hold the separator."""
     return [text] if Path(text).is_dir() else [part.strip() for part in text.split(separator)]
-
-
-def _read_switch(text: str) -> bool:
-    if text not in _SWITCH:
-        raise ValueError(f"enable_prefix_cache must be a list of on and off, got {text!r}")
-    return _SWITCH[text]
-
-
-def _read_count(text: str) -> int:
-    kind = Integer(1, 4096)
-    return int(kind.check("batch_size", kind.parse(text)))
 
 
 # Tables: one for all that differs in temperature and k only

@@ -25,13 +25,14 @@ from specengine.config import (
     field_names,
 )
 from specengine.errors import SpecEngineError
-from specengine.kinds import IntegerOrAuto
+from specengine.kinds import IntegerOrAuto, Kind
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
     from rich.console import RenderableType
 
+    from specengine.call import Call
     from specengine.measure.records import Record
 
 Prompts = Annotated[
@@ -69,22 +70,29 @@ def all_options_but(*names: str) -> list[str]:
 
 def read_lookaheads(text: str) -> list[int | str]:
     """Numbers of draft tokens, each once."""
-    kind = IntegerOrAuto(1, MAX_NUM_SPECULATIVE_TOKENS)
-    ks = [kind.check("num_speculative_tokens", kind.parse(part.strip())) for part in text.split(",")]
-    return list(dict.fromkeys(ks))
+    return read_list("num_speculative_tokens", text, IntegerOrAuto(1, MAX_NUM_SPECULATIVE_TOKENS))
 
 
-def read_list(name: str, text: str, read: Callable[[str], Any] | None = None) -> list[Any]:
-    """Values of an option, written with commas, each once; as the option's declaration reads and checks them unless
-    `read` does."""
-    if read is None:
+def read_list(name: str, text: str, kind: Kind | None = None) -> list[Any]:
+    """Values of an option, written with commas, each once; of the kind that the option is declared to be unless another
+    is given."""
+    if kind is None:
         item = next(item for group in _GROUPS for item in fields(group) if item.name == name)
         kind = declaration(item).kind
+    return list(dict.fromkeys(kind.check(name, kind.parse(part.strip())) for part in text.split(",")))
 
-        def read(part: str) -> Any:
-            return kind.check(name, kind.parse(part))
 
-    return list(dict.fromkeys(read(part.strip()) for part in text.split(",")))
+def prepare_drafted_call(
+    command: str, options: Mapping[str, Any], k: int | str, prompts: Path | None, num_prompts: int | None
+) -> Call:
+    """The call whose engine is measured: with the prompts of a file or bundled ones, and with something that drafts."""
+    from specengine.call import prepare_call
+    from specengine.measure.bench_prompts import read_prompts
+
+    call = prepare_call(read_prompts(prompts, num_prompts), {**options, "num_speculative_tokens": k})
+    if call.draft_model is None:
+        raise ValueError(f"{command} needs a draft_model: without one there is only plain decoding")
+    return call
 
 
 def check_outputs(*, as_json: bool, as_csv: bool) -> None:
@@ -113,6 +121,11 @@ class Measurements:
     @property
     def is_complete(self) -> bool:
         return self.failure is None
+
+    def to_json(self, **found: Any) -> dict[str, Any]:
+        """What a command writes with --json: whether it is all, what was found, and every record."""
+        records = [record.to_dict() for record in self.records]
+        return {"is_complete": self.is_complete, **found, "records": records}
 
     def finish(self) -> None:
         """Says what was kept where it is not all, and ends the command as what ended it early asks."""

@@ -18,6 +18,8 @@ from specengine.cli.measuring import (
     all_options_but,
     check_out,
     collect,
+    prepare_drafted_call,
+    read_list,
 )
 from specengine.cli.options import AsJson, takes
 from specengine.cli.output import print_json
@@ -26,14 +28,12 @@ from specengine.config import (
     EngineConfig,
     ModelOptions,
     SamplingParams,
-    declaration,
 )
 from specengine.kinds import Integer
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from specengine.call import Call
     from specengine.measure.records import Record
 
 _TITLES = ("temperature, k", "ms", "speed-up (95 %)", "tokens a round", "accepted")
@@ -131,18 +131,12 @@ def _measure(
     repeats: int,
     out: Path | None,
 ) -> Measurements:
-    ks = _numbers("num_speculative_tokens", lookaheads, Integer(1, MAX_NUM_SPECULATIVE_TOKENS))
-    by_name = {item.name: item for item in SamplingParams.__dataclass_fields__.values()}
-    heats = _numbers("temperature", temperatures, declaration(by_name["temperature"]).kind)
+    ks = read_list("num_speculative_tokens", lookaheads, Integer(1, MAX_NUM_SPECULATIVE_TOKENS))
+    heats = read_list("temperature", temperatures)
+    call = prepare_drafted_call("report", options, ks[0], prompts, num_prompts)
 
-    from specengine.call import prepare_call
-    from specengine.measure.bench_prompts import read_prompts
     from specengine.measure.report_run import count_report_records, measure_report
 
-    texts = read_prompts(prompts, num_prompts)
-    call: Call = prepare_call(texts, {**options, "num_speculative_tokens": ks[0]})
-    if call.draft_model is None:
-        raise ValueError("report needs a draft_model: without one there is only plain decoding")
     check_out(out)
     return collect(
         measure_report(call, ks, heats, repeats=repeats),
@@ -150,11 +144,6 @@ def _measure(
         out=out,
         draw=_draw,
     )
-
-
-def _numbers(name: str, text: str, kind: Any) -> list[Any]:
-    values = [kind.check(name, kind.parse(part.strip())) for part in text.split(",")]
-    return list(dict.fromkeys(values))
 
 
 def _check_new(path: Path, option: str) -> None:

@@ -9,16 +9,15 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-    from specengine.measure.summary import Interval, Summary
+    from specengine.measure.summary import HasInterval, Interval, Summary
 
 _NO_LIMIT = 10_000
 
 
-def speedup(value: Interval | None) -> str:
-    if value is None:
-        return "-"
-    digits = 2 if value.high < 10 else 1 if value.high < 100 else 0
-    return f"{value.median:.{digits}f}× ({value.low:.{digits}f}–{value.high:.{digits}f})"
+def speedup(value: HasInterval | None) -> str:
+    from specengine.measure.summary import ratio_text
+
+    return "-" if value is None else ratio_text(value)
 
 
 def reduction(value: Interval | None) -> str:

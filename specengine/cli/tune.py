@@ -96,10 +96,9 @@ def tune(
         write.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
     if as_json:
         print_json(
-            {
-                "is_complete": kept.is_complete,
-                "profile": None if profile is None else profile.model_dump(),
-                "scores": [
+            kept.to_json(
+                profile=None if profile is None else profile.model_dump(),
+                scores=[
                     {
                         "candidate": score.candidate.label,
                         "speedup": score.speedup.model_dump(),
@@ -108,8 +107,7 @@ def tune(
                     }
                     for score in tuner.scores()
                 ],
-                "records": [record.to_dict() for record in kept.records],
-            }
+            )
         )
     else:
         _print(tuner, profile)
@@ -146,7 +144,7 @@ def _table(scores: Sequence[Score]) -> Table:
     rows = [
         [
             score.candidate.label,
-            f"{score.speedup.median:.2f}× ({score.speedup.low:.2f}–{score.speedup.high:.2f})",
+            tables.speedup(score.speedup),
             f"{score.tokens_per_second:.0f}",
             str(score.num_pairs),
         ]

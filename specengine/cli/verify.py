@@ -94,13 +94,11 @@ def verify(
         write_page(page, verify_page.page(kept.records, plan.num_checks))
     if as_json:
         print_json(
-            {
-                "is_complete": kept.is_complete,
-                "is_lossless": kept.is_complete and verify_page.is_lossless(kept.records),
-                "significance": plan.significance,
-                "checks": [record.measured for record in kept.records],
-                "records": [record.to_dict() for record in kept.records],
-            }
+            kept.to_json(
+                is_lossless=kept.is_complete and verify_page.is_lossless(kept.records),
+                significance=plan.significance,
+                checks=[record.measured for record in kept.records],
+            )
         )
     elif kept.records:
         _print(kept.records, plan.num_checks)

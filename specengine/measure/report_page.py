@@ -13,6 +13,7 @@ from specengine.measure import figures
 from specengine.measure.figures import Explained, Style
 from specengine.measure.findings import Findings, Positions, Row, Theory
 from specengine.measure.report import Chapter, Draw, Section, page, table
+from specengine.measure.summary import ratio_text
 from specengine.measure.token_view import SCRIPT, token_view
 
 TITLE = "Speculative decoding, measured"
@@ -123,9 +124,7 @@ def _table(rows: Sequence[Row]) -> list[list[str]]:
             f"{row.temperature:g}",
             "plain" if row.k == 0 else str(row.k),
             f"{row.summary.seconds.median * 1e3:.1f}",
-            "–"
-            if row.summary.speedup is None or row.k == 0
-            else f"{row.summary.speedup.median:.2f}× ({row.summary.speedup.low:.2f}–{row.summary.speedup.high:.2f})",
+            "–" if row.summary.speedup is None or row.k == 0 else ratio_text(row.summary.speedup),
             f"{row.summary.tokens_per_second.median:.0f}",
             f"{row.summary.time_to_first_token.median * 1e3:.1f}",
             f"{row.summary.target_forwards:g}",

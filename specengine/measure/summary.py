@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from specengine.measure.records import Record
 from specengine.measure.statistics import median_interval, ratio_interval
@@ -18,6 +18,23 @@ class Interval:
     median: float
     low: float
     high: float
+
+
+class HasInterval(Protocol):
+    """A median, and the ends of its interval."""
+
+    @property
+    def median(self) -> float: ...
+    @property
+    def low(self) -> float: ...
+    @property
+    def high(self) -> float: ...
+
+
+def ratio_text(value: HasInterval) -> str:
+    """For people."""
+    digits = 2 if value.high < 10 else 1 if value.high < 100 else 0
+    return f"{value.median:.{digits}f}× ({value.low:.{digits}f}–{value.high:.{digits}f})"
 
 
 @dataclass(frozen=True, kw_only=True)
