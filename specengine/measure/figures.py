@@ -770,13 +770,8 @@ def forwards_by_k(
     """
     ks = sorted(forwards)
     fewest = [1 + -(-(num_tokens - 1) // (k + 1)) for k in ks]
-    with _axes(style) as (figure, axes):
-        _lines(axes, {"measured": forwards}, style, "{}")
-        axes.plot(ks, fewest, **_series(style, 1), label="if every draft were accepted")
-        axes.set_ylim(bottom=0)
-        title = "Forwards of the target against k"
-        _label(axes, title, f"drafts a round, k\n{_counted({'': forwards})}", "forwards")
-        _legend(figure, axes)
+    title = "Forwards of the target against k"
+    figure = _beside_the_best(forwards, fewest, title, "forwards", style)
     return Explained(
         "forwards-by-k",
         figure,
@@ -793,14 +788,8 @@ def accepted_by_k(accepted: Mapping[int, Sequence[float]], *, style: Style = "li
 
     accepted: by k, the mean of each repetition or prompt
     """
-    ks = sorted(accepted)
-    with _axes(style) as (figure, axes):
-        _lines(axes, {"measured": accepted}, style, "{}")
-        axes.plot(ks, ks, **_series(style, 1), label="if every draft were accepted")
-        axes.set_ylim(bottom=0)
-        title = "Accepted drafts of a round against k"
-        _label(axes, title, f"drafts a round, k\n{_counted({'': accepted})}", "accepted drafts a round")
-        _legend(figure, axes)
+    title = "Accepted drafts of a round against k"
+    figure = _beside_the_best(accepted, sorted(accepted), title, "accepted drafts a round", style)
     return Explained(
         "accepted-by-k",
         figure,
@@ -809,6 +798,19 @@ def accepted_by_k(accepted: Mapping[int, Sequence[float]], *, style: Style = "li
         "The line flattens, since a draft counts only if all before it were right.",
         f"A line of accepted drafts a round against k. {_described({'measured': accepted}, '{}')}",
     )
+
+
+def _beside_the_best(
+    measured: Mapping[int, Sequence[float]], best: Sequence[float], title: str, quantity: str, style: Style
+) -> Figure:
+    """Against k, what was measured, and what it would be if every draft were accepted."""
+    with _axes(style) as (figure, axes):
+        _lines(axes, {"measured": measured}, style, "{}")
+        axes.plot(sorted(measured), best, **_series(style, 1), label="if every draft were accepted")
+        axes.set_ylim(bottom=0)
+        _label(axes, title, f"drafts a round, k\n{_counted({'': measured})}", quantity)
+        _legend(figure, axes)
+    return figure
 
 
 def bars_by_prompt(
