@@ -1,4 +1,4 @@
-"""logits = LayerNorm(hidden) W^T in one launch, fp32, rows padded to whole tiles of 128 tokens with -inf.
+"""logits = norm(hidden) W^T in one launch, fp32, rows padded to whole tiles of 128 tokens with -inf.
 
 See `specengine.kernels.reference.head`.
 """

@@ -1,4 +1,4 @@
-"""activation(LayerNorm(hidden) W^T + b) in one launch.
+"""activation(norm(hidden) W^T + b) in one launch.
 
 Each program norms sixteen rows (their mean and variance in one pass over the row, which stays in the first cache) and
 multiplies them with a tile of the weights. Reads hidden and the weights once, writes the output; see
@@ -15,11 +15,13 @@ from torch import Tensor
 from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import (
+    GATED,
     activate,
     check_activation,
     check_linear,
     chunk_of,
     count_rows,
+    gate,
     norm_multiply,
 )
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
@@ -78,9 +80,16 @@ def spec_norm_linear(
         BLOCK_N,
         BLOCK_K,
     )
-    out = activate(total, ACTIVATION)
-    where = rows[:, None].to(tl.int64) * out_stride + wanted[None, :]
-    tl.store(out_ptr + where, out, mask=row_mask[:, None] & (wanted < NUM_COLUMNS)[None, :])
+    if ACTIVATION == "swiglu":
+        out = gate(total)
+        at = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        has_column = at < NUM_COLUMNS // 2
+    else:
+        out = activate(total, ACTIVATION)
+        at = wanted
+        has_column = wanted < NUM_COLUMNS
+    where = rows[:, None].to(tl.int64) * out_stride + at[None, :]
+    tl.store(out_ptr + where, out, mask=row_mask[:, None] & has_column[None, :])
 
 
 def norm_linear(
@@ -94,13 +103,18 @@ def norm_linear(
 ) -> Tensor:
     """See `specengine.kernels.reference.norm_linear`.
 
-    out:      `[T, N]` fp32 with contiguous rows to write to
+    out:      `[T, N]` fp32 (`swiglu`: `[T, N / 2]`) with contiguous rows to write to
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
     """
     check_linear("hidden", hidden, weight)
-    check_activation(activation)
+    check_activation(activation, may_gate=True)
+    width = weight.out_features
+    if activation == GATED:
+        if width % 2:
+            raise ValueError(f"weight: {width} output features are no pairs, which swiglu wants")
+        width //= 2
     if out is None:
-        out = torch.empty(hidden.shape[0], weight.out_features, device=hidden.device)
+        out = torch.empty(hidden.shape[0], width, device=hidden.device)
     tile = choose_tile(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )

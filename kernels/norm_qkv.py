@@ -1,4 +1,4 @@
-"""LayerNorm, query/key/value projection, rotary positions and the KV append in one launch.
+"""Norm, query/key/value projection, rotary positions and the KV append in one launch.
 
 A program computes some features of one head for sixteen rows and writes them where they belong: queries to the
 output, keys and values to the paged cache. See `specengine.kernels.reference.norm_qkv`.
@@ -35,6 +35,7 @@ def spec_norm_qkv(
     kv_cache_ptr,
     num_blocks,
     rotary_ptr,
+    head_norm_ptr,
     num_rows,
     num_rows_ptr,
     WIDTH: tl.constexpr,
@@ -91,6 +92,8 @@ def spec_norm_qkv(
         kv_cache_ptr,
         num_blocks,
         rotary_ptr,
+        head_norm_ptr,
+        eps,
         NUM_HEADS,
         NUM_KV_HEADS,
         HEAD_DIM,
@@ -107,6 +110,7 @@ def norm_qkv(
     kv_slots: Tensor,
     kv_cache: Tensor,
     rotary: Tensor | None,
+    head_norm: Tensor | None = None,
     *,
     num_rows: Tensor | None = None,
 ) -> Tensor:
@@ -115,13 +119,13 @@ def norm_qkv(
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
     """
     check_linear("hidden", hidden, weight)
-    num_heads = check_places(hidden.shape[0], weight, positions, kv_slots, kv_cache, rotary)
+    num_heads = check_places(hidden.shape[0], weight, positions, kv_slots, kv_cache, rotary, head_norm)
     _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
     query = torch.empty(hidden.shape[0], num_heads, head_dim, device=hidden.device)
     tile = choose_tile(
         "norm_qkv", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
-    num_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, tile.block_n, rotary)
+    num_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, tile.block_n, rotary, head_norm)
     launch(
         spec_norm_qkv,
         (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
@@ -139,6 +143,7 @@ def norm_qkv(
         kv_cache,
         num_blocks,
         rotary,
+        head_norm,
         hidden.shape[0],
         num_rows,
         WIDTH=weight.in_features,

@@ -114,6 +114,8 @@ def spec_parallel_norm_linear(
             kv_cache_ptr,
             num_blocks,
             rotary_ptr,
+            None,
+            eps,
             NUM_HEADS,
             NUM_KV_HEADS,
             HEAD_DIM,

@@ -186,12 +186,14 @@ def random_layer(
     has_bias: bool = True,
     seed: int = 0,
     ops: Backend = NATIVE,
+    is_rms: bool = False,
 ) -> Layer:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
     bias = torch.randn(out_features, generator=generator) if has_bias else None
     scale = 0.5 + torch.rand(in_features, generator=generator)
-    norm = Norm(scale, torch.randn(in_features, generator=generator), 1e-5)
+    shift = torch.randn(in_features, generator=generator)
+    norm = Norm(scale, None if is_rms else shift, 1e-5)
     if dtype == torch.int8:
         quantized, row_scale = quantize_rows(weight)
         plain = PackedLinear(quantized, bias, in_features, out_features, row_scale)

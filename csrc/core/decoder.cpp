@@ -31,7 +31,7 @@ void DecoderRunner::reserve(const BatchView& batch) {
     if (const auto* linear = std::get_if<LinearResidualStep>(&step)) {
       widen(linear->out, linear->weight.out_features);
     } else if (const auto* linear = std::get_if<NormLinearStep>(&step)) {
-      widen(linear->out, linear->weight.out_features);
+      widen(linear->out, activated_columns(linear->weight.out_features, linear->activation));
     }
   }
   for (size_t i = 0; i < std::size(width); ++i) buffers_[i].reserve(batch.num_tokens * width[i]);
@@ -49,7 +49,8 @@ void DecoderRunner::run(const NormQkvStep& step, const BatchView& batch) {
                         batch.block_size,
                         program_.head_dim,
                         program_.rotary,
-                        program_.rotary_half};
+                        program_.rotary_half,
+                        step.head_norm};
   norm_qkv(at(Register::kHidden), batch.num_tokens, step.norm, step.weight, append,
            at(Register::kQuery));
 }
@@ -83,7 +84,7 @@ void DecoderRunner::run(const LinearResidualStep& step, const BatchView& batch) 
 void DecoderRunner::run(const NormLinearStep& step, const BatchView& batch) {
   const int64_t width = step.weight.out_features;
   linear({at(step.source), batch.num_tokens, &step.norm, &step.weight, step.activation, nullptr,
-          at(step.out), width, width});
+          at(step.out), activated_columns(width, step.activation), width});
 }
 
 void DecoderRunner::run_layers(const BatchView& batch) {

@@ -19,6 +19,7 @@ struct NormQkvStep {
   int64_t layer;
   NormWeight norm;
   LinearWeight weight;
+  const float* head_norm;  // see KvAppend
 };
 struct AttentionStep {
   int64_t layer;

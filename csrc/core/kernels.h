@@ -39,7 +39,11 @@ constexpr int kNumMaximaGroups = 512;
 constexpr int kNumMassBins = 1024;
 constexpr float kMassBinsPerNat = 32.0f;
 
-enum class Activation { kNone, kRelu, kGelu, kGeluTanh };
+// kSwiglu makes one column of two: silu(column 2 i) * column 2 i + 1.
+enum class Activation { kNone, kRelu, kGelu, kGeluTanh, kSwiglu };
+constexpr int64_t activated_columns(int64_t columns, Activation activation) {
+  return activation == Activation::kSwiglu ? columns / 2 : columns;
+}
 
 // Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, row_words] words, each a
 // float, a pair of bf16 or a quad of int8, as the instruction set likes to multiply with the
@@ -52,11 +56,11 @@ struct LinearArgs {
   int64_t k;
   const float* scale;     // [num_columns] of int8 weights, else null
   const float* bias;      // [num_columns] or null
-  const float* residual;  // [num_rows, num_columns] or null
+  const float* residual;  // [num_rows, num_columns] or null; not with kSwiglu
   Activation activation;
   float* out;  // [num_rows, stride out_stride]
   int64_t out_stride;
-  int64_t num_columns;       // columns that are stored
+  int64_t num_columns;       // columns of the weight that are computed
   int64_t first_column = 0;  // the column that out[row][0] holds
 };
 
@@ -94,8 +98,9 @@ struct RaceResult {
 
 struct Kernels {
   const char* name;
-  void (*layer_norm)(const float* x, const float* weight, const float* bias, float eps,
-                     int64_t size, float* out);
+  // LayerNorm; without a bias RMSNorm. `out` may be `x`.
+  void (*norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t size,
+                   float* out);
   int (*row_words)(DType weights);
   void (*pack_row)(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride);
   void (*linear_panel)(const LinearArgs& args, int64_t panel);

@@ -32,7 +32,7 @@ const float* pack_rows(const LinearCall& call) {
     const float* x = call.x + row * k;
     if (call.norm != nullptr) {
       float* normal = normal_scratch.reserve(k);
-      isa.layer_norm(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
+      isa.norm_row(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
       x = normal;
     }
     isa.pack_row(x, k, weight.dtype, words + row * row_words, chunk_stride);
@@ -145,8 +145,15 @@ void norm_qkv(const float* hidden, int64_t num_rows, const NormWeight& norm,
   linear({hidden, num_rows, &norm, &weight, Activation::kNone, nullptr, projected, width, width});
   const int64_t kv_width = append.num_kv_heads * append.head_dim;
   const int64_t query_width = width - 2 * kv_width;
+  const Kernels& isa = kernels();
   parallel_for(num_rows, num_rows * width >= kMinParallelWork, [&](int64_t row) {
     float* values = projected + row * width;
+    if (append.head_norm != nullptr) {
+      for (int64_t at = 0; at < query_width + kv_width; at += append.head_dim) {
+        const float* weight = append.head_norm + (at < query_width ? 0 : append.head_dim);
+        isa.norm_row(values + at, weight, nullptr, norm.eps, append.head_dim, values + at);
+      }
+    }
     if (append.rotary != nullptr) {
       const float* table = append.rotary + append.positions[row] * 2 * append.rotary_half;
       for (int64_t at = 0; at < query_width + kv_width; at += append.head_dim) {

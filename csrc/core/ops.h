@@ -41,7 +41,7 @@ struct LinearWeight {
 
 struct NormWeight {
   const float* weight;
-  const float* bias;
+  const float* bias;  // null: RMSNorm
   float eps;
 };
 
@@ -96,6 +96,7 @@ struct KvAppend {
   int64_t num_blocks, num_kv_heads, block_size, head_dim;
   const float* rotary;  // [P, 2, half] or null
   int64_t rotary_half;
+  const float* head_norm = nullptr;  // [2, head_dim]: RMSNorm of each query's and key's head
 };
 void norm_qkv(const float* hidden, int64_t num_rows, const NormWeight& norm,
               const LinearWeight& weight, const KvAppend& append, float* query);

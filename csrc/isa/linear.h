@@ -1,5 +1,20 @@
-// LayerNorm of one row and one panel of a linear layer. Included inside an instruction set's
+// The norm of one row and one panel of a linear layer. Included inside an instruction set's
 // namespace.
+
+// Sum of (x - mean)^2.
+inline float sum_of_squares(const float* x, float mean, int64_t size) {
+  const int64_t whole = size / 16 * 16;
+  F16 squares = set1(0.0f);
+  for (int64_t i = 0; i < whole; i += 16) {
+    const F16 centred = load(x + i) - set1(mean);
+    squares = fma(centred, centred, squares);
+  }
+  if (const int rest = static_cast<int>(size - whole); rest > 0) {
+    const F16 centred = load_first(x + whole, rest, mean) - set1(mean);
+    squares = fma(centred, centred, squares);
+  }
+  return reduce_add(squares);
+}
 
 inline void layer_norm(const float* x, const float* weight, const float* bias, float eps,
                        int64_t size, float* out) {
@@ -9,16 +24,7 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
   for (int64_t i = 0; i < whole; i += 16) sum = sum + load(x + i);
   if (rest > 0) sum = sum + load_first(x + whole, rest, 0.0f);
   const float mean = reduce_add(sum) / static_cast<float>(size);
-  F16 squares = set1(0.0f);
-  for (int64_t i = 0; i < whole; i += 16) {
-    const F16 centred = load(x + i) - set1(mean);
-    squares = fma(centred, centred, squares);
-  }
-  if (rest > 0) {
-    const F16 centred = load_first(x + whole, rest, mean) - set1(mean);
-    squares = fma(centred, centred, squares);
-  }
-  const float variance = reduce_add(squares) / static_cast<float>(size);
+  const float variance = sum_of_squares(x, mean, size) / static_cast<float>(size);
   const float scale = 1.0f / __builtin_sqrtf(variance + eps);
   for (int64_t i = 0; i < whole; i += 16) {
     const F16 normal = (load(x + i) - set1(mean)) * set1(scale);
@@ -29,6 +35,26 @@ inline void layer_norm(const float* x, const float* weight, const float* bias, f
     const F16 y =
         fma(normal, load_first(weight + whole, rest, 0.0f), load_first(bias + whole, rest, 0.0f));
     store_first(out + whole, y, rest);
+  }
+}
+
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t size, float* out) {
+  const int64_t whole = size / 16 * 16;
+  const float mean_square = sum_of_squares(x, 0.0f, size) / static_cast<float>(size);
+  const F16 scale = set1(1.0f / __builtin_sqrtf(mean_square + eps));
+  for (int64_t i = 0; i < whole; i += 16) store(out + i, load(x + i) * scale * load(weight + i));
+  if (const int rest = static_cast<int>(size - whole); rest > 0) {
+    const F16 normal = load_first(x + whole, rest, 0.0f) * scale;
+    store_first(out + whole, normal * load_first(weight + whole, rest, 0.0f), rest);
+  }
+}
+
+inline void norm_row(const float* x, const float* weight, const float* bias, float eps,
+                     int64_t size, float* out) {
+  if (bias == nullptr) {
+    rms_norm(x, weight, eps, size, out);
+  } else {
+    layer_norm(x, weight, bias, eps, size, out);
   }
 }
 
@@ -261,15 +287,42 @@ inline void multiply_chunk(int num_rows, const char* weights, const char* next, 
   }
 }
 
+// A panel's row, of which `column` is the first: sums to outputs, but for the activation.
+inline F16 finish_columns(const LinearArgs& args, int64_t column, int n, const float* totals) {
+  F16 y = load(totals);
+  if (args.scale != nullptr) y = y * load_first(args.scale + column, n, 0.0f);
+  if (args.bias != nullptr) y = y + load_first(args.bias + column, n, 0.0f);
+  return y;
+}
+
+// Of kSwiglu: pairs of columns to one.
+inline void store_gated_row(const LinearArgs& args, int64_t row, int64_t column,
+                            const float* totals) {
+  alignas(64) float values[kPanelColumns], gates[kPanelColumns / 2], factors[kPanelColumns / 2];
+  const int64_t left = args.num_columns - column;
+  const int count = left < kPanelColumns ? static_cast<int>(left) : kPanelColumns;
+  for (int c = 0; c < count; c += 16) {
+    const int n = count - c < 16 ? count - c : 16;
+    store(values + c, finish_columns(args, column + c, n, totals + c));
+  }
+  for (int i = 0; i < kPanelColumns / 2; ++i) {
+    gates[i] = values[2 * i];
+    factors[i] = values[2 * i + 1];
+  }
+  float* out = args.out + row * args.out_stride + (column - args.first_column) / 2;
+  for (int c = 0; c < count / 2; c += 16) {
+    const int n = count / 2 - c < 16 ? count / 2 - c : 16;
+    store_first(out + c, silu(load(gates + c)) * load(factors + c), n);
+  }
+}
+
 inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
                             const float* totals) {
+  if (args.activation == Activation::kSwiglu) return store_gated_row(args, row, column, totals);
   for (int c = 0; c < kPanelColumns && column < args.num_columns; c += 16, column += 16) {
     const int64_t left = args.num_columns - column;
     const int n = left < 16 ? static_cast<int>(left) : 16;
-    F16 y = load(totals + c);
-    if (args.scale != nullptr) y = y * load_first(args.scale + column, n, 0.0f);
-    if (args.bias != nullptr) y = y + load_first(args.bias + column, n, 0.0f);
-    y = activate(y, args.activation);
+    F16 y = activate(finish_columns(args, column, n, totals + c), args.activation);
     if (args.residual != nullptr) {
       y = load_first(args.residual + row * args.num_columns + column, n, 0.0f) + y;
     }

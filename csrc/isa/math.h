@@ -97,6 +97,8 @@ inline F16 gelu(F16 x) {
   return set1(0.5f) * x * (set1(1.0f) + erf(x * set1(0.70710678118654752f)));
 }
 
+inline F16 silu(F16 x) { return x / (set1(1.0f) + exp(set1(0.0f) - x)); }
+
 inline F16 activate(F16 x, Activation activation) {
   switch (activation) {
     case Activation::kRelu:
@@ -105,6 +107,7 @@ inline F16 activate(F16 x, Activation activation) {
       return gelu(x);
     case Activation::kGeluTanh:
       return gelu_tanh(x);
+    case Activation::kSwiglu:  // of two columns: the caller's
     case Activation::kNone:
       break;
   }

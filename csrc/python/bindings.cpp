@@ -80,18 +80,19 @@ Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& 
   return out;
 }
 
-Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
-                      double eps, const Tensor& panels, const std::optional<Tensor>& scale,
-                      const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
-                      const std::string& activation) {
+Tensor norm_linear_op(const Tensor& hidden, const Tensor& norm_scale,
+                      const std::optional<Tensor>& norm_bias, double eps, const Tensor& panels,
+                      const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                      int64_t in_features, int64_t out_features, const std::string& activation) {
   const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   const Activation kind = activation_of(activation);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
-  Tensor out = at::empty({hidden.size(0), out_features}, at::kFloat);
+  const int64_t width = check_activated(out_features, kind);
+  Tensor out = at::empty({hidden.size(0), width}, at::kFloat);
   const ReleaseGil released;
   linear({hidden.data_ptr<float>(), hidden.size(0), &norm, &weight, kind, nullptr,
-          out.data_ptr<float>(), out_features, out_features});
+          out.data_ptr<float>(), width, out_features});
   return out;
 }
 
@@ -108,10 +109,10 @@ Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::opti
   return out;
 }
 
-Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
-               const Tensor& panels, const std::optional<Tensor>& scale,
-               const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
-               int64_t vocab_size) {
+Tensor head_op(const Tensor& hidden, const Tensor& norm_scale,
+               const std::optional<Tensor>& norm_bias, double eps, const Tensor& panels,
+               const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+               int64_t in_features, int64_t out_features, int64_t vocab_size) {
   const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   check_vocab_size(vocab_size, out_features);
@@ -125,8 +126,8 @@ Tensor head_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& nor
 }
 
 std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm_scale,
-                                        const Tensor& norm_bias, double eps, const Tensor& panels,
-                                        const std::optional<Tensor>& scale,
+                                        const std::optional<Tensor>& norm_bias, double eps,
+                                        const Tensor& panels, const std::optional<Tensor>& scale,
                                         const std::optional<Tensor>& bias, int64_t in_features,
                                         int64_t out_features, int64_t vocab_size,
                                         const RowTensors& rows, const Tensor& positions) {
@@ -145,11 +146,12 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
   return {tokens, error};
 }
 
-Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor& norm_bias,
-                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
-                   const Tensor& positions, const Tensor& kv_slots, const Tensor& kv_cache,
-                   const std::optional<Tensor>& rotary) {
+Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale,
+                   const std::optional<Tensor>& norm_bias, double eps, const Tensor& panels,
+                   const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                   int64_t in_features, int64_t out_features, const Tensor& positions,
+                   const Tensor& kv_slots, const Tensor& kv_cache,
+                   const std::optional<Tensor>& rotary, const std::optional<Tensor>& head_norm) {
   const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
   const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
@@ -177,7 +179,8 @@ Tensor norm_qkv_op(const Tensor& hidden, const Tensor& norm_scale, const Tensor&
                   kv_cache.size(3),
                   head_dim,
                   nullptr,
-                  0};
+                  0,
+                  head_norm_weight(head_norm, head_dim)};
   if (rotary) {
     dense_input(*rotary, "rotary", at::kFloat, {-1, 2, -1});
     if (2 * rotary->size(2) > head_dim)

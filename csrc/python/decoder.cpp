@@ -104,14 +104,17 @@ class PyDecoder {
     widths_[static_cast<int>(Register::kAttended)] = num_heads * head_dim;
   }
 
-  void norm_qkv(int64_t layer, const Tensor& norm_scale, const Tensor& norm_bias, double eps,
-                const Tensor& panels, const std::optional<Tensor>& scale,
-                const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
+  void norm_qkv(int64_t layer, const Tensor& norm_scale, const std::optional<Tensor>& norm_bias,
+                double eps, const Tensor& panels, const std::optional<Tensor>& scale,
+                const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+                const std::optional<Tensor>& head_norm) {
     check_width("weight", in_features, program_.hidden_size);
     check_width("weight", out_features,
                 (program_.num_heads + 2 * program_.num_kv_heads) * program_.head_dim);
+    const float* of_heads = head_norm_weight(head_norm, program_.head_dim);
+    if (head_norm) keep(*head_norm);
     add(NormQkvStep{check_layer(layer), norm(norm_scale, norm_bias, eps, in_features),
-                    linear(panels, scale, bias, in_features, out_features)});
+                    linear(panels, scale, bias, in_features, out_features), of_heads});
   }
 
   void paged_attention(int64_t layer) { add(AttentionStep{check_layer(layer)}); }
@@ -128,21 +131,23 @@ class PyDecoder {
                            register_of(residual), register_of(out)});
   }
 
-  void norm_linear(const std::string& source, const Tensor& norm_scale, const Tensor& norm_bias,
-                   double eps, const Tensor& panels, const std::optional<Tensor>& scale,
-                   const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
-                   const std::string& activation, const std::string& out) {
+  void norm_linear(const std::string& source, const Tensor& norm_scale,
+                   const std::optional<Tensor>& norm_bias, double eps, const Tensor& panels,
+                   const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
+                   int64_t in_features, int64_t out_features, const std::string& activation,
+                   const std::string& out) {
     check_width(source.c_str(), in_features, width_of(source));
-    set_width(out, out_features);
+    const Activation kind = activation_of(activation);
+    set_width(out, check_activated(out_features, kind));
     add(NormLinearStep{register_of(source), norm(norm_scale, norm_bias, eps, in_features),
-                       linear(panels, scale, bias, in_features, out_features),
-                       activation_of(activation), register_of(out)});
+                       linear(panels, scale, bias, in_features, out_features), kind,
+                       register_of(out)});
   }
 
   // The last op: from here on the program can run and cannot change.
-  void head(const Tensor& norm_scale, const Tensor& norm_bias, double eps, const Tensor& panels,
-            const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-            int64_t in_features, int64_t out_features) {
+  void head(const Tensor& norm_scale, const std::optional<Tensor>& norm_bias, double eps,
+            const Tensor& panels, const std::optional<Tensor>& scale,
+            const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
     check_width("weight", in_features, program_.hidden_size);
     program_.final_norm = norm(norm_scale, norm_bias, eps, in_features);
     program_.head = linear(panels, scale, bias, in_features, out_features);
@@ -283,10 +288,11 @@ class PyDecoder {
     return weight;
   }
 
-  NormWeight norm(const Tensor& scale, const Tensor& bias, double eps, int64_t features) {
+  NormWeight norm(const Tensor& scale, const std::optional<Tensor>& bias, double eps,
+                  int64_t features) {
     const NormWeight weight = norm_weight(scale, bias, eps, features);
     keep(scale);
-    keep(bias);
+    if (bias) keep(*bias);
     return weight;
   }
 

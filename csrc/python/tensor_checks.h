@@ -126,7 +126,8 @@ inline Activation activation_of(const std::string& name) {
   if (name == "relu") return Activation::kRelu;
   if (name == "gelu") return Activation::kGelu;
   if (name == "gelu_tanh") return Activation::kGeluTanh;
-  fail("activation: '", name, "' is unknown; expected none, relu, gelu or gelu_tanh");
+  if (name == "swiglu") return Activation::kSwiglu;
+  fail("activation: '", name, "' is unknown; expected none, relu, gelu, gelu_tanh or swiglu");
 }
 
 inline LogitRows logit_rows(const Tensor& logits, const char* name) {
@@ -163,11 +164,25 @@ inline LinearWeight linear_weight(const Tensor& panels, const std::optional<Tens
           numbers(bias, "bias"), in_features, out_features};
 }
 
-inline NormWeight norm_weight(const Tensor& weight, const Tensor& bias, double eps,
+// The features that a layer gives after its activation.
+inline int64_t check_activated(int64_t out_features, Activation activation) {
+  if (activation == Activation::kSwiglu && out_features % 2 != 0)
+    fail("weight: ", out_features, " output features are no pairs, which swiglu wants");
+  return activated_columns(out_features, activation);
+}
+
+inline NormWeight norm_weight(const Tensor& weight, const std::optional<Tensor>& bias, double eps,
                               int64_t features) {
   dense_input(weight, "norm.weight", at::kFloat, {features});
-  dense_input(bias, "norm.bias", at::kFloat, {features});
-  return {weight.data_ptr<float>(), bias.data_ptr<float>(), static_cast<float>(eps)};
+  if (bias) dense_input(*bias, "norm.bias", at::kFloat, {features});
+  return {weight.data_ptr<float>(), bias ? bias->data_ptr<float>() : nullptr,
+          static_cast<float>(eps)};
+}
+
+// Weights of the RMSNorm of queries' and keys' heads, or null.
+inline const float* head_norm_weight(const std::optional<Tensor>& weight, int64_t head_dim) {
+  if (!weight) return nullptr;
+  return dense_input(*weight, "head_norm", at::kFloat, {2, head_dim}).data_ptr<float>();
 }
 
 inline void check_vocab_size(int64_t vocab_size, int64_t out_features) {

@@ -21,6 +21,7 @@ STATISTICS_CHUNK = 256
 ROW_MULTIPLE = 16
 
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+GATED = "swiglu"
 
 _SMALLEST_SIZE = tl.constexpr(1e-36)  # 127 over it is finite
 _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away rounds to the nearest integer
@@ -78,10 +79,11 @@ def check_residual(x: Tensor, weight: PackedLinear, residual: Tensor) -> tuple[i
     return shape[0], shape[1]
 
 
-def check_activation(activation: str) -> None:
-    """Raises `ValueError` for an activation that `activate` does not know."""
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation: {activation!r} is unknown; expected {', '.join(_ACTIVATIONS)}")
+def check_activation(activation: str, *, may_gate: bool = False) -> None:
+    """Raises `ValueError` for an activation that `activate`, and `gate` where that is possible, does not know."""
+    known = (*_ACTIVATIONS, GATED) if may_gate else _ACTIVATIONS
+    if activation not in known:
+        raise ValueError(f"activation: {activation!r} is unknown; expected {', '.join(known)}")
 
 
 @triton.jit
@@ -91,6 +93,20 @@ def count_rows(num_rows, num_rows_ptr):
         return num_rows
     else:
         return tl.minimum(num_rows, tl.load(num_rows_ptr))
+
+
+@triton.jit
+def mean_square(x_ptr, x_stride, rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
+    """1 / sqrt(mean x^2 + eps) of rows, `[BLOCK_M]`, chunk by chunk."""
+    squares = tl.zeros((rows.shape[0],), tl.float32)
+    columns = tl.arange(0, CHUNK)
+    for first in tl.range(0, WIDTH, CHUNK):
+        mask = row_mask[:, None] & (first + columns < WIDTH)[None, :]
+        x = tl.load(
+            x_ptr + rows[:, None].to(tl.int64) * x_stride + (first + columns)[None, :], mask, other=0.0
+        )
+        squares += tl.sum(x * x, axis=1)
+    return 1.0 / tl.sqrt_rn(squares / WIDTH + eps)
 
 
 @triton.jit
@@ -139,7 +155,8 @@ def multiply_range(
 ):
     """accumulator `[BLOCK_M, BLOCK_N]` fp32 + the rows times the weights of `columns`, over blocks of K in order.
 
-    norm_weight_ptr: None for rows as they are; else they are normed with `mean` and `inverse` first
+    norm_weight_ptr: None for rows as they are; else they are normed first, with `mean` (None without a bias) and
+                     `inverse`
     columns:         `[BLOCK_N]`, all within the weight
     """
     for block in tl.range(first_block, last_block):
@@ -156,8 +173,11 @@ def multiply_range(
             x = tl.load(x_ptr + x_at, mask=row_mask[:, None] & (k < WIDTH)[None, :], other=0.0)
         if norm_weight_ptr is not None:
             scale = tl.load(norm_weight_ptr + k, mask=k < WIDTH, other=0.0)
-            shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)
-            x = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
+            if norm_bias_ptr is not None:
+                shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)
+                x = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
+            else:
+                x = x * inverse[:, None] * scale[None, :]
         if weight.dtype == tl.int8:
             not_finite = tl.sum(x * 0.0, axis=1)  # NaN where a row holds NaN or infinity, else 0
             size = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SIZE)
@@ -194,6 +214,13 @@ def activate(x, ACTIVATION: tl.constexpr):
         return x / (1.0 + tl.exp(-inner))
     else:
         return x
+
+
+@triton.jit
+def gate(x):
+    """`swiglu`, `[M, 2 N]` to `[M, N]`: silu(x[:, 2 i]) * x[:, 2 i + 1]."""
+    gates, factors = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return gates / (1.0 + tl.exp(-gates)) * factors
 
 
 @triton.jit
@@ -261,8 +288,12 @@ def norm_multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """LayerNorm(rows) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32."""
-    mean, inverse = row_moments(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
+    """norm(rows) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32; see `Norm`."""
+    if norm_bias_ptr is not None:
+        mean, inverse = row_moments(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
+    else:
+        mean = None
+        inverse = mean_square(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
     total = multiply_range(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         hidden_ptr,

@@ -40,6 +40,15 @@ def rotate(x, rotary_ptr, positions, row_mask, features, ROTARY_DIM: tl.constexp
 
 
 @triton.jit
+def norm_head(x, weight_ptr, features, has_feature, HEAD_DIM: tl.constexpr, eps):
+    """RMSNorm of a head's features, all of which x `[BLOCK_M, BLOCK_N]` holds."""
+    squares = tl.sum(tl.where(has_feature[None, :], x * x, 0.0), axis=1)
+    inverse = 1.0 / tl.sqrt_rn(squares / HEAD_DIM + eps)
+    weight = tl.load(weight_ptr + features, mask=has_feature, other=0.0)
+    return x * inverse[:, None] * weight[None, :]
+
+
+@triton.jit
 def store_head(
     x,
     head,
@@ -53,13 +62,22 @@ def store_head(
     kv_cache_ptr,
     num_blocks,
     rotary_ptr,
+    head_norm_ptr,
+    eps,
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
 ):
-    """Writes x `[BLOCK_M, BLOCK_N]`, features of head `head` (queries, then keys, then values)."""
+    """Writes x `[BLOCK_M, BLOCK_N]`, features of head `head` (queries, then keys, then values).
+
+    head_norm_ptr: None, or see `norm_qkv`; then a tile holds whole heads
+    """
+    if head_norm_ptr is not None:
+        if head < NUM_HEADS + NUM_KV_HEADS:
+            is_key = tl.where(head >= NUM_HEADS, HEAD_DIM, 0)
+            x = norm_head(x, head_norm_ptr + is_key, features, has_feature, HEAD_DIM, eps)
     if ROTARY_DIM > 0:
         if (head < NUM_HEADS + NUM_KV_HEADS) & (tl.min(features, axis=0) < ROTARY_DIM):
             positions = tl.load(positions_ptr + rows, row_mask, other=0)
@@ -85,6 +103,7 @@ def check_places(
     kv_slots: Tensor,
     kv_cache: Tensor,
     rotary: Tensor | None,
+    head_norm: Tensor | None = None,
 ) -> int:
     """Checks what a projection reads and writes besides its rows; returns the number of query heads."""
     if kv_cache.dim() != 5 or kv_cache.shape[0] != 2 or not kv_cache.is_contiguous():
@@ -105,6 +124,13 @@ def check_places(
             f"weight: {weight.out_features} output features are no whole heads of {head_dim} beside "
             f"{num_kv_heads} key and value heads"
         )
+    if head_norm is not None and (
+        head_norm.shape != (2, head_dim) or head_norm.dtype != torch.float32 or not head_norm.is_contiguous()
+    ):
+        raise ValueError(
+            f"head_norm: expected contiguous [2, {head_dim}] torch.float32, got {list(head_norm.shape)} "
+            f"{head_norm.dtype}"
+        )
     if rotary is not None:
         is_table = rotary.dim() == 3 and rotary.shape[1] == 2 and rotary.is_contiguous()
         if not is_table or rotary.dtype != torch.float32 or 2 * rotary.shape[2] > head_dim:
@@ -115,8 +141,13 @@ def check_places(
     return num_heads
 
 
-def head_tiles(num_heads: int, head_dim: int, block_n: int, rotary: Tensor | None) -> tuple[int, int]:
-    """Column tiles of `num_heads` heads and their width: at least `block_n`, and all rotated features in one."""
-    rotary_dim = 2 * rotary.shape[2] if rotary is not None else 1
-    block_n = max(block_n, triton.next_power_of_2(rotary_dim))
+def head_tiles(
+    num_heads: int, head_dim: int, block_n: int, rotary: Tensor | None, head_norm: Tensor | None = None
+) -> tuple[int, int]:
+    """Column tiles of `num_heads` heads and their width: at least `block_n`, and in one tile all features that are
+    rotated, all of a head that is normed."""
+    together = 2 * rotary.shape[2] if rotary is not None else 1
+    if head_norm is not None:
+        together = head_dim
+    block_n = max(block_n, triton.next_power_of_2(together))
     return num_heads * ceil_div(head_dim, block_n), block_n

@@ -1,11 +1,11 @@
-"""Final LayerNorm and the language-model head."""
+"""Final norm and the language-model head."""
 
 from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor
 
-from specengine.kernels.reference.norm_linear import layer_norm, linear
+from specengine.kernels.reference.norm_linear import apply_norm, linear
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 PAD_MULTIPLE = 128
@@ -17,12 +17,12 @@ def padded_vocab_size(vocab_size: int) -> int:
 
 
 def head(hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
-    """logits = LayerNorm(hidden) W^T, columns from `vocab_size` on are -inf.
+    """logits = norm(hidden) W^T, columns from `vocab_size` on are -inf.
 
     hidden:     `[R, D]` fp32
     weight:     D -> at least vocab_size
     vocab_size: the number of real tokens (no larger id is ever emitted)
     returns     `[R, V]` fp32, V = vocab_size rounded up to a multiple of 128
     """
-    logits = linear(layer_norm(hidden, norm), weight)[:, :vocab_size]
+    logits = linear(apply_norm(hidden, norm), weight)[:, :vocab_size]
     return F.pad(logits, (0, padded_vocab_size(vocab_size) - vocab_size), value=float("-inf"))

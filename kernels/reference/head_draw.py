@@ -24,7 +24,7 @@ def head_draw(
     *,
     has_filters: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    """argmax_v(z_v / T + g_v) with the target's noise over the kept v, z = LayerNorm(hidden) W^T; greedy: argmax z.
+    """argmax_v(z_v / T + g_v) with the target's noise over the kept v, z = norm(hidden) W^T; greedy: argmax z.
 
     What `head`, `filter_rows` and `sample_rows` (target stream) give, bit for bit, with no logits returned.
 

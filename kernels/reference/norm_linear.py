@@ -1,4 +1,4 @@
-"""LayerNorm, linear, bias and activation in one op."""
+"""Norm, linear, bias and activation in one op."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from specengine.kernels.types.packed import Norm, PackedLinear
 
 
 def apply_activation(x: Tensor, activation: str) -> Tensor:
-    """`none`, `relu`, `gelu` (erf) or `gelu_tanh` (the tanh approximation GPT-2 was trained with)."""
+    """`none`, `relu`, `gelu` (erf), `gelu_tanh` (the tanh approximation GPT-2 was trained with), or
+    `swiglu`, which makes half as many columns: silu(x[2 i]) * x[2 i + 1] (Shazeer, 2020)."""
     if activation == "none":
         return x
     if activation == "relu":
@@ -19,14 +20,17 @@ def apply_activation(x: Tensor, activation: str) -> Tensor:
         return F.gelu(x)
     if activation == "gelu_tanh":
         return F.gelu(x, approximate="tanh")
-    raise ValueError(f"activation: {activation!r} is unknown; expected none, relu, gelu or gelu_tanh")
+    if activation == "swiglu":
+        return F.silu(x[..., 0::2]) * x[..., 1::2]
+    raise ValueError(f"activation: {activation!r} is unknown; expected none, relu, gelu, gelu_tanh or swiglu")
 
 
-def layer_norm(hidden: Tensor, norm: Norm) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last axis, in the input's dtype."""
-    return F.layer_norm(
-        hidden, hidden.shape[-1:], norm.weight.to(hidden.dtype), norm.bias.to(hidden.dtype), norm.eps
-    )
+def apply_norm(hidden: Tensor, norm: Norm) -> Tensor:
+    """The norm over the last axis, in the input's dtype; see `Norm`."""
+    weight, width = norm.weight.to(hidden.dtype), hidden.shape[-1:]
+    if norm.bias is None:
+        return F.rms_norm(hidden, width, weight, norm.eps)
+    return F.layer_norm(hidden, width, weight, norm.bias.to(hidden.dtype), norm.eps)
 
 
 def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,10 +57,10 @@ def linear(x: Tensor, weight: PackedLinear) -> Tensor:
 
 
 def norm_linear(hidden: Tensor, norm: Norm, weight: PackedLinear, activation: str) -> Tensor:
-    """activation(LayerNorm(hidden) W^T + b).
+    """activation(norm(hidden) W^T + b).
 
     hidden:  `[T, D]` fp32
     weight:  D -> N
-    returns  `[T, N]` fp32
+    returns  `[T, N]` fp32; `[T, N / 2]` with `swiglu`
     """
-    return apply_activation(linear(layer_norm(hidden, norm), weight), activation)
+    return apply_activation(linear(apply_norm(hidden, norm), weight), activation)

@@ -25,8 +25,12 @@ class PackedLinear:
 
 @dataclass(frozen=True)
 class Norm:
-    """LayerNorm parameters: weight and bias `[features]` fp32."""
+    """What is done to each row before a linear layer: weight and bias `[features]` fp32.
+
+    With a bias LayerNorm, (x - mean) / sqrt(var + eps) * weight + bias; without one RMSNorm (Zhang and Sennrich, 2019),
+    x / sqrt(mean x^2 + eps) * weight.
+    """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     eps: float

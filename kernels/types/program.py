@@ -20,11 +20,15 @@ Register = Literal["hidden", "query", "attended", "residual", "expanded"]
 
 @dataclass(frozen=True)
 class NormQkv:
-    """query = the queries of LayerNorm(hidden); keys and values go to the layer's cache."""
+    """query = the queries of norm(hidden); keys and values go to the layer's cache.
+
+    head_norm: `[2, head_dim]`, weights of the RMSNorm of each query's and each key's head, or None
+    """
 
     layer: int
     norm: Norm
     weight: PackedLinear
+    head_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class LinearResidual:
 
 @dataclass(frozen=True)
 class NormLinear:
-    """out = activation(LayerNorm(source) W^T + b)."""
+    """out = activation(norm(source) W^T + b)."""
 
     source: Register
     norm: Norm
@@ -57,7 +61,7 @@ class NormLinear:
 
 @dataclass(frozen=True)
 class ParallelNormLinear:
-    """`NormQkv` and expanded = activation(LayerNorm(hidden) W^T + b), where attention and MLP both read hidden."""
+    """`NormQkv` and expanded = activation(norm(hidden) W^T + b), where attention and MLP both read hidden."""
 
     layer: int
     norm: Norm

@@ -101,6 +101,7 @@ class Backend(Protocol):
         kv_slots: Tensor,
         kv_cache: Tensor,
         rotary: Tensor | None,
+        head_norm: Tensor | None = None,
     ) -> Tensor: ...
 
     def parallel_norm_linear(

@@ -93,7 +93,8 @@ class Interpreter:
         for op in program.ops:
             if isinstance(op, NormQkv):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
-                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *places, **padding)
+                where = (*places, op.head_norm)
+                values["query"] = ops.norm_qkv(values["hidden"], op.norm, op.weight, *where, **padding)
             elif isinstance(op, ParallelNormLinear):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
                 layers = (op.norm, op.weight, op.mlp_norm, op.mlp_weight, op.activation)

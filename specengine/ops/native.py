@@ -116,6 +116,7 @@ class NativeBackend:
         kv_slots: Tensor,
         kv_cache: Tensor,
         rotary: Tensor | None,
+        head_norm: Tensor | None = None,
     ) -> Tensor:
         return self._ops.norm_qkv(
             hidden,
@@ -124,6 +125,7 @@ class NativeBackend:
             kv_slots,
             kv_cache,
             rotary,
+            head_norm,
         )
 
     def parallel_norm_linear(
@@ -193,7 +195,7 @@ class NativeExecutor:
         add = self._decoder
         for op in program.ops:
             if isinstance(op, NormQkv):
-                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight), op.head_norm)
             elif isinstance(op, PagedAttention):
                 add.paged_attention(op.layer)
             elif isinstance(op, LinearResidual):
@@ -202,7 +204,7 @@ class NativeExecutor:
                 layer = _layer_arguments(op.norm, op.weight)
                 add.norm_linear(op.source, *layer, op.activation, op.out)
             elif isinstance(op, ParallelNormLinear):
-                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight))
+                add.norm_qkv(op.layer, *_layer_arguments(op.norm, op.weight), None)
                 layer = _layer_arguments(op.mlp_norm, op.mlp_weight)
                 add.norm_linear("hidden", *layer, op.activation, "expanded")
             elif isinstance(op, ParallelLinearResidual):
@@ -257,5 +259,5 @@ def _linear_arguments(weight: PackedLinear) -> tuple[Tensor, Tensor | None, Tens
 
 def _layer_arguments(
     norm: Norm, weight: PackedLinear
-) -> tuple[Tensor, Tensor, float, Tensor, Tensor | None, Tensor | None, int, int]:
+) -> tuple[Tensor, Tensor | None, float, Tensor, Tensor | None, Tensor | None, int, int]:
     return norm.weight, norm.bias, norm.eps, *_linear_arguments(weight)

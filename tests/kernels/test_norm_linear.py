@@ -1,4 +1,4 @@
-"""norm_linear: LayerNorm, linear, bias, activation; the shape of every linear op of the engine."""
+"""norm_linear: norm, linear, bias, activation; the shape of every linear op of the engine."""
 
 from __future__ import annotations
 
@@ -26,16 +26,23 @@ from specengine.kernels.types.packed import PackedLinear
 from specengine.ops.backend import Backend
 from specengine.weight_formats import INT8
 
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "swiglu")
 # Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
 SHAPES = [(1, 1, 1), (3, 33, 50), (7, 129, 200), (6, 768, 256), (100, 300, 130), (2, 4096, 64)]
 
 
 def check_norm_linear(
-    ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype, activation: str, op=None
+    ops: Backend,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    activation: str,
+    op=None,
+    *,
+    is_rms: bool = False,
 ) -> None:
     num_rows, width, num_columns = shape
-    layer = random_layer(width, num_columns, dtype, ops=ops)
+    num_columns += num_columns % 2 if activation == "swiglu" else 0
+    layer = random_layer(width, num_columns, dtype, ops=ops, is_rms=is_rms)
     hidden = random_rows(num_rows, width)
     before = hidden.clone()
     exact = reference.norm_linear(hidden.double(), layer.norm, layer.plain, activation)
@@ -52,7 +59,7 @@ def test_error_is_at_most_twice_the_honest_reference(
     every_ops: Backend, shape: tuple[int, int, int], dtype: torch.dtype
 ) -> None:
     for activation in ACTIVATIONS:
-        check_norm_linear(every_ops, shape, dtype, activation)
+        check_norm_linear(every_ops, shape, dtype, activation, is_rms=activation in ("relu", "swiglu"))
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -61,11 +68,12 @@ def test_activation_is_accurate_over_its_whole_range(every_ops: Backend, activat
     points = torch.cat(
         [torch.linspace(-12, 12, 20001), torch.tensor([0.0, -0.0, 1e-30, -1e-30, 80.0, -80.0])]
     )
-    layer = random_layer(4, points.numel(), torch.float32, ops=every_ops)
-    packed = PackedLinear(torch.zeros_like(layer.packed.weight), points, 4, points.numel())
+    bias = torch.stack((points, torch.ones_like(points)), 1).flatten() if activation == "swiglu" else points
+    layer = random_layer(4, bias.numel(), torch.float32, ops=every_ops)
+    packed = PackedLinear(torch.zeros_like(layer.packed.weight), bias, 4, bias.numel())
     actual = every_ops.norm_linear(torch.ones(1, 4), layer.norm, packed, activation)[0]
-    exact = apply_activation(points.double(), activation)
-    assert_earned(actual, apply_activation(points, activation), exact)
+    exact = apply_activation(bias.double(), activation)
+    assert_earned(actual, apply_activation(bias, activation), exact)
     error = (actual.double() - exact).abs()
     # Within a few units in the last place of the input or, where the value is smaller, absolutely.
     assert float((error / (points.abs().double() + 1e-30)).max()) < 4 * 2.0**-23
@@ -75,12 +83,15 @@ def test_activation_is_accurate_over_its_whole_range(every_ops: Backend, activat
 def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, dtype: torch.dtype) -> None:
     is_native = every_ops is NATIVE
     for width, num_columns in [(96, 200), (1024, 512 if is_native else 128)]:
-        layer = random_layer(width, num_columns, dtype, ops=every_ops)
-        assert_row_invariant(
-            lambda rows, layer=layer: every_ops.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh"),
-            random_rows(64 if is_native else 18, width),
-            is_thorough=is_native,
-        )
+        for activation in ("gelu_tanh", "swiglu"):
+            layer = random_layer(width, num_columns, dtype, ops=every_ops, is_rms=activation == "swiglu")
+            assert_row_invariant(
+                lambda rows, layer=layer, activation=activation: every_ops.norm_linear(
+                    rows, layer.norm, layer.packed, activation
+                ),
+                random_rows(64 if is_native else 18, width),
+                is_thorough=is_native,
+            )
 
 
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
@@ -102,7 +113,7 @@ def test_fused_instruction_sets_agree_on_every_bit() -> None:
     results = []
     for name in ("avx512", "avx2"):
         _C.set_instruction_set(name)
-        layers = [random_layer(300, 130, dtype) for dtype in WEIGHT_DTYPES]
+        layers = [random_layer(300, 130, dtype, is_rms=dtype == torch.float16) for dtype in WEIGHT_DTYPES]
         results.append([NATIVE.norm_linear(hidden, x.norm, x.packed, a) for x in layers for a in ACTIVATIONS])
     _C.set_instruction_set("auto")
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -121,6 +132,9 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
     hidden = random_rows(2, 32)
     with pytest.raises(ValueError, match="activation: 'swish'"):
         ops.norm_linear(hidden, layer.norm, layer.packed, "swish")
+    odd = random_layer(32, 47, torch.float32, ops=ops)
+    with pytest.raises(ValueError, match="weight: 47 output features are no pairs"):
+        ops.norm_linear(hidden, odd.norm, odd.packed, "swiglu")
     with pytest.raises(ValueError, match="hidden: expected"):
         ops.norm_linear(hidden[:, :31].contiguous(), layer.norm, layer.packed, "none")
     with pytest.raises(ValueError, match=r"hidden: expected .*contiguous"):
@@ -155,6 +169,20 @@ def test_padded_rows_are_left_alone() -> None:
     TRITON.norm_linear(hidden, layer.norm, layer.packed, "relu", out=out, num_rows=limit)
     assert torch.equal(out[:5], TRITON.norm_linear(hidden[:5], layer.norm, layer.packed, "relu"))
     assert (out[5:] == 7.0).all()
+
+
+@pytest.mark.parametrize("fault", ["mean", "eps", "pair"])
+def test_a_fault_in_rms_norm_or_swiglu_is_noticed(ops: Backend, fault: str) -> None:
+    def faulty(hidden, norm, weight, activation):
+        if fault == "mean":
+            hidden = hidden - hidden.mean(dim=1, keepdim=True)
+        if fault == "eps":
+            norm = replace(norm, eps=1e-2)
+        out = ops.norm_linear(hidden, norm, weight, activation)
+        return out.roll(1, dims=1) if fault == "pair" else out
+
+    with pytest.raises(AssertionError):
+        check_norm_linear(ops, (7, 129, 200), torch.float32, "swiglu", op=faulty, is_rms=True)
 
 
 @pytest.mark.parametrize("fault", ["bias", "norm_bias", "activation", "last_column_of_k"])

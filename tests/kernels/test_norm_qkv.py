@@ -32,6 +32,7 @@ class Heads:
     num_kv_heads: int
     head_dim: int
     rotary_dim: int = 0
+    is_normed: bool = False
 
 
 HEADS = [
@@ -39,11 +40,19 @@ HEADS = [
     Heads(4, 2, 8, rotary_dim=8),
     Heads(3, 1, 20, rotary_dim=6),
     Heads(2, 2, 64, rotary_dim=64),
+    Heads(6, 2, 20, rotary_dim=20, is_normed=True),
 ]
 
 
 def layer_of(heads: Heads, dtype: torch.dtype, ops: Backend) -> Layer:
-    return random_layer(WIDTH, (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim, dtype, ops=ops)
+    width = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    return random_layer(WIDTH, width, dtype, ops=ops, is_rms=heads.is_normed)
+
+
+def head_norm_of(heads: Heads) -> Tensor | None:
+    if not heads.is_normed:
+        return None
+    return 0.5 + torch.rand(2, heads.head_dim, generator=torch.Generator().manual_seed(6))
 
 
 def rotary_of(heads: Heads) -> Tensor | None:
@@ -60,19 +69,19 @@ def empty_cache(heads: Heads, dtype: torch.dtype) -> Tensor:
 def check_norm_qkv(
     ops: Backend, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.dtype, op=None
 ) -> None:
-    layer, rotary = layer_of(heads, weight_dtype, ops), rotary_of(heads)
+    layer, rotary, head_norm = layer_of(heads, weight_dtype, ops), rotary_of(heads), head_norm_of(heads)
     hidden = random_rows(9, WIDTH)
     positions = torch.tensor([0, 1, 2, 3, 49, 7, 8, 30, 31], dtype=torch.int32)
     kv_slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))[:9]
     kv_slots[4] = -1
     caches = [empty_cache(heads, dtype) for dtype in (kv_dtype, kv_dtype, torch.float64)]
-    arguments = (hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary)
+    arguments = (hidden, layer.norm, layer.packed, positions, kv_slots, caches[0], rotary, head_norm)
     query = (op or ops.norm_qkv)(*arguments)
     expected = honest("norm_qkv", ops)(
-        hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary
+        hidden, layer.norm, layer.plain, positions, kv_slots, caches[1], rotary, head_norm
     )
     exact = reference.norm_qkv(
-        hidden.double(), layer.norm, layer.plain, positions, kv_slots, caches[2], rotary
+        hidden.double(), layer.norm, layer.plain, positions, kv_slots, caches[2], rotary, head_norm
     )
     assert_earned(query, expected, exact)
     assert_earned(caches[0], caches[1], caches[2])
@@ -90,7 +99,11 @@ def test_queries_and_cache(every_ops: Backend, heads: Heads, kv_dtype: torch.dty
 
 @pytest.mark.parametrize("heads", HEADS)
 def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, heads: Heads) -> None:
-    layer, rotary = layer_of(heads, torch.float32, every_ops), rotary_of(heads)
+    layer, rotary, head_norm = (
+        layer_of(heads, torch.float32, every_ops),
+        rotary_of(heads),
+        head_norm_of(heads),
+    )
 
     def op(rows: Tensor) -> Tensor:
         """Query, key and value of each row; its position is a function of the row."""
@@ -98,7 +111,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, h
         positions = (rows[:, 0].abs() * 10).int()
         cache = torch.zeros(2, count, heads.num_kv_heads, 1, heads.head_dim)
         query = every_ops.norm_qkv(
-            rows, layer.norm, layer.packed, positions, torch.arange(count), cache, rotary
+            rows, layer.norm, layer.packed, positions, torch.arange(count), cache, rotary, head_norm
         )
         return torch.cat((query.flatten(1), cache[0].flatten(1), cache[1].flatten(1)), dim=1)
 
@@ -147,6 +160,7 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
         "kv_slots: expected": (positions, slots.int(), cache, rotary),
         "kv_cache: expected": (positions, slots, cache[0], rotary),
         "rotary: expected": (positions, slots, cache, rotary.double()),
+        "head_norm: expected": (positions, slots, cache, rotary, torch.ones(2, 7)),
     }
     for message, arguments in wrong.items():
         with pytest.raises(ValueError, match=message):
@@ -179,16 +193,18 @@ def test_padded_rows_are_left_alone() -> None:
     assert torch.equal(caches[1], caches[0])
 
 
-@pytest.mark.parametrize("fault", ["bias", "slot", "rotary"])
+@pytest.mark.parametrize("fault", ["bias", "slot", "rotary", "head_norm"])
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(hidden, norm, weight, positions, kv_slots, kv_cache, rotary):
+    def faulty(hidden, norm, weight, positions, kv_slots, kv_cache, rotary, head_norm):
         if fault == "bias":
             weight = PackedLinear(weight.weight, None, weight.in_features, weight.out_features)
         if fault == "slot":
             kv_slots = torch.where(kv_slots > 0, kv_slots - 1, kv_slots)
         if fault == "rotary":
             positions = (positions - 1).clamp_min(0)
-        return ops.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary)
+        if fault == "head_norm":
+            head_norm = head_norm.flip(0)
+        return ops.norm_qkv(hidden, norm, weight, positions, kv_slots, kv_cache, rotary, head_norm)
 
     with pytest.raises(AssertionError):
-        check_norm_qkv(ops, HEADS[1], torch.float32, torch.float32, op=faulty)
+        check_norm_qkv(ops, HEADS[4], torch.float32, torch.float32, op=faulty)
