@@ -36,7 +36,10 @@ IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
 
 @dataclass(frozen=True)
 class Size:
-    """A real model's shape."""
+    """A real model's shape: by default a GPT's, with `is_gated` one of Llama's family.
+
+    head_norm: whether queries' and keys' heads are normed
+    """
 
     width: int
     num_heads: int
@@ -44,27 +47,46 @@ class Size:
     max_positions: int
     activation: str
     rotary_dim: int = 0
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    intermediate_size: int = 0
+    is_gated: bool = False
+    head_norm: bool = False
 
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.num_heads
+    def __post_init__(self) -> None:
+        given = {
+            "num_kv_heads": self.num_kv_heads or self.num_heads,
+            "head_dim": self.head_dim or self.width // self.num_heads,
+            "intermediate_size": self.intermediate_size or 4 * self.width,
+        }
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
 
     def spec(self, num_layers: int) -> DecoderSpec:
+        is_parallel = self.rotary_dim > 0 and not self.is_gated
         return DecoderSpec(
-            architecture="gpt_neox" if self.rotary_dim else "gpt2",
+            architecture="gpt_neox" if is_parallel else "gpt2",
             vocab_size=self.vocab_size,
             hidden_size=self.width,
             num_layers=num_layers,
             num_heads=self.num_heads,
-            num_kv_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            intermediate_size=4 * self.width,
+            intermediate_size=self.intermediate_size,
             max_positions=self.max_positions,
             norm_eps=1e-5,
+            norm="rms" if self.is_gated else "layer",
             activation=self.activation,
             rotary_dim=self.rotary_dim,
-            parallel_residual=self.rotary_dim > 0,
+            parallel_residual=is_parallel,
         )
+
+
+def gated(*sizes: int, head_norm: bool = False) -> Size:
+    """width, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions"""
+    width, intermediate_size, num_heads, num_kv_heads, head_dim, vocab_size, max_positions = sizes
+    heads = (head_dim, num_kv_heads, head_dim, intermediate_size)
+    return Size(width, num_heads, vocab_size, max_positions, "swiglu", *heads, True, head_norm)
 
 
 SIZES = {
@@ -73,6 +95,9 @@ SIZES = {
     "gpt2-xl": Size(1600, 25, 50257, 1024, "gelu_tanh"),
     "opt-1.3b": Size(2048, 32, 50272, 2048, "relu"),
     "pythia-1.4b": Size(2048, 16, 50304, 2048, "gelu", rotary_dim=32),
+    "smollm2-135m": gated(576, 1536, 9, 3, 64, 49152, 8192),
+    "llama-3.2-1b": gated(2048, 8192, 32, 8, 64, 128256, 131072),
+    "qwen3-0.6b": gated(1024, 3072, 16, 8, 128, 151936, 40960, head_norm=True),
 }
 DTYPES = {
     "float16": torch.float16,
@@ -97,15 +122,18 @@ def linear(out_features: int, in_features: int, dtype: torch.dtype, has_bias: bo
 
 
 def build_decoder(size: Size, dtype: torch.dtype, num_layers: int = 1) -> Decoder:
-    width = size.width
-    norm = Norm(meta(width), meta(width), 1e-5)
+    width, has_bias = size.width, not size.is_gated
+    norm = Norm(meta(width), meta(width) if has_bias else None, 1e-5)
+    attended = size.num_heads * size.head_dim
+    qkv_width = attended + 2 * size.num_kv_heads * size.head_dim
     layer = LayerWeights(
         attention_norm=norm,
-        qkv=linear(3 * width, width, dtype),
-        attention_output=linear(width, width, dtype),
+        qkv=linear(qkv_width, width, dtype, has_bias),
+        attention_output=linear(width, attended, dtype, has_bias),
         mlp_norm=norm,
-        mlp_up=linear(4 * width, width, dtype),
-        mlp_down=linear(width, 4 * width, dtype),
+        mlp_up=linear((1 + size.is_gated) * size.intermediate_size, width, dtype, has_bias),
+        mlp_down=linear(width, size.intermediate_size, dtype, has_bias),
+        head_norm=meta(2, size.head_dim) if size.head_norm else None,
     )
     table_dtype = torch.float16 if dtype == torch.int8 else dtype
     weights = DecoderWeights(
@@ -132,7 +160,7 @@ def build_batch(size: Size, num_sequences: int, q_len: int) -> ForwardBatch:
 def forward_launches(size: Size, dtype: torch.dtype, num_layers: int = 1) -> list[Launch]:
     """What a verification of k drafts launches: logits with statistics, and draws without logits."""
     kv_dtype = torch.float16 if dtype == torch.int8 else dtype
-    kv_cache = meta(num_layers, 2, 640, size.num_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
+    kv_cache = meta(num_layers, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
     off = DrawKeys(SamplingRows.empty(1, "meta"), has_filters=False)
     with record() as launches:
         decoder, batch = build_decoder(size, dtype, num_layers), build_batch(size, 1, NUM_DRAFT + 1)

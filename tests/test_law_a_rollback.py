@@ -214,7 +214,7 @@ def test_block_edges_of_sixteen_tokens(
 @pytest.mark.slow
 @pytest.mark.parametrize("sampling", [GREEDY, COUPLED], ids=["greedy", "coupled"])
 @pytest.mark.parametrize("block_size", [2, 4, 16])
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 def test_the_whole_grid(
     model_type: str,
     block_size: int,

@@ -88,7 +88,7 @@ def test_every_row_of_a_mixed_batch_is_always_accepted(twins: Engine) -> None:
     check_everything_is_accepted(twins, [7, 3, 5, 2, 16, 1, 9], modes)
 
 
-@pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_architecture_and_dtype_is_always_accepted(
     model_type: str, dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory
@@ -160,7 +160,7 @@ def test_drafting_on_and_off_while_requests_join_and_are_preempted(
 @pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 3, 5, 8, 15, 16, 17, 64])
 @pytest.mark.parametrize("block_size", [1, 4, 16])
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 def test_the_whole_grid(
     model_type: str, block_size: int, k: int, checkpoint: CheckpointFactory, build_engine: EngineFactory
 ) -> None:

@@ -88,7 +88,7 @@ def check_one_budget(engine: Engine, prompts: list[list[int]], room: list[int], 
         assert len(result.token_ids) == 1 + counts.num_accepted_draft_tokens + counts.num_rounds
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 @pytest.mark.parametrize("make_drafter", [PerfectDrafter, ScriptedDrafter])
 def test_the_budget_is_exact_up_to_the_last_position(
     make_drafter: type[KnowingDrafter],

@@ -134,7 +134,7 @@ def test_accepted_recovered_and_bonus_tokens_carry_the_targets_logprobs(
     tally.check()
 
 
-@pytest.mark.parametrize("model_type", ["opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "qwen2"])
 def test_logprobs_of_every_architecture(
     checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, model_type: str
 ) -> None:

@@ -126,7 +126,7 @@ def scripted() -> ScriptedDrafter:
     return ScriptedDrafter(vocab_size=VOCAB)
 
 
-@pytest.mark.parametrize(("model_type", "seed"), [("gpt2", 0), ("opt", 1), ("gpt_neox", 2), ("gpt2", 3)])
+@pytest.mark.parametrize(("model_type", "seed"), [("gpt2", 0), ("opt", 1), ("gpt_neox", 2), ("qwen3", 3)])
 def test_every_row_is_what_it_is_alone(
     model_type: str,
     seed: int,
@@ -202,7 +202,7 @@ def test_up_to_64_rows_at_once_are_what_they_are_alone(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10, 30))
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 def test_many_random_companies(
     model_type: str, seed: int, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:

@@ -244,7 +244,7 @@ def test_padding_writes_nothing(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 def test_cuda_graphs_give_what_python_gives(
     model_type: str, dtype: str, checkpoint: CheckpointFactory, build_twins: BuildTwins, tally: Tally
 ) -> None:

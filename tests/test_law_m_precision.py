@@ -74,7 +74,7 @@ def check_bits(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=lambda p: "-".join(p.values()))
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
 def test_speculation_gives_plains_bits(
     model_type: str,
     precision: dict[str, str],

@@ -111,7 +111,7 @@ class LinearTensors:
 
 @dataclass(frozen=True)
 class NormTensors:
-    """weight and bias `[D]`; None = all ones, all zeros."""
+    """weight and bias `[D]`; None = all ones, all zeros. An RMSNorm has no bias."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -119,7 +119,11 @@ class NormTensors:
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """One layer as the checkpoint stores it. `qkv` rows: queries, keys, values, each head contiguous."""
+    """One layer as the checkpoint stores it. `qkv` rows: queries, keys, values, each head contiguous.
+
+    mlp_up:    with `swiglu` rows gate, up, gate, up, …
+    head_norm: `[2, head_dim]`, of the queries' and of the keys' heads, or None
+    """
 
     attention_norm: NormTensors
     qkv: LinearTensors
@@ -127,6 +131,7 @@ class LayerTensors:
     mlp_norm: NormTensors
     mlp_up: LinearTensors
     mlp_down: LinearTensors
+    head_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,13 +28,31 @@ from specengine.ops.backend import Backend
 
 
 @dataclass(frozen=True)
+class RotaryScaling:
+    """How rotary frequencies are stretched for contexts longer than the one they were trained for.
+
+    linear: all of them divided by `factor` (Chen et al., 2023)
+    llama3: those whose wavelength is above original_max_positions / low_freq_factor are; those below
+            original_max_positions / high_freq_factor are left alone; between them the two are mixed, linearly in
+            original_max_positions / wavelength (Llama 3.1)
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """What an architecture is, once its checkpoint's config has been read.
 
     vocab_size:        rows of the token embedding and of the head
     max_positions:     longest context, prompt and generated tokens together
     intermediate_size: width of the MLP's hidden layer
-    activation:        `relu`, `gelu` or `gelu_tanh`
+    norm:              `layer` (LayerNorm) or `rms` (RMSNorm)
+    activation:        `relu`, `gelu`, `gelu_tanh` or `swiglu` (rows of mlp_up: gate, up, gate, up, …)
     rotary_dim:        features of each head that are rotated; 0 = learned positions
     parallel_residual: attention and MLP both read the layer's input (GPT-NeoX)
     bos_token_id, eos_token_ids: from the checkpoint, if it names them
@@ -51,6 +71,8 @@ class DecoderSpec:
     activation: str
     rotary_dim: int = 0
     rotary_base: float = 10000.0
+    rotary_scaling: RotaryScaling | None = None
+    norm: Literal["layer", "rms"] = "layer"
     parallel_residual: bool = False
     tie_word_embeddings: bool = True
     bos_token_id: int | None = None
@@ -59,7 +81,10 @@ class DecoderSpec:
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer, packed. `qkv` rows: queries, keys, values, each head contiguous."""
+    """One layer, packed. `qkv` rows: queries, keys, values, each head contiguous.
+
+    head_norm: `[2, head_dim]` fp32, RMSNorm weights of the queries' and the keys' heads, or None
+    """
 
     attention_norm: Norm
     qkv: PackedLinear
@@ -67,6 +92,7 @@ class LayerWeights:
     mlp_norm: Norm
     mlp_up: PackedLinear
     mlp_down: PackedLinear
+    head_norm: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,7 +171,7 @@ def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:
 
 def _sequential_layer(spec: DecoderSpec, index: int, layer: LayerWeights) -> list[Op]:
     return [
-        NormQkv(index, layer.attention_norm, layer.qkv),
+        NormQkv(index, layer.attention_norm, layer.qkv, layer.head_norm),
         PagedAttention(index),
         LinearResidual("attended", layer.attention_output, residual="hidden", out="residual"),
         NormLinear("residual", layer.mlp_norm, layer.mlp_up, spec.activation, out="expanded"),
@@ -166,5 +192,16 @@ def build_rotary_table(spec: DecoderSpec, device: torch.device) -> Tensor:
     """Cosines and sines `[max_positions, 2, rotary_dim / 2]` fp32 (Su et al., 2021)."""
     exponent = torch.arange(0, spec.rotary_dim, 2, dtype=torch.int64).float() / spec.rotary_dim
     frequency = 1.0 / (spec.rotary_base**exponent)
+    if spec.rotary_scaling is not None:
+        frequency = _scaled(frequency, spec.rotary_scaling)
     angle = torch.outer(torch.arange(spec.max_positions).float(), frequency)
     return torch.stack((angle.cos(), angle.sin()), dim=1).to(device).contiguous()
+
+
+def _scaled(frequency: Tensor, scaling: RotaryScaling) -> Tensor:
+    if scaling.kind == "linear":
+        return frequency / scaling.factor
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    share = ((scaling.original_max_positions / wavelength - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * frequency / scaling.factor + share * frequency

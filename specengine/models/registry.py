@@ -19,7 +19,11 @@ from specengine.models.decoder import DecoderSpec
 ARCHITECTURES = {
     "gpt2": "specengine.models.architectures.gpt2",
     "gpt_neox": "specengine.models.architectures.gpt_neox",
+    "llama": "specengine.models.architectures.llama",
+    "mistral": "specengine.models.architectures.mistral",
     "opt": "specengine.models.architectures.opt",
+    "qwen2": "specengine.models.architectures.qwen2",
+    "qwen3": "specengine.models.architectures.qwen3",
 }
 
 

@@ -221,6 +221,7 @@ class _Packer:
             mlp_norm=self.norm(tensors.mlp_norm),
             mlp_up=self.linear(tensors.mlp_up),
             mlp_down=self.linear(tensors.mlp_down),
+            head_norm=None if tensors.head_norm is None else self._copy(tensors.head_norm, torch.float32),
         )
 
     def linear(self, tensors: LinearTensors) -> PackedLinear:
@@ -235,9 +236,11 @@ class _Packer:
     def norm(self, tensors: NormTensors) -> Norm:
         weight, bias = tensors.weight, tensors.bias
         width = self._spec.hidden_size
-        weight = torch.ones(width) if weight is None else weight
+        weight = self._copy(torch.ones(width) if weight is None else weight, torch.float32)
+        if self._spec.norm == "rms":
+            return Norm(weight, None, self._spec.norm_eps)
         bias = torch.zeros(width) if bias is None else bias
-        return Norm(self._copy(weight, torch.float32), self._copy(bias, torch.float32), self._spec.norm_eps)
+        return Norm(weight, self._copy(bias, torch.float32), self._spec.norm_eps)
 
     def table(self, tensor: Tensor) -> Tensor:
         self._check_range(tensor)

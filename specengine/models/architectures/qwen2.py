@@ -1,0 +1,45 @@
+"""Qwen2 and Qwen2.5: a Llama with biases on queries, keys and values."""
+
+from __future__ import annotations
+
+from specengine.models.architecture import LayerTensors, NumPositions, TensorReader
+from specengine.models.decoder import DecoderSpec
+from specengine.models.gated import PREFIXES, GatedConfig, read_outer
+from specengine.models.gated import read_layer as read_gated_layer
+
+__all__ = ["MODEL_TYPE", "PREFIXES", "TINY", "Config", "read_layer", "read_outer", "spec"]
+
+MODEL_TYPE = "qwen2"
+TINY = {
+    "model_type": MODEL_TYPE,
+    "vocab_size": 64,
+    "max_position_embeddings": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+class Config(GatedConfig):
+    """The keys of `config.json` that mean something here."""
+
+    use_sliding_window: bool = False
+    sliding_window: NumPositions | None = None
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+
+def spec(config: Config) -> DecoderSpec:
+    """The decoder that this config describes."""
+    return config.spec(MODEL_TYPE)
+
+
+def read_layer(read: TensorReader, config: Config, index: int) -> LayerTensors:
+    """Layer `index`."""
+    return read_gated_layer(read, config, index, has_qkv_bias=True)
