@@ -30,8 +30,9 @@ from specengine.ops.load import load_backend
 TRITON = load_backend("triton", torch.device("cuda"))
 BLOCK_SIZE = 16
 NUM_DRAFT = 8
-# Those that the default report has in every type; the others in float16 only.
+# What the default report has: these in every type, and these in float16.
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
+IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b")
 
 
 @dataclass(frozen=True)
@@ -253,7 +254,8 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             yield "round", launch
     for name, size in SIZES.items():
         for dtype_name, dtype in DTYPES.items():
-            if all_dtypes or dtype == torch.float16 or name in IN_EVERY_DTYPE:
+            is_default = name in IN_EVERY_DTYPE or (name in IN_FLOAT16 and dtype == torch.float16)
+            if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch
 

@@ -87,8 +87,9 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
     if op == "head":
         if is_exact and capability == 80:
             block_k = 32  # deeper tiles spill there
-        if dtype == torch.int8 and capability == 90:
-            # Left to itself, ptxas keeps to 128 registers at the price of a spill (ragged widths: gpt2-xl).
+        is_ragged = in_features % block_k != 0
+        if capability == 90 and not is_exact and (dtype == torch.int8 or is_ragged):
+            # Left to itself, ptxas keeps to 128 registers at the price of a spill (gpt2-xl, SmolLM2-135M).
             return Tile(128, block_k, num_stages=3, max_registers=168)
         return Tile(128, block_k, num_warps=8 if is_exact and capability == 90 else 4, num_stages=3)
     widths = (64, 32, 16)
