@@ -35,7 +35,7 @@ class GroupedWeight:
 
     def dequantize(self) -> Tensor:
         """The numbers themselves, `[N, K]` fp32."""
-        groups = self.codes.float().unflatten(1, (-1, GROUP_SIZE)) * self.scale.float().unsqueeze(-1)
+        groups: Tensor = self.codes.float().unflatten(1, (-1, GROUP_SIZE)) * self.scale.float().unsqueeze(-1)
         if self.minimum is not None:
             groups = groups + self.minimum.float().unsqueeze(-1)
         return groups.flatten(1)
