@@ -146,19 +146,30 @@ def check_statistics(drafter: KnowingDrafter, result: GenerationResult, k: int) 
     assert counts.num_trimmed_tokens == trimmed
 
 
-def save_readable(directory: Path, eos_token_id: int = 0) -> Path:
+def save_readable(directory: Path, eos_token_id: int = 0, model_type: str = "gpt2") -> Path:
     """A model that writes printable ASCII, longer tokens preferred: text in which strings can be found."""
     tokenizer = tiny_models.build_tokenizer(VOCAB)
     model = tiny_models.build_model(
-        vocab_size=VOCAB, seed=5, tie_word_embeddings=False, eos_token_id=eos_token_id
+        model_type, vocab_size=VOCAB, seed=5, tie_word_embeddings=False, eos_token_id=eos_token_id
     )
     with torch.no_grad():
-        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0  # feature 0 is always 1
+        make_first_feature_constant(model)
         for token in range(VOCAB):
             text = tokenizer.decode([token])
             is_readable = bool(text) and text.isascii() and text.isprintable()
             model.lm_head.weight[token, 0] = (1.5 if len(text) > 1 else -1.0) if is_readable else -1000.0
     return tiny_models.save_checkpoint(directory, model, tokenizer=tokenizer)
+
+
+def make_first_feature_constant(model: Any) -> None:
+    """What the head reads as feature 0 is 1; where the last norm has no bias, about as much, and positive."""
+    if hasattr(model, "transformer"):
+        model.transformer.ln_f.weight[0], model.transformer.ln_f.bias[0] = 0.0, 1.0
+        return
+    model.model.embed_tokens.weight[:, 0] = model.model.embed_tokens.weight.std()
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight[0] = layer.mlp.down_proj.weight[0] = 0.0
+    model.model.norm.weight[0] = 1.0
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +209,16 @@ def test_every_stop_ends_a_run_with_rejections_as_plain_ends(
 def test_every_stop_of_greedy_decoding(build_lab: Callable[..., Lab], tally: Tally) -> None:
     check_stops(build_lab(PerfectDrafter(vocab_size=VOCAB), {}), ks=(3, 5), indices=range(8))
     tally.check(rejected=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_every_stop_of_an_architecture_without_biases(
+    model_type: str, tmp_path: Path, build_engine: EngineFactory, tally: Tally
+) -> None:
+    drafter = AdversarialDrafter(vocab_size=VOCAB, wrong_at=2)
+    engine = build_engine(save_readable(tmp_path, model_type=model_type), drafter, max_batch_size=32)
+    check_stops(Lab(engine, drafter, COUPLED), ks=(2, 4), indices=range(0, NUM_TOKENS, 3))
+    tally.check()
 
 
 @pytest.mark.slow

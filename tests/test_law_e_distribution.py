@@ -221,9 +221,16 @@ def target() -> torch.nn.Module:
     return build_tiny(seed=1)
 
 
-def build_tiny(seed: int) -> torch.nn.Module:
+def build_tiny(seed: int, model_type: str = "gpt2", **sizes: int) -> torch.nn.Module:
     return tiny_models.build_model(
-        "gpt2", vocab_size=VOCAB, seed=seed, num_layers=1, hidden_size=16, num_heads=2, max_positions=16
+        model_type,
+        vocab_size=VOCAB,
+        seed=seed,
+        num_layers=1,
+        hidden_size=16,
+        num_heads=2,
+        max_positions=16,
+        **sizes,
     )
 
 
@@ -462,6 +469,19 @@ def test_the_engine_samples_the_targets_law(target: torch.nn.Module, acceptance:
     filters = Filters(0.9, 6, 0.95, 0.03, repetition_penalty=1.5, frequency_penalty=0.9)
     with build_engine(target, "model") as engine:
         samples = sample_engine(engine, filters, acceptance, NUM_SAMPLES // 10)
+    check_tally(samples)
+    check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "heads"),
+    [("llama", {"num_key_value_heads": 1}), ("qwen3", {"num_key_value_heads": 2, "head_dim": 16})],
+)
+def test_gated_architectures_sample_the_targets_law(model_type: str, heads: dict[str, int]) -> None:
+    target, draft = (build_tiny(seed, model_type, **heads) for seed in (1, 2))
+    filters = Filters(1.3, 6, 0.9, 0.05)
+    with build_pair(target, draft) as engine:
+        samples = sample_rounds(engine, filters, "rejection", NUM_SAMPLES // 4)
     check_tally(samples)
     check_distribution(samples, exact_law(target, filters))
 

@@ -209,11 +209,13 @@ def test_coupled_text_is_plains_for_every_scripted_drafter(
     )
 
 
-@pytest.mark.parametrize("noise", [0.1, 0.5])
+@pytest.mark.parametrize(
+    ("model_type", "noise"), [("gpt2", 0.1), ("gpt2", 0.5), ("llama", 0.3), ("qwen2", 0.3)]
+)
 def test_coupled_text_is_plains_for_a_draft_model(
-    checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, noise: float
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, model_type: str, noise: float
 ) -> None:
-    engine = build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=noise))
+    engine = build_engine(checkpoint(model_type, seed=1), checkpoint(model_type, seed=1, noise=noise))
     check_coupled_equals_plain(engine, None, (1, 2, 3, 4, 5, 8, 16))
     tally.check()
 

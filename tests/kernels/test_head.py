@@ -24,9 +24,17 @@ from specengine.ops.backend import Backend
 
 
 def check_head(
-    ops: Backend, num_rows: int, width: int, vocab_size: int, num_rows_of_weight: int, dtype, op=None
+    ops: Backend,
+    num_rows: int,
+    width: int,
+    vocab_size: int,
+    num_rows_of_weight: int,
+    dtype,
+    op=None,
+    *,
+    is_rms: bool = False,
 ) -> None:
-    layer = random_layer(width, num_rows_of_weight, dtype, has_bias=False, ops=ops)
+    layer = random_layer(width, num_rows_of_weight, dtype, has_bias=False, is_rms=is_rms, ops=ops)
     hidden = random_rows(num_rows, width)
     logits = (op or ops.head)(hidden, layer.norm, layer.packed, vocab_size)
     exact = reference.head(hidden.double(), layer.norm, layer.plain, vocab_size)
@@ -41,6 +49,11 @@ def check_head(
 def test_logits_and_padding(every_ops: Backend, vocab_size: int, dtype: torch.dtype) -> None:
     for extra in (0, 7) if every_ops is NATIVE else (7,):
         check_head(every_ops, 33, 48, vocab_size, vocab_size + extra, dtype)
+
+
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_an_rms_norm_before_the_head(every_ops: Backend, dtype: torch.dtype) -> None:
+    check_head(every_ops, 33, 48, 129, 129, dtype, is_rms=True)
 
 
 @pytest.mark.parametrize("vocab_size", [8193, 50257])
