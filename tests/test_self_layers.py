@@ -170,6 +170,8 @@ def cut(tmp_path: Path) -> Callable[..., Path]:
                 if isinstance(child, torch.nn.ModuleList):
                     setattr(module, name, child[:layers])
         model.config.num_hidden_layers = layers
+        if hasattr(model.config, "layer_types"):
+            model.config.layer_types = model.config.layer_types[:layers]
         return tiny_models.save_checkpoint(tmp_path / f"{model_type}-{layers}", model)
 
     return save
