@@ -9,6 +9,10 @@ class ModelLoadError(SpecEngineError, ValueError):
     """A checkpoint is malformed, unsafe or of an unsupported architecture. Names the file and the field."""
 
 
+class FetchError(SpecEngineError):
+    """A known model could not be brought into the cache. Says why each source failed, or what could not be written."""
+
+
 class VocabularyMismatchError(SpecEngineError, ValueError):
     """A draft model that can neither read the target's tokens nor write its text. Names both models."""
 

@@ -28,6 +28,7 @@ from law_helpers import (
 
 from specengine import _C, metrics
 from specengine.engine import Engine, assembly
+from specengine.fetched import find_fetched
 from specengine.ops.backend import Backend
 
 torch.set_num_threads(1)
@@ -120,6 +121,15 @@ def oracle() -> Callable[..., GreedyOracle]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the user's cache; tests that take it are marked `smollm2`."""
+    path = find_fetched("smollm2")
+    if path is None:
+        pytest.skip("SmolLM2 was not fetched: `specengine fetch smollm2` brings it")
+    return path
 
 
 @pytest.fixture(params=_C.instruction_sets())

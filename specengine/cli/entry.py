@@ -22,6 +22,7 @@ COMMANDS = (
     "verify",
     "tune",
     "models",
+    "fetch",
     "collect-env",
 )
 # The base of typer's usage errors, whether the installed typer carries its own click or not.

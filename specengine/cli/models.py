@@ -11,9 +11,10 @@ from specengine.config import ModelOptions
 
 @takes(ModelOptions)
 def models(options: dict[str, Any], as_json: AsJson = False) -> None:
-    """List the bundled pair and the architectures, or describe models without loading them."""
+    """List the bundled pair, what can be fetched and the architectures, or describe models without loading them."""
     from specengine import bundled
     from specengine.drafters.registry import names_a_drafter
+    from specengine.fetched import KNOWN_MODELS
     from specengine.models.describe import describe_model, supported_architectures
 
     chosen = ModelOptions(**options)
@@ -26,6 +27,16 @@ def models(options: dict[str, Any], as_json: AsJson = False) -> None:
     sections = {
         "bundled target": describe_model(bundled.target_path()),
         "bundled draft": describe_model(bundled.draft_path()),
+        "can be fetched": {name: _fetched(name) for name in KNOWN_MODELS},
         "supported": {"architectures": ", ".join(supported_architectures())},
     }
     print_sections(sections, as_json=as_json)
+
+
+def _fetched(name: str) -> str:
+    """A known model's size, and where it is."""
+    from specengine.fetched import KNOWN_MODELS, find_fetched
+
+    model = KNOWN_MODELS[name]
+    where = find_fetched(name) or f"not fetched yet: specengine fetch {name}"
+    return f"{model.file}, {model.num_bytes / 1e6:.0f} MB, {model.licence}; {where}"

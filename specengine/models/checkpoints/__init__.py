@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from specengine.errors import ModelLoadError
+from specengine.fetched import KNOWN_MODELS, require_fetched
 from specengine.models.checkpoints.checkpoint import Checkpoint
 from specengine.models.checkpoints.directory import DirectoryCheckpoint
 from specengine.models.checkpoints.hub import HubCheckpoint, is_hub_name
@@ -26,8 +27,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint that a caller named. Reads nothing yet.
 
-    source:       a directory with config.json and weights; the name of a model on the Hugging Face Hub, if there is
-                  no such directory; or a `transformers` model in memory
+    source:       a directory with config.json and weights; if there is none, the name of a model that was fetched
+                  (`specengine fetch`) or is on the Hugging Face Hub; or a `transformers` model in memory
     revision:     of a Hub model
     allow_pickle: read `pytorch_model.bin` if there are no safetensors, with `weights_only=True`, which runs no code
 
@@ -40,6 +41,8 @@ def open_checkpoint(
             f"model: expected a directory, a Hub name or a transformers model, not {type(source).__name__}"
         )
     path = Path(source).expanduser()
+    if source in KNOWN_MODELS and not path.exists():
+        return open_checkpoint(require_fetched(source))
     if path.is_dir():
         return DirectoryCheckpoint(path, name=os.fspath(source), allow_pickle=allow_pickle)
     if path.exists():
