@@ -95,7 +95,7 @@ def _table(result: GenerationResult) -> str:
     rows = [
         ("prompt", f"{metrics.num_prompt_tokens} tokens, {metrics.num_cached_tokens} cached"),
         ("time", f"{metrics.total_time:.3f} s"),
-        ("to the first token", f"{metrics.queue_time + metrics.prompt_time:.3f} s"),
+        ("to the first token", f"{metrics.time_to_first_token:.3f} s"),
         ("speed", f"{metrics.tokens_per_second:.1f} tokens/s"),
         ("forwards of the target", f"{metrics.num_target_forwards}"),
     ]

@@ -139,6 +139,18 @@ class GenerationMetrics:
     speculative_decoding: SpeculativeDecodingMetrics = field(default_factory=SpeculativeDecodingMetrics)
 
     @property
+    def time_to_first_token(self) -> float:
+        """From the request to its first token: what a reader waits for."""
+        return self.queue_time + self.prompt_time
+
+    @property
+    def prompt_tokens_per_second(self) -> float:
+        """Prompt tokens that were computed, not found in the prefix cache, over the time to the first token from the
+        first forward on."""
+        computed = self.num_prompt_tokens - self.num_cached_tokens
+        return computed / self.prompt_time if self.prompt_time > 0 else 0.0
+
+    @property
     def tokens_per_second(self) -> float:
         """Generated tokens over the time from the first forward to the last token."""
         busy = self.prompt_time + self.decode_time
@@ -147,6 +159,8 @@ class GenerationMetrics:
     def to_dict(self) -> dict[str, Any]:
         return {
             **asdict(self),
+            "time_to_first_token": self.time_to_first_token,
+            "prompt_tokens_per_second": self.prompt_tokens_per_second,
             "tokens_per_second": self.tokens_per_second,
             "speculative_decoding": self.speculative_decoding.to_dict(),
         }
@@ -256,6 +270,7 @@ class StreamEvent:
     text_delta:   new text; a character is never split, so it may lag behind the ids
     token_source: "draft" or "target" for each id
     finish_reason: set on the sample's last event
+    elapsed:      seconds from the request to these tokens: of the first event, the time to the first token
     result:       the prompt's `GenerationResult`, on the last event of its last sample
     """
 
@@ -266,3 +281,4 @@ class StreamEvent:
     token_source: list[TokenSource]
     finish_reason: FinishReason | None = None
     result: GenerationResult | None = None
+    elapsed: float = 0.0

@@ -113,7 +113,12 @@ def made(k: int, prompt: int, repeat: int, *, seconds: float, drafted: int = 0, 
         "target_forwards": 3,
         "shares": None,
         "peak_bytes": None,
-        "metrics": {"speculative_decoding": speculation},
+        "metrics": {
+            "num_prompt_tokens": 60,
+            "num_cached_tokens": 10,
+            "prompt_time": 0.1,
+            "speculative_decoding": speculation,
+        },
     }
     names = dict.fromkeys(sweep.CELL_NAMES)
     return Record("sweep", "run", {}, names, {**names, "num_speculative_tokens": k}, prompt, repeat, measured)
@@ -139,6 +144,7 @@ def test_speed_up_is_of_pairs_and_acceptance_of_all_rounds() -> None:
     assert cell.acceptance_rate == (2 + 3 + 3 + 4 + 28) / 100
     assert cell.acceptance_deviation == pytest.approx(statistics.stdev([0.2, 0.3, 0.3, 0.4, 28 / 60]))
     assert cell.mean_acceptance_length == 1 + 40 / 10
+    assert cell.prompt_tokens_per_second.median == pytest.approx(500.0)
     with pytest.raises(ValueError, match="plain decoding of prompt 0 was measured twice as repeat 1"):
         sweep.summarize([*plain, plain[1]])
 

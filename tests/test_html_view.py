@@ -85,6 +85,7 @@ def test_metrics_are_the_results() -> None:
     table = dict(zip(cells[::2], cells[1::2], strict=True))
     speculation = result.metrics.speculative_decoding
     assert table["forwards of the target"] == str(result.metrics.num_target_forwards)
+    assert table["to the first token"] == f"{result.metrics.time_to_first_token:.3f} s"
     assert table["speed"] == f"{result.metrics.tokens_per_second:.1f} tokens/s"
     assert table["drafts accepted"].startswith(
         f"{speculation.num_accepted_draft_tokens} of {speculation.num_draft_tokens}, "

@@ -132,6 +132,7 @@ def test_times_of_a_batch() -> None:
     assert (whole.queue_time, whole.prompt_time, whole.decode_time, whole.total_time) == (1.0, 4.0, 3.0, 8.0)
     assert (whole.num_generated_tokens, whole.num_target_forwards, whole.tokens_per_second) == (14, 6, 2.0)
     assert whole.speculative_decoding.num_rounds == 7
+    assert whole.time_to_first_token == 5.0
 
 
 def test_one_prompt_is_what_the_engine_said(engine: Any, tmp_path: Path) -> None:

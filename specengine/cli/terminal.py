@@ -79,7 +79,8 @@ def metrics_table(metrics: GenerationMetrics) -> Table:
     rows = [
         ("prompt tokens", f"{metrics.num_prompt_tokens} ({metrics.num_cached_tokens} from the prefix cache)"),
         ("new tokens", f"{metrics.num_generated_tokens}"),
-        ("prompt", f"{metrics.prompt_time * 1e3:.1f} ms"),
+        ("first token", f"after {metrics.time_to_first_token * 1e3:.1f} ms"),
+        ("prompt", f"{metrics.prompt_time * 1e3:.1f} ms, {metrics.prompt_tokens_per_second:.1f} tokens/s"),
         ("decode", f"{metrics.decode_time * 1e3:.1f} ms"),
         ("speed", f"{metrics.tokens_per_second:.1f} tokens/s"),
         ("target forwards", f"{metrics.num_target_forwards}"),

@@ -80,12 +80,14 @@ def build_events(news: list[News]) -> list[StreamEvent]:
 
 def _build_event(item: News, *, is_last: bool) -> StreamEvent:
     sequence, before, after = item.sequence, item.before, item.after
+    request = sequence.request
     return StreamEvent(
-        index=sequence.request.index,
+        index=request.index,
         output_index=sequence.sample_index,
         token_ids=sequence.output_ids[before.num_tokens : after.num_tokens],
         text_delta=after.text[before.num_final : after.num_final],
         token_source=sequence.token_source[before.num_tokens : after.num_tokens],
         finish_reason=after.finish_reason,
-        result=build_result(sequence.request) if is_last else None,
+        result=build_result(request) if is_last else None,
+        elapsed=(request.last_token_time or request.arrival_time) - request.arrival_time,
     )

@@ -59,8 +59,8 @@ def _build_rounds(sequence: Sequence) -> list[Round]:
 def _build_metrics(request: Request) -> GenerationMetrics:
     """Times and counts over all samples of a request."""
     sequences = request.sequences
-    last = request.last_token_time or request.arrival_time
-    started = request.first_forward_time or last
+    started = request.first_forward_time or request.arrival_time
+    last = request.last_token_time or started
     first = request.first_token_time or last
     return GenerationMetrics(
         num_prompt_tokens=len(request.prompt_ids),

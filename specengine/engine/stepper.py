@@ -144,6 +144,7 @@ class Stepper:
             self.chooser.release(sequence.sequence_id)
 
     def _end_scored(self, sequence: Sequence) -> None:
+        sequence.request.first_token_time = sequence.request.last_token_time = time.perf_counter()
         record.finish(sequence, "length")
         self._after_settled(sequence)
 

@@ -210,7 +210,7 @@ def measured(results: Sequence[GenerationResult], *, peak_bytes: int | None) -> 
     metrics = overall([result.metrics for result in results])
     return {
         "seconds": metrics.total_time,
-        "time_to_first_token": metrics.queue_time + metrics.prompt_time,
+        "time_to_first_token": metrics.time_to_first_token,
         "tokens": metrics.num_generated_tokens,
         "tokens_per_second": metrics.tokens_per_second,
         "target_forwards": metrics.num_target_forwards,
@@ -229,7 +229,7 @@ def overall(parts: Sequence[GenerationMetrics]) -> GenerationMetrics:
     if len(parts) == 1:
         return parts[0]
     began = min(part.queue_time for part in parts)
-    first_tokens = max(part.queue_time + part.prompt_time for part in parts)
+    first_tokens = max(part.time_to_first_token for part in parts)
     ended = max(part.total_time for part in parts)
     return GenerationMetrics(
         num_prompt_tokens=sum(part.num_prompt_tokens for part in parts),
@@ -271,7 +271,7 @@ def watch_shares(engine: Engine, prompts: Sequence[Prompt], params: SamplingPara
     with ranges.record(times):
         results = generate(engine, prompts, params)
     metrics = [result.metrics for result in results]
-    began = min(each.queue_time + each.prompt_time for each in metrics)  # the first token of any
+    began = min(each.time_to_first_token for each in metrics)  # the first token of any
     seconds = {
         part.name: part.seconds for part in times.parts(max(each.total_time for each in metrics) - began)
     }

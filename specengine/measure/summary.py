@@ -44,6 +44,7 @@ class Summary:
     num_measured:         generations
     seconds:              from the request to its last token
     time_to_first_token:  seconds
+    prompt_tokens_per_second: prompt tokens that were computed over the time from the first forward to the first token
     tokens_per_second:    generated tokens over the time from the first forward to the last token
     speedup:              plain seconds a token / seconds a token, by pairs of the same prompt and repeat; None where no
                           pair is complete
@@ -58,6 +59,7 @@ class Summary:
     num_measured: int
     seconds: Interval
     time_to_first_token: Interval
+    prompt_tokens_per_second: Interval
     tokens_per_second: Interval
     speedup: Interval | None
     latency_reduction: Interval | None
@@ -86,7 +88,14 @@ class Summary:
 
 
 SHARES = ("draft", "verify", "other")
-_INTERVALS = ("seconds", "time_to_first_token", "tokens_per_second", "speedup", "latency_reduction")
+_INTERVALS = (
+    "seconds",
+    "time_to_first_token",
+    "prompt_tokens_per_second",
+    "tokens_per_second",
+    "speedup",
+    "latency_reduction",
+)
 
 
 def plain_of(records: Iterable[Record]) -> dict[tuple[int, int], Record]:
@@ -127,6 +136,7 @@ def numbers(records: Sequence[Record], plain: Mapping[tuple[int, int], Record]) 
         "num_measured": len(rows),
         "seconds": _interval(rows, "seconds"),
         "time_to_first_token": _interval(rows, "time_to_first_token"),
+        "prompt_tokens_per_second": Interval(*median_interval(list(map(_prompt_tokens_per_second, rows)))),
         "tokens_per_second": _interval(rows, "tokens_per_second"),
         "speedup": speedup,
         "latency_reduction": None
@@ -149,3 +159,10 @@ def seconds_a_token(record: Record) -> float:
 
 def _interval(rows: Sequence[Mapping[str, Any]], name: str) -> Interval:
     return Interval(*median_interval([row[name] for row in rows]))
+
+
+def _prompt_tokens_per_second(row: Mapping[str, Any]) -> float:
+    """From what rows of every version have."""
+    metrics = row["metrics"]
+    computed = metrics["num_prompt_tokens"] - metrics["num_cached_tokens"]
+    return computed / metrics["prompt_time"] if metrics["prompt_time"] > 0 else 0.0
