@@ -366,7 +366,7 @@ class EngineConfig:
     max_seq_len: int | None = option(
         None,
         Integer(1, 2**31 - 1),
-        "prompt and new tokens of one sequence; by default the target's context",
+        "prompt and new tokens of one sequence; by default the target's context, as far as memory goes",
     )
     prefill_chunk_size: int = option(512, Integer(1, 2**20), "prompt tokens computed in one step")
     num_threads: int | None = option(

@@ -111,7 +111,7 @@ class EngineOptions(TypedDict, total=False):
     max_batch_size: int
     """sequences that run at the same time. Default: 32."""
     max_seq_len: int | None
-    """prompt and new tokens of one sequence; by default the target's context. Default: None."""
+    """prompt and new tokens of one sequence; by default the target's context, as far as memory goes. Default: None."""
     prefill_chunk_size: int
     """prompt tokens computed in one step. Default: 512."""
     num_threads: int | None

@@ -309,7 +309,7 @@ def test_a_cache_too_small_for_the_context_says_what_would_fit(checkpoint: Check
     # 2 layers x keys and values x 32 features x 4 bytes = 512 bytes a token
     config: dict[str, Any] = {"kv_cache_bytes": 10 * 4 * 512, "block_size": 4, "backend": "reference"}
     check_refused(
-        lambda: Engine(checkpoint(seed=1), **config),
+        lambda: Engine(checkpoint(seed=1), **config, max_seq_len=96),
         "max_seq_len=96",
         "kv_cache_bytes=20,480",
         "max_seq_len=36 would fit",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import reprlib
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from specengine.drafters.host import HostDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.drafters.retokenized import RetokenizedDrafter, check_texts
 from specengine.drafters.several import SeveralDrafters
+from specengine.engine.intake import level_of_caller
 from specengine.errors import InsufficientMemoryError
 from specengine.kinds import AUTO, Drafting
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
@@ -28,7 +30,7 @@ from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
 from specengine.runtime.graphs import CudaRecorder, Recorder
-from specengine.runtime.kv_cache import DRAFT, KVCache, bytes_per_token, plan_num_blocks
+from specengine.runtime.kv_cache import DRAFT, KVCache, bytes_per_token, limit_to_budget, plan_num_blocks
 from specengine.runtime.model_runner import ModelRunner
 from specengine.tokenizer import Tokenizer, Vocabulary, check_compatible, num_usable_ids
 from specengine.translation import ByText, Translation, translate
@@ -172,12 +174,26 @@ def build_kv_cache(
     max_seq_len: int,
     device: torch.device,
 ) -> KVCache:
-    """One cache for all models: the same block ids, a tensor each, the target's first."""
+    """One cache for all models: the same block ids, a tensor each, the target's first.
+
+    A context that nobody asked for is what there is memory for, if that is less than the model's.
+    """
     models = [target, *drafts]
     dtypes = [model.decoder.weights.token_table.dtype for model in models]
     if config.kv_dtype != "auto":
         dtypes = [getattr(torch, config.kv_dtype)] * len(models)
     specs = [model.decoder.spec for model in models]
+    if config.max_seq_len is None:
+        block_bytes = config.block_size * sum(map(bytes_per_token, specs, dtypes))
+        longest = max_seq_len
+        max_seq_len, budget = limit_to_budget(longest, config, block_bytes, device)
+        if budget:
+            enough = (math.ceil(longest / config.block_size) + 1) * block_bytes
+            warnings.warn(
+                f"{target.name}: the context is {max_seq_len:,} tokens of the model's {longest:,}: more do not fit "
+                f"into {budget}; kv_cache_bytes={enough:,} would do",
+                stacklevel=level_of_caller(),
+            )
     return KVCache(specs, dtypes, config, max_seq_len=max_seq_len, device=device)
 
 
@@ -190,10 +206,10 @@ def build_own_kv_cache(
     if config.kv_dtype != "auto":
         dtype = getattr(torch, config.kv_dtype)
     spec, size = draft.decoder.spec, config.block_size
+    any_number, block_bytes = replace(config, num_blocks=None), size * bytes_per_token(spec, dtype)
     longest = min(spec.max_positions, _MAX_DRAFT_TOKENS_EACH * max_seq_len)
-    most = plan_num_blocks(
-        replace(config, num_blocks=None), size * bytes_per_token(spec, dtype), longest, device
-    )
+    longest, _ = limit_to_budget(longest, any_number, block_bytes, device)
+    most = plan_num_blocks(any_number, block_bytes, longest, device)
     blocks = min(math.ceil(longest / size), (most - 1) // config.max_batch_size)
     if not blocks:
         raise InsufficientMemoryError(

@@ -107,7 +107,7 @@ class Engine:
         draft_checkpoints = [assembly.open_draft(drafter, self.config) for drafter in drafters]
         if profile is not None:
             profiled.check(profile, checkpoint, draft_checkpoints)
-        self.max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
+        max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
         translations = [assembly.plan_translation(checkpoint, tokenizer, each) for each in draft_checkpoints]
         target, drafts = self._load_models(
@@ -121,8 +121,9 @@ class Engine:
         ]
         vocab_size = assembly.shared_vocab_size(target, own_models)
         kv_cache = assembly.build_kv_cache(
-            target, own_models, self.config, max_seq_len=self.max_seq_len, device=self.device
+            target, own_models, self.config, max_seq_len=max_seq_len, device=self.device
         )
+        self.max_seq_len = kv_cache.max_seq_len
         self.target_name = target.name
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.vocab_size = vocab_size

@@ -118,7 +118,7 @@ class Intake:
             named = " and ".join(f"acceptance={mode!r}" for mode in modes)
             warnings.warn(
                 f"{named}: lossy, what is generated is not distributed as the target says",
-                stacklevel=_level_of_caller(),
+                stacklevel=level_of_caller(),
             )
 
     def _check_params(self, params: SamplingParams) -> None:
@@ -252,7 +252,7 @@ def _too_long(name: str, length: str, longest: int, context: int) -> str:
     return f"{name} has {length}, which {room} a context of {context}"
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """The `stacklevel` at which a warning of the function that asks points to who called this package."""
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals["__name__"].startswith("specengine."):

@@ -152,10 +152,7 @@ def plan_num_blocks(config: EngineConfig, block_bytes: int, max_seq_len: int, de
         num_blocks = config.num_blocks
         asked = f"num_blocks={num_blocks}"
     else:
-        budget = config.kv_cache_bytes
-        asked = f"kv_cache_bytes={budget:,}" if budget is not None else "the default KV cache budget"
-        if budget is None:
-            budget = _default_budget(device)
+        budget, asked = _budget(config, device)
         wanted = config.max_batch_size * blocks_a_sequence + 1
         num_blocks = budget // block_bytes if config.kv_cache_bytes else min(wanted, budget // block_bytes)
     if num_blocks < 2:
@@ -178,6 +175,24 @@ def plan_num_blocks(config: EngineConfig, block_bytes: int, max_seq_len: int, de
                 f"in all; num_blocks={memory // block_bytes} would fit"
             )
     return int(num_blocks)
+
+
+def limit_to_budget(
+    max_seq_len: int, config: EngineConfig, block_bytes: int, device: torch.device
+) -> tuple[int, str]:
+    """The longest sequence, up to max_seq_len tokens, that can finish within the budget; and where that is shorter, the
+    budget in words, else "". One for which there is not even a block is not shortened: it will be refused."""
+    budget, asked = _budget(config, device)
+    fits = (budget // block_bytes - 1) * config.block_size
+    return (fits, asked) if config.num_blocks is None and 0 < fits < max_seq_len else (max_seq_len, "")
+
+
+def _budget(config: EngineConfig, device: torch.device) -> tuple[int, str]:
+    """Bytes of KV cache where no number of blocks was given, and what they are called."""
+    if config.kv_cache_bytes is not None:
+        return config.kv_cache_bytes, f"kv_cache_bytes={config.kv_cache_bytes:,}"
+    budget = _default_budget(device)
+    return budget, f"the default KV cache budget of {budget:,} bytes"
 
 
 def _device_memory(device: torch.device) -> int:
