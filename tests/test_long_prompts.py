@@ -9,8 +9,19 @@ import warnings
 from typing import Any
 
 import pytest
-from law_helpers import CheckpointFactory, EngineFactory, make_prompt
+from law_helpers import (
+    CheckpointFactory,
+    EngineFactory,
+    Tally,
+    assert_idle,
+    assert_same,
+    make_prompt,
+    plain,
+    spec,
+)
 
+from specengine.engine.prompts import Prompts
+from specengine.engine.scheduler import Chunk
 from specengine.runtime import kv_cache
 
 # 1 layer x keys and values x 16 features x 4 bytes
@@ -41,3 +52,95 @@ def test_a_context_that_nobody_asked_for_is_what_the_budget_holds(
         assert build_engine(model, block_size=16, max_seq_len=16_000).max_seq_len == 16_000
         assert build_engine(model, block_size=16, kv_cache_bytes=16_779_264).max_seq_len == 131_072
         assert build_engine(model, num_blocks=30).max_seq_len == 131_072
+
+
+# Law J: chunk boundaries anywhere
+
+
+def copied_prompt(length: int, *, period: int = 90) -> list[int]:
+    """Random tokens that come again after `period`, so that lookups draft, with some that differ, so that they err."""
+    prompt = make_prompt(period) * (length // period + 1)
+    for at in range(0, length, 37):
+        prompt[at] = 1 + at % 63
+    return prompt[:length]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_chunks_change_no_bit(checkpoint: CheckpointFactory, build_engine: EngineFactory, dtype: str) -> None:
+    """Boundaries inside a block, on its edge, inside a tile of attention, on its edge, and none at all."""
+    model = checkpoint("llama", **TINY, max_positions=8192)
+    prompts = [copied_prompt(1300), copied_prompt(700, period=33)]
+    sampling: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0}
+    config: dict[str, Any] = {
+        "block_size": 16,
+        "dtype": dtype,
+        "max_batch_size": 2,
+        "enable_prefix_cache": False,
+    }
+    whole = build_engine(model, prefill_chunk_size=8192, **config)
+    expected = [whole.generate(prompt, **sampling) for prompt in prompts]
+    assert expected[0].metrics.num_target_forwards == 1 + 5
+    for chunk in (61, 128, 513, 1024):
+        engine = build_engine(model, prefill_chunk_size=chunk, **config)
+        for result, alone in zip(engine.generate(prompts, **sampling), expected, strict=True):
+            assert_same(result, alone)
+        assert engine.generate(prompts[0], **sampling).metrics.num_target_forwards == -(-1300 // chunk) + 5
+
+
+def test_a_fault_at_a_chunks_edge_is_noticed(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk that sees one token less of what came before it."""
+    model = checkpoint("llama", **TINY, max_positions=8192)
+    sampling: dict[str, Any] = {"max_new_tokens": 2, "ignore_eos": True, "logprobs": 0, "prompt_logprobs": 0}
+    expected = build_engine(model, prefill_chunk_size=8192).generate(copied_prompt(600), **sampling)
+    engine = build_engine(model, prefill_chunk_size=512)
+    run = Prompts.run
+
+    def forget_one(prompts: Prompts, chunks: list[Chunk]) -> None:
+        last = chunks[0]
+        if last.start:
+            keys_and_values = engine._kv_cache.tensors[0]
+            block = int(engine._kv_cache.block_table[0, (last.start - 1) // 4])
+            keys_and_values[:, :, block, :, (last.start - 1) % 4] = 0
+        run(prompts, chunks)
+
+    monkeypatch.setattr(Prompts, "run", forget_one)
+    with pytest.raises(AssertionError):
+        assert_same(engine.generate(copied_prompt(600), **sampling), expected)
+
+
+# Laws A and D at the end of a long context
+
+FULL = 8192
+SAMPLED = {"temperature": 1.0, "seed": 5}
+HOW: dict[str, dict[str, Any]] = {
+    "draft": SAMPLED,
+    "self:1": SAMPLED,
+    "suffix": {},
+    "ngram": {"temperature": 0.4, "seed": 5},
+}
+
+
+@pytest.mark.parametrize("drafter", HOW)
+def test_a_context_of_8192_is_filled_exactly(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, drafter: str
+) -> None:
+    """Drafts accepted and rejected up to the last position, and the bits of plain decoding."""
+    sizes = {**TINY, "num_layers": 2, "max_positions": FULL}
+    draft = checkpoint("llama", **sizes, noise=0.3) if drafter == "draft" else drafter
+    engine = build_engine(checkpoint("llama", **sizes), draft, block_size=16, max_batch_size=2)
+    num_free = engine.num_free_blocks
+    prompt = copied_prompt(FULL - 60)
+    sampling: dict[str, Any] = {"max_new_tokens": 10**6, "ignore_eos": True, "logprobs": 0, **HOW[drafter]}
+    expected = plain(engine, prompt, **sampling)
+    assert (len(expected.token_ids), expected.finish_reason) == (60, "length")
+    assert_same(spec(engine, prompt, 5, **sampling), expected)
+    tally.check()
+    (last,) = spec(engine, [copied_prompt(FULL - 1)], 5, **sampling)
+    assert (len(last.token_ids), last.finish_reason) == (1, "length")
+    with pytest.raises(
+        ValueError, match="8192 tokens, which leaves no room for a new one in a context of 8192"
+    ):
+        engine.generate(copied_prompt(FULL))
+    assert_idle(engine, num_free)
