@@ -20,6 +20,7 @@ class PagedKVCache:
     block_size: int
     num_free_blocks: int
     num_cached_blocks: int
+    num_hashed_blocks: int
     num_sequences: int
     def __init__(
         self,

@@ -6,6 +6,8 @@ What may cost as much as the context is long is counted, not timed.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from law_helpers import (
     Tally,
     assert_idle,
     assert_same,
+    drafters_of,
     make_prompt,
     plain,
     spec,
@@ -22,7 +25,9 @@ from law_helpers import (
 
 from specengine.engine.prompts import Prompts
 from specengine.engine.scheduler import Chunk
+from specengine.models.decoder import Decoder
 from specengine.runtime import kv_cache
+from specengine.runtime.sequence import Sequence
 
 # 1 layer x keys and values x 16 features x 4 bytes
 TINY: dict[str, Any] = {"num_layers": 1, "num_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
@@ -144,3 +149,104 @@ def test_a_context_of_8192_is_filled_exactly(
     ):
         engine.generate(copied_prompt(FULL))
     assert_idle(engine, num_free)
+
+
+# What a follow-up costs
+
+
+@pytest.fixture
+def num_fed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder], int]:
+    """Tokens that were fed to a decoder so far."""
+    fed: Counter[int] = Counter()
+
+    def spy_on(name: str) -> None:
+        original = getattr(Decoder, name)
+
+        def spy(self: Decoder, batch: Any, *args: Any) -> Any:
+            fed[id(self)] += batch.token_ids.numel()
+            return original(self, batch, *args)
+
+        monkeypatch.setattr(Decoder, name, spy)
+
+    spy_on("forward")
+    spy_on("forward_stats")
+    spy_on("draw")
+    monkeypatch.setattr(Decoder, "draft", lambda *_: None)  # one by one, so that every token is seen
+    return lambda decoder: fed[id(decoder)]
+
+
+@pytest.mark.parametrize("drafter", ["draft", "self:1", "suffix"])
+def test_a_follow_up_computes_what_is_new(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    num_fed: Callable[[Decoder], int],
+    drafter: str,
+) -> None:
+    """A conversation of 6,000 tokens costs a turn no more than one of 1,500: in tokens that target and draft compute,
+    and in blocks that are hashed but for the one look-up of each."""
+    sizes = {**TINY, "num_layers": 2, "max_positions": FULL}
+    draft = checkpoint("llama", **sizes, noise=0.3) if drafter == "draft" else drafter
+    config: dict[str, Any] = {"block_size": 16, "max_batch_size": 2, "prefill_chunk_size": 512}
+    engine = build_engine(checkpoint("llama", **sizes), draft, **config, rounds_ahead=0)
+    decoders = {
+        id(runner.decoder): runner.decoder for runner in (engine._target, engine._drafter.runner) if runner
+    }
+    manager = engine._kv_cache.manager
+    sampling: dict[str, Any] = {"max_new_tokens": 20, "ignore_eos": True, "temperature": 1.0, "seed": 2}
+
+    def turn(text: list[int]) -> tuple[list[int], int, int, list[int]]:
+        """What was said by then; tokens found, blocks hashed beyond a look-up of each, and tokens fed."""
+        before, hashed = [num_fed(each) for each in decoders.values()], manager.num_hashed_blocks
+        result = spec(engine, text, 4, **sampling)
+        fed = [num_fed(each) - at for each, at in zip(decoders.values(), before, strict=True)]
+        found = result.metrics.num_cached_tokens
+        return text + result.token_ids, found, manager.num_hashed_blocks - hashed - found // 16, fed
+
+    for length in (1500, 6000):
+        said, found, hashed, fed = turn(make_prompt(length, seed=length))
+        assert (found, length <= fed[0]) == (0, True), "nothing of it is known"
+        assert length // 16 <= hashed <= 2 * (len(said) // 16) + 2, "each is looked up and published once"
+        for seed in range(3):
+            new = make_prompt(40, seed=seed)
+            said, found, hashed, fed = turn(said + new)
+            assert len(said) - 60 - found <= 17, "the block that was not full, and the last token"
+            assert max(fed) <= 17 + 40 + 20 * (4 + 2), fed
+            assert hashed <= 2 * (17 + 40 + 20) // 16 + 4, hashed
+
+
+@pytest.mark.parametrize("drafter", [None, "draft", "self:1", "suffix", "ngram", "ngram+suffix"])
+def test_a_round_reads_no_whole_text(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    drafter: str | None,
+) -> None:
+    """Once a prompt is read, whatever lists all tokens of a sequence is asked no more: a round costs the host the same
+    after 10 tokens and after 8,000."""
+    sizes = {**TINY, "num_layers": 2, "max_positions": FULL}
+    draft: Any = drafter
+    if drafter == "draft":
+        draft = checkpoint("llama", **sizes, noise=0.3)
+    elif drafter is not None:
+        draft = drafters_of(drafter, checkpoint)
+    engine = build_engine(checkpoint("llama", **sizes), draft, block_size=16)
+    asked: Counter[str] = Counter()
+    token_ids, token_array = Sequence.token_ids.fget, Sequence.token_array
+
+    def count(name: str, original: Any) -> Any:
+        def counted(sequence: Sequence) -> Any:
+            asked[name] += 1
+            return original(sequence)
+
+        return counted
+
+    monkeypatch.setattr(Sequence, "token_ids", property(count("token_ids", token_ids)))
+    monkeypatch.setattr(Sequence, "token_array", count("token_array", token_array))
+    sampling: dict[str, Any] = {"ignore_eos": True, "num_speculative_tokens": 3 if drafter else 0}
+    numbers = []
+    for num_new in (30, 90):
+        asked.clear()
+        engine.generate(copied_prompt(2000, period=num_new), max_new_tokens=num_new, **sampling)
+        assert asked["token_array"] >= 2, "when it came and when it went"
+        numbers.append(dict(asked))
+    assert numbers[0] == numbers[1], numbers

@@ -400,6 +400,7 @@ bool PagedKVCache::spells(int32_t block, PrefixId parent, const int32_t* tokens)
 uint32_t PagedKVCache::bucket_of(PrefixId parent, const int32_t* tokens) const {
   constexpr uint64_t kOddConstant = 0x9E3779B97F4A7C15;  // 2^64 / golden ratio
   uint64_t hash = parent * kOddConstant;
+  ++num_hashed_blocks_;
   for (int64_t i = 0; i < options_.block_size; ++i) {
     hash = ((hash ^ (hash >> 32)) + static_cast<uint32_t>(tokens[i])) * kOddConstant;
   }

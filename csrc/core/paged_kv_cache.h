@@ -133,6 +133,8 @@ class PagedKVCache {
   int64_t block_size() const { return options_.block_size; }
   int64_t num_free_blocks() const;    // free + evictable: what extend can still take
   int64_t num_cached_blocks() const;  // indexed, referenced or not
+  // Times that the tokens of a block were hashed so far, to be looked up or published.
+  int64_t num_hashed_blocks() const { return num_hashed_blocks_; }
   int64_t num_sequences() const;
   int64_t capacity(int64_t slot) const;  // addressable positions: blocks * block_size
   int64_t reference_count(int64_t block) const;
@@ -235,6 +237,7 @@ class PagedKVCache {
   std::vector<BlockCopy> copies_;        // what extend returns
   int64_t num_evictable_blocks_ = 0;
   int64_t num_indexed_blocks_ = 0;
+  mutable int64_t num_hashed_blocks_ = 0;
   PrefixId last_prefix_ = kEmptyPrefix;
 };
 

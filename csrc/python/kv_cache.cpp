@@ -244,6 +244,8 @@ after any of them the state is what it was.)")
                              "Free and evictable blocks.")
       .def_property_readonly("num_cached_blocks", &PagedKVCache::num_cached_blocks,
                              "Indexed blocks, in use or not.")
+      .def_property_readonly("num_hashed_blocks", &PagedKVCache::num_hashed_blocks,
+                             "Times that a block's tokens were hashed so far.")
       .def_property_readonly("num_sequences", &PagedKVCache::num_sequences)
       .def(
           "capacity", [](const PagedKVCache& cache, Integer slot) { return cache.capacity(slot); },

@@ -74,12 +74,14 @@ class _Text:
 
     def draft(self, drafted: Sequence[int], limit: int) -> list[int]:
         """At most `limit` tokens. A match that overlaps the end is a repetition, and goes on as one."""
-        text = [*self.tokens, *drafted] if drafted else self.tokens
+        known, num_known = self.tokens, len(self.tokens)
+        end = [*known[-self._lengths[0] :], *drafted] if drafted else known
         for length in self._lengths:
-            start = self._followed_at.get(tuple(text[-length:]))
+            start = self._followed_at.get(tuple(end[-length:]))
             if start is not None:
-                period = len(text) - start
-                return [text[start + offset % period] for offset in range(limit)]
+                period = num_known + len(drafted) - start
+                places = [start + offset % period for offset in range(limit)]
+                return [known[at] if at < num_known else drafted[at - num_known] for at in places]
         return []
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-import numpy as np
-
 from specengine.drafters.base import RoundDrafter
 from specengine.errors import OutOfBlocksError, UnknownSequenceError
 from specengine.runtime.kv_cache import TARGET, KVCache
@@ -115,7 +113,7 @@ class Scheduler:
     def publish(self, sequence: Sequence) -> None:
         """Makes the sequence's full computed blocks findable by prefix."""
         assert sequence.slot is not None, f"sequence {sequence.sequence_id} has no slot"
-        self._manager.publish(sequence.slot, np.asarray(sequence.token_ids, dtype=np.int32))
+        self._manager.publish(sequence.slot, sequence.token_array())
 
     def num_computed(self, sequence: Sequence) -> int:
         """The target's watermark."""
@@ -204,7 +202,7 @@ class Scheduler:
                     return int(self._manager.fork(other.slot, limit))
         if request.params.prompt_logprobs is not None and sequence.sample_index == 0:
             limit = 0  # every prompt row's logits are wanted
-        return int(self._manager.allocate(np.asarray(sequence.token_ids, dtype=np.int32), limit))
+        return int(self._manager.allocate(sequence.token_array(), limit))
 
     def _cut_chunks(self, others_than: set[Sequence]) -> list[Chunk]:
         chunks = []

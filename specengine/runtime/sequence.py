@@ -9,6 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from specengine import rng
 from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, SamplingParams
 from specengine.kernels.types.rules import Rule
@@ -146,6 +149,11 @@ class Sequence:
     def token_ids(self) -> list[int]:
         return self.request.prompt_ids + self.output_ids
 
+    def token_array(self) -> npt.NDArray[np.int32]:
+        """The same as int32, in time of what was generated and a copy of the rest."""
+        prompt = self.request.prompt_array
+        return np.append(prompt, np.asarray(self.output_ids, dtype=np.int32)) if self.output_ids else prompt
+
     @property
     def num_tokens_to_compute(self) -> int:
         """Tokens whose KV must exist before the sequence decodes: all of a fresh prompt (its last row decides
@@ -251,6 +259,11 @@ class Request:
     first_forward_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
+
+    @cached_property
+    def prompt_array(self) -> npt.NDArray[np.int32]:
+        """The prompt as int32. A prompt of many chunks is read once."""
+        return np.asarray(self.prompt_ids, dtype=np.int32)
 
     @property
     def is_finished(self) -> bool:

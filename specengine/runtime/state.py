@@ -197,7 +197,7 @@ class BatchState:
         slot = sequence.slot
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
         self._forget_selections()
-        ids = torch.tensor(sequence.token_ids, dtype=torch.int32)
+        ids = torch.from_numpy(sequence.token_array())
         self.tokens[slot, : ids.numel()] = ids.to(self.device)
         self.seq_len[slot] = sequence.num_tokens
         self.length_limit[slot] = sequence.length_limit
