@@ -17,34 +17,90 @@ constexpr int64_t kMinParallelRows = int64_t{1} << 14;
 // Weight bytes per task: small enough to share evenly, large enough that claiming costs nothing.
 constexpr int64_t kTaskBytes = int64_t{1} << 17;
 
+// Packed rows that stay in a core's second cache while one panel after the other meets them.
+constexpr int64_t kGroupBytes = int64_t{384} << 10;
+// Fewer rows than this and a panel takes longer to come from memory than to be multiplied.
+constexpr int64_t kMinGroupRows = 128;
+
 int64_t num_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
-// The layer's input rows, normalised, as the kernels want them. Valid until the thread's next call.
-const float* pack_rows(const LinearCall& call) {
-  static thread_local Scratch<float> words_scratch;
-  const LinearWeight& weight = *call.weight;
-  const int64_t k = weight.in_features;
-  const Kernels& isa = kernels();
-  const int64_t row_words = isa.row_words(weight.dtype);
-  const int64_t chunk_stride = call.num_rows * row_words;
-  float* words = words_scratch.reserve((k + kChunkK - 1) / kChunkK * chunk_stride);
-  parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
-    static thread_local Scratch<float> normal_scratch;
-    const float* x = call.x + row * k;
-    if (call.norm != nullptr) {
-      float* normal = normal_scratch.reserve(k);
-      isa.norm_row(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
-      x = normal;
-    }
-    isa.pack_row(x, k, weight.dtype, words + row * row_words, chunk_stride);
-  });
-  return words;
+
+int64_t part_begin(int64_t count, int64_t num_parts, int64_t part) {
+  return count * part / num_parts;
 }
 
-LinearArgs linear_args(const LinearCall& call) {
-  const LinearWeight& weight = *call.weight;
-  return {pack_rows(call),    call.num_rows, weight.panels,   weight.dtype,
-          weight.in_features, weight.scale,  weight.bias,     call.residual,
-          call.activation,    call.out,      call.out_stride, call.num_columns};
+// A layer's input rows, normalised, as the kernels want them, in groups that follow each other.
+// Valid until the thread's next call.
+class PackedRows {
+ public:
+  PackedRows(const LinearCall& call, bool in_groups) : call_(call) {
+    static thread_local Scratch<float> words_scratch;
+    const LinearWeight& weight = *call.weight;
+    const int64_t k = weight.in_features;
+    const Kernels& isa = kernels();
+    const int64_t chunk_words = isa.row_words(weight.dtype);
+    row_words_ = (k + kChunkK - 1) / kChunkK * chunk_words;
+    const int64_t group_rows =
+        std::max<int64_t>(1, kGroupBytes / (row_words_ * static_cast<int64_t>(sizeof(float))));
+    const int64_t wanted = (call.num_rows + group_rows - 1) / group_rows;
+    const int64_t most = in_groups ? call.num_rows / kMinGroupRows : 1;
+    num_groups_ = std::max<int64_t>(1, std::min(wanted, most));
+    float* words = words_scratch.reserve(call.num_rows * row_words_);
+    words_ = words;
+    parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
+      static thread_local Scratch<float> normal_scratch;
+      const float* x = call.x + row * k;
+      if (call.norm != nullptr) {
+        float* normal = normal_scratch.reserve(k);
+        isa.norm_row(x, call.norm->weight, call.norm->bias, call.norm->eps, k, normal);
+        x = normal;
+      }
+      const int64_t group = ((row + 1) * num_groups_ - 1) / call.num_rows;
+      const int64_t begin = this->begin(group);
+      isa.pack_row(x, k, weight.dtype, words + begin * row_words_ + (row - begin) * chunk_words,
+                   (this->begin(group + 1) - begin) * chunk_words);
+    });
+  }
+
+  int64_t num_groups() const { return num_groups_; }
+
+  // What the kernels compute of a group's rows.
+  LinearArgs args(int64_t group) const {
+    const LinearWeight& weight = *call_.weight;
+    const int64_t first = begin(group);
+    const float* residual =
+        call_.residual == nullptr ? nullptr : call_.residual + first * call_.num_columns;
+    return {words_ + first * row_words_,
+            begin(group + 1) - first,
+            weight.panels,
+            weight.dtype,
+            weight.in_features,
+            weight.scale,
+            weight.bias,
+            residual,
+            call_.activation,
+            call_.out + first * call_.out_stride,
+            call_.out_stride,
+            call_.num_columns};
+  }
+
+ private:
+  int64_t begin(int64_t group) const { return part_begin(call_.num_rows, num_groups_, group); }
+
+  const LinearCall& call_;
+  const float* words_;
+  int64_t row_words_;
+  int64_t num_groups_;
+};
+
+// Even parts of the panels, as many for each thread: of about kTaskBytes, and fewer where many rows
+// make a panel more work.
+int64_t num_panel_parts(const LinearArgs& args, int64_t panels) {
+  const int64_t panel_bytes =
+      packed_elements(kPanelColumns, args.k, args.dtype) * element_size(args.dtype);
+  const int64_t per_part =
+      std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * args.num_rows));
+  const int64_t at_once = per_part * num_threads();
+  return std::min(panels, (panels + at_once - 1) / at_once * num_threads());
 }
 
 bool is_worth_sharing(const LinearCall& call) {
@@ -93,23 +149,21 @@ void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows,
 }
 
 void linear(const LinearCall& call) {
-  const LinearArgs args = linear_args(call);
+  const PackedRows rows(call, true);
   const int64_t panels = num_panels(call.num_columns);
-  const int64_t panel_bytes =
-      packed_elements(kPanelColumns, args.k, args.dtype) * element_size(args.dtype);
-  // More rows make a panel more work; never fewer than one panel, never so many that threads idle.
-  const int64_t wanted =
-      std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * call.num_rows));
-  const int64_t per_task = std::min(wanted, std::max<int64_t>(1, panels / num_threads()));
+  const int64_t parts = num_panel_parts(rows.args(0), panels);
   const Kernels& isa = kernels();
-  parallel_for((panels + per_task - 1) / per_task, is_worth_sharing(call), [&](int64_t task) {
-    const int64_t end = std::min(panels, (task + 1) * per_task);
-    for (int64_t panel = task * per_task; panel < end; ++panel) isa.linear_panel(args, panel);
+  parallel_for(rows.num_groups() * parts, is_worth_sharing(call), [&](int64_t task) {
+    const LinearArgs args = rows.args(task / parts);
+    const int64_t end = part_begin(panels, parts, task % parts + 1);
+    for (int64_t panel = part_begin(panels, parts, task % parts); panel < end; ++panel) {
+      isa.linear_panel(args, panel);
+    }
   });
 }
 
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
-  const LinearArgs whole = linear_args(call);
+  const LinearArgs whole = PackedRows(call, false).args(0);
   const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
   const Kernels& isa = kernels();
   parallel_for(num_tiles, is_worth_sharing(call), [&](int64_t index) {

@@ -56,6 +56,21 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
     )
 
 
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_groups_of_a_prompts_rows_are_as_alone(dtype: torch.dtype, num_threads: int) -> None:
+    """403 rows of 1100 numbers are two groups (int8) or three, of unequal sizes; five panels are unequal parts."""
+    layer = random_layer(1100, 290, dtype, ops=NATIVE)
+    x, residual = random_rows(403, 1100), random_rows(403, 290, seed=9)
+    before = NATIVE.num_threads
+    NATIVE.set_num_threads(num_threads)
+    together = NATIVE.linear_residual(x, layer.packed, residual)
+    NATIVE.set_num_threads(before)
+    pairs = zip(x.split(50), residual.split(50), strict=True)
+    apart = [NATIVE.linear_residual(rows, layer.packed, others) for rows, others in pairs]
+    assert torch.equal(together, torch.cat(apart))
+
+
 def test_wrong_arguments_are_named(ops: Backend) -> None:
     layer = random_layer(32, 48, torch.float32, ops=ops)
     with pytest.raises(ValueError, match="residual: expected"):
