@@ -18,7 +18,7 @@ REPLACEMENT = "\ufffd"
 _LONG_TEXT = 4096
 
 
-_SPACE = "\u2581"  # how SentencePiece spells it
+SPACE = "\u2581"  # how SentencePiece spells it
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 
@@ -108,7 +108,7 @@ class Tokenizer:
     @property
     def spells_bytes(self) -> bool:
         """Whether its decoder says which bytes a spelling stands for."""
-        return '"ByteLevel"' in self._decoder_state or _SPACE in self._decoder_state
+        return '"ByteLevel"' in self._decoder_state or SPACE in self._decoder_state
 
     def spellings(self, *, as_bytes: bool) -> dict[int, tuple[bool, bytes]]:
         """By id, whether a token is special, and its spelling, or the bytes that it stands for (`spells_bytes`)."""
@@ -129,7 +129,7 @@ class Tokenizer:
             return bytes(_BYTE_OF[character] for character in token) if known else token.encode()
         if '"ByteFallback"' in self._decoder_state and (byte := _BYTE_TOKEN.fullmatch(token)):
             return bytes([int(byte[1], 16)])
-        return token.replace(_SPACE, " ").encode("utf-8", "surrogatepass")
+        return token.replace(SPACE, " ").encode("utf-8", "surrogatepass")
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""

@@ -48,6 +48,11 @@ class Checkpoint(ABC):
         """What the config describes."""
         return self.model.spec
 
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into a prompt; None if the checkpoint has none."""
+        return None
+
     def explain_missing_tokenizer(self) -> str:
         """What to do about a tokenizer that is there and not read; empty if there is none."""
         return ""

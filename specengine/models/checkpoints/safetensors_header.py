@@ -43,7 +43,7 @@ class TensorInfo:
 
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a file by name. Raises `ModelLoadError` naming file and tensor if it is malformed."""
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         file_size = os.fstat(file.fileno()).st_size
         start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
@@ -65,7 +65,8 @@ def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
     return {name: info for name, (info, _) in spans.items()}
 
 
-def _open_regular(path: Path) -> Any:
+def open_regular(path: Path) -> Any:
+    """A file that is open for reading bytes. Raises `ModelLoadError` for what is no regular file."""
     # A named pipe would block for ever: open without waiting, then look.
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

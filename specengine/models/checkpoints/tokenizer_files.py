@@ -146,7 +146,7 @@ def _to_token(value: Any, where: str, *, is_special: bool = False) -> AddedToken
         raise ModelLoadError(f"{where}: {wrong}={shorten(given[wrong])} is neither true nor false")
     if is_special:
         given["special"] = True
-    with _refusing(where):
+    with refusing(where):
         return AddedToken(value["content"], **given)
 
 
@@ -169,7 +169,7 @@ def _read_added(path: Path, special: set[str]) -> dict[int, AddedToken]:
         if _check_id(token_id, str(path)) in tokens:
             raise ModelLoadError(f"{path}: two tokens have the id {token_id}")
         is_special = text in special
-        with _refusing(f"{path}: {shorten(text)}"):
+        with refusing(f"{path}: {shorten(text)}"):
             tokens[token_id] = AddedToken(text, special=is_special, normalized=not is_special)
     return tokens
 
@@ -206,7 +206,7 @@ def _mark_special(tokenizer: tokenizers.Tokenizer, settings: _Settings) -> None:
 def read_tokenizer_json(path: Path) -> tokenizers.Tokenizer:
     """The tokenizer of this one file. Raises `ModelLoadError` naming it."""
     _check_file(path)
-    with _refusing(str(path)):
+    with refusing(str(path)):
         return tokenizers.Tokenizer.from_file(str(path))
 
 
@@ -215,7 +215,7 @@ def _read_byte_level(directory: Path, settings: _Settings) -> tokenizers.Tokeniz
     vocab_path, merges_path = directory / VOCABULARY, directory / MERGES
     _check_file(vocab_path)
     _check_file(merges_path)
-    with _refusing(f"{vocab_path} and {MERGES}"):
+    with refusing(f"{vocab_path} and {MERGES}"):
         vocabulary, merges = models.BPE.read_file(str(vocab_path), str(merges_path))
         # Added tokens get exactly the ids they were given, also beyond a gap, if the model has them.
         model = models.BPE({**vocabulary, **_new_tokens(vocabulary, settings)}, merges)
@@ -246,7 +246,8 @@ def _new_tokens(vocabulary: Mapping[str, int], settings: _Settings) -> dict[str,
 
 
 @contextmanager
-def _refusing(where: str) -> Iterator[None]:
+def refusing(where: str) -> Iterator[None]:
+    """Whatever the `tokenizers` library raises becomes a `ModelLoadError` that begins with `where`."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, ModelLoadError):

@@ -1,0 +1,130 @@
+"""GGUF files as models: the same numbers as the safetensors of what they hold, or one clear error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import gguf_files
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from gguf import GGMLQuantizationType
+from law_helpers import assert_same, plain, spec
+
+import specengine
+from conftest import EngineFactory
+from specengine.kernels.types.grouped import GroupedWeight
+from specengine.models.checkpoints import open_checkpoint
+from specengine.models.checkpoints.gguf_header import TENSOR_TYPES
+from specengine.models.checkpoints.gguf_types import CONVERTED, FLOATS, GROUPED, quantize_to_int8, read_tensor
+
+MODEL_TYPES = list(gguf_files.ARCHITECTURES)
+HELD = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q8_0"]
+# Rows of whole blocks.
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
+PROMPT = [5, 9, 2, 33, 17, 21, 4, 60, 11]
+
+
+def model_of(model_type: str, **overrides: Any) -> Any:
+    if model_type == "qwen3":
+        overrides.setdefault("head_dim", 24)
+        overrides.setdefault("num_attention_heads", 4)
+    return tiny_models.build_model(model_type, **{**SIZES, **overrides})
+
+
+def generated(engine: specengine.Engine) -> specengine.GenerationResult:
+    return plain(engine, PROMPT, max_new_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+
+
+# --- the numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model_type", "type"), [*((each, "Q4_1") for each in MODEL_TYPES), *(("llama", each) for each in HELD)]
+)
+def test_a_file_is_the_model_of_its_numbers(
+    model_type: str, type: str, tmp_path: Path, build_engine: EngineFactory
+) -> None:
+    """Bit for bit the safetensors of the dequantised numbers: names, order of rows, config; with speculation too."""
+    model = model_of(model_type, seed=3)
+    path = gguf_files.write_gguf(tmp_path / "m.gguf", model, type)
+    directory = tiny_models.save_checkpoint(tmp_path / "m", gguf_files.dequantized(model, type))
+    expected = generated(build_engine(directory))
+    engine = build_engine(path, tmp_path / "m.gguf")
+    assert_same(generated(engine), expected)
+    drafted = spec(engine, PROMPT, 3, max_new_tokens=10, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    assert_same(drafted, expected)
+
+
+def test_a_tied_head_and_an_untied_one(tmp_path: Path, build_engine: EngineFactory) -> None:
+    for is_tied in (True, False):
+        model = model_of("llama", seed=1, tie_word_embeddings=is_tied)
+        path = gguf_files.write_gguf(tmp_path / f"{is_tied}.gguf", model)
+        assert open_checkpoint(path).spec.tie_word_embeddings is is_tied
+        directory = tiny_models.save_checkpoint(tmp_path / str(is_tied), model)
+        assert_same(generated(build_engine(path)), generated(build_engine(directory)))
+
+
+def random_blocks(type: str, num_rows: int, num_columns: int, seed: int = 0) -> np.ndarray:
+    """Random bits, but scales of a size that weights have."""
+    _, block, size = next(entry for entry in TENSOR_TYPES.values() if entry[0] == type)
+    random = np.random.default_rng(seed)
+    blocks = random.integers(0, 256, (num_rows, num_columns // block, size), np.uint8)
+    halves = {"Q4_1": 2, "Q5_1": 2, "Q4_K": 2, "Q5_K": 2, "Q2_K": 2, "IQ1_M": 0, "MXFP4": 0}.get(type, 1)
+    at_end = {"Q2_K": size - 4, "Q3_K": size - 2, "Q6_K": size - 2, "TQ1_0": size - 2, "TQ2_0": size - 2}
+    for index in range(halves):
+        scale = random.uniform(0.01, 0.05, blocks.shape[:2]).astype(np.float16)
+        start = at_end.get(type, 0) + 2 * index
+        blocks[..., start : start + 2] = scale[..., None].view(np.uint8)
+    if type == "IQ1_M":  # its scale is spread over the high bits of four numbers
+        blocks[..., 49:56:2] = blocks[..., 49:56:2] & 0x0F | np.array([0x00, 0x00, 0x00, 0x20], np.uint8)
+    if type == "MXFP4":
+        blocks[..., 0] = 120
+    return blocks.reshape(num_rows, -1)
+
+
+@pytest.mark.parametrize("type", [*GROUPED, *CONVERTED])
+def test_each_type_holds_what_the_file_says(type: str) -> None:
+    """Without loss, or rounded as the nearest format that there is must round."""
+    packed = random_blocks(type, 6, 512)
+    truth = torch.from_numpy(gguf.quants.dequantize(packed, GGMLQuantizationType[type]))
+    found = read_tensor(packed.reshape(-1), type, (6, 512))
+    assert isinstance(found, GroupedWeight)
+    assert found.codes.min() >= (-128 if found.bits == 8 else -8 if found.minimum is None else 0)
+    assert found.codes.max() <= (127 if found.bits == 8 else 7 if found.minimum is None else 15)
+    numbers = found.dequantize()
+    assert truth.abs().max() > 0
+    if type in GROUPED:
+        assert torch.equal(numbers, truth)
+        return
+    assert CONVERTED[type] == ("int8_group" if found.bits == 8 else "int4_min")
+    groups = truth.unflatten(1, (-1, 32)).abs().amax(-1, keepdim=True)
+    error = (numbers - truth).unflatten(1, (-1, 32)).abs()
+    if type == "Q4_K":  # scale and minimum have 11 bits each
+        steps = (15 * found.scale.float().abs() + found.minimum.float().abs()).unsqueeze(-1)  # type: ignore[union-attr]
+        assert (error <= steps * 2**-11 * 1.01).all()
+    else:
+        assert (error <= groups * (0.5 / 127 + 2**-11)).all()
+
+
+def test_conversion_to_eight_bits_is_ggmls() -> None:
+    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
+    weight[0, :32] = 0
+    weight[1, 0] = 127.0
+    weight[1, 1:32] = torch.arange(31) + 0.5
+    expected = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
+    found, stored = quantize_to_int8(weight), read_tensor(expected.reshape(-1), "Q8_0", (5, 96))
+    assert isinstance(stored, GroupedWeight)
+    assert torch.equal(found.codes, stored.codes)
+    assert torch.equal(found.scale, stored.scale)
+
+
+def test_every_type_that_gguf_can_read_is_read() -> None:
+    names = {name for name, _, _ in TENSOR_TYPES.values()}
+    for number, (name, block, size) in TENSOR_TYPES.items():
+        type = GGMLQuantizationType(number)
+        assert (type.name, gguf.GGML_QUANT_SIZES[type]) == (name, (block, size))
+    assert names - {*FLOATS, *GROUPED, *CONVERTED} == {"Q8_1", "Q8_K", "I8", "I16", "I32", "I64"}
