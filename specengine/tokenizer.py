@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +22,16 @@ _LONG_TEXT = 4096
 
 SPACE = "\u2581"  # how SentencePiece spells it
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
+_EACH_BYTE = "specengine.each_byte"
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    """How the `tokenizers` library writes bytes that are no UTF-8: U+FFFD for each."""
+    assert isinstance(error, UnicodeDecodeError), error
+    return REPLACEMENT * (error.end - error.start), error.end
+
+
+codecs.register_error(_EACH_BYTE, _replace_each_byte)
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -133,7 +145,33 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of the ids, special tokens skipped; bytes that are no UTF-8 become U+FFFD."""
+        if self._byte_tokens and not self._byte_tokens.keys().isdisjoint(token_ids):
+            return self._decode_bytes(token_ids)
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    @cached_property
+    def _byte_tokens(self) -> dict[int, bytes]:
+        """Of a SentencePiece vocabulary the tokens that are a byte each."""
+        if '"ByteFallback"' not in self._decoder_state:
+            return {}
+        return {
+            token_id: self._bytes_of(token)
+            for token, token_id in self._vocabulary.items()
+            if _BYTE_TOKEN.fullmatch(token)
+        }
+
+    def _decode_bytes(self, token_ids: Sequence[int]) -> str:
+        """The library gives up a whole run of bytes for one that is not there yet; here only that one's character."""
+        parts: list[str] = []
+        for is_byte, run in itertools.groupby(token_ids, self._byte_tokens.__contains__):
+            if is_byte:
+                parts.append(b"".join(map(self._byte_tokens.__getitem__, run)).decode("utf-8", _EACH_BYTE))
+            else:
+                tokens = (
+                    self._tokenizer.id_to_token(each) for each in run if each not in self.special_token_ids
+                )
+                parts += [token for token in tokens if token is not None]
+        return str(self._tokenizer.decoder.decode(parts))
 
     def whole_text(self, token_id: int) -> str:
         """What a token adds to any text that ends with a whole character; "" where that may depend on the text."""
