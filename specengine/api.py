@@ -54,11 +54,11 @@ def generate(
     streamer: a function that is called with each `StreamEvent`, or an object with put() and end() like
               transformers' `TextStreamer` (one prompt, n=1); end() comes also when the call fails
     progress: show progress bars; None = on a terminal only
-    options:  model and draft_model: directories, names on the Hugging Face Hub or `transformers` models, the draft also
-              a drafter's name ("self:6"), a `Drafter` or a list of these; without either the bundled pair, without a
-              draft plain decoding. The others are the fields of `SamplingParams` (how to continue) and `EngineConfig`
-              (how to compute), described there. max_tokens, assistant_model, num_assistant_tokens, stop_strings and
-              do_sample are understood too
+    options:  model and draft_model: directories, .gguf files, names on the Hugging Face Hub or `transformers` models,
+              the draft also a drafter's name ("self:6"), a `Drafter` or a list of these; without either the bundled
+              pair, without a draft plain decoding. The others are the fields of `SamplingParams` (how to continue)
+              and `EngineConfig` (how to compute), described there. max_tokens, assistant_model, num_assistant_tokens,
+              stop_strings and do_sample are understood too
 
     One prompt gives one `GenerationResult`, a list gives a list in its order. Everything is checked before a
     model is loaded: `TypeError` for an unknown name or a wrong type, `ValueError` for a value out of range or

@@ -125,13 +125,13 @@ class ModelOptions:
     model: Any = option(
         None,
         Model(),
-        "the target: a directory or a name on the Hugging Face Hub; by default the bundled pair",
+        "the target: a directory, a .gguf file or a name on the Hub; by default the bundled pair",
         "or a `transformers` model",
     )
     draft_model: Any = option(
         None,
         Drafting(),
-        "what drafts for it: a directory, a Hub name or self:<layers>; without one decoding is plain",
+        "what drafts for it: a model like the target, or self:<layers>; without one decoding is plain",
         "self:6 drafts with the target's own first six layers; also a `transformers` model, a `Drafter`, or a list of "
         "all of these",
         aliases=("assistant_model",),

@@ -11,9 +11,9 @@ class ModelNames(TypedDict, total=False):
     """What generates."""
 
     model: Any
-    """the target: a directory or a name on the Hugging Face Hub; by default the bundled pair. Default: None."""
+    """the target: a directory, a .gguf file or a name on the Hub; by default the bundled pair. Default: None."""
     draft_model: Any
-    """what drafts for it: a directory, a Hub name or self:<layers>; without one decoding is plain. Default: None."""
+    """what drafts for it: a model like the target, or self:<layers>; without one decoding is plain. Default: None."""
     assistant_model: Any
     """the same as draft_model."""
 

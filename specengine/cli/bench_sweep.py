@@ -176,8 +176,8 @@ def _read_pairs(model: Any, draft_models: Sequence[str] | None) -> tuple[Any, li
 
 
 def _split(text: str, separator: str) -> list[str]:
-    """A directory's name may hold the separator."""
-    return [text] if Path(text).is_dir() else [part.strip() for part in text.split(separator)]
+    """The name of a directory or a file may hold the separator."""
+    return [text] if Path(text).exists() else [part.strip() for part in text.split(separator)]
 
 
 # Tables: one for all that differs in temperature and k only

@@ -61,8 +61,8 @@ def list_drafters(draft_model: DraftModel) -> tuple[Model | Drafter, ...]:
         # A class that has a Drafter's methods is not a Drafter.
         if isinstance(part, type) or not isinstance(part, str | os.PathLike | torch.nn.Module | Drafter):
             raise TypeError(
-                "draft_model must be a directory, a name on the Hub, a transformers model or a Drafter object, or a "
-                f"list of these, got {reprlib.repr(part)}"
+                "draft_model must be a directory, a .gguf file, a name on the Hub, a transformers model or a Drafter "
+                f"object, or a list of these, got {reprlib.repr(part)}"
             )
     return parts
 
@@ -239,7 +239,7 @@ class DraftLoader:
     progress: Callable[[int, int], None]
 
     def __call__(self, source: Model) -> LoadedModel:
-        """From a directory, a Hub name or memory."""
+        """From a directory, a file, a Hub name or memory."""
         return self._load(open_model(source, self.config), None, None)
 
     def first_layers(self, num_layers: int) -> LoadedModel | None:

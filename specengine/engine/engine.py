@@ -69,8 +69,8 @@ atexit.register(_stop_before_exit)
 class Engine:
     """Loads a target, and optionally something that drafts for it, and generates exactly what the target would.
 
-    model:       a directory, a name on the Hub, or a `transformers` model in memory; None takes the profile's, and with
-                 a profile a draft_model of None is what it recommends
+    model:       a directory, a .gguf file, a name on the Hub, or a `transformers` model in memory; None takes the
+                 profile's, and with a profile a draft_model of None is what it recommends
     draft_model: the same, a drafter's name ("self:6"), a `Drafter` object, a list of these, or None for plain decoding
     config:      an `EngineConfig`; its fields can also be given one by one
 

@@ -500,14 +500,14 @@ def _draft_dtypes(source: str, config: EngineConfig) -> list[str]:
 
 
 def name_source(source: Any) -> str:
-    """A model's name in a profile: "bundled", an absolute directory, or as it was given."""
+    """A model's name in a profile: "bundled", an absolute directory or file, or as it was given."""
     if not isinstance(source, str | os.PathLike):
         raise ValueError(
-            f"tune writes down what it recommends, and {type(source).__name__} has no name: give a directory, a Hub "
-            "name or a drafter's name"
+            f"tune writes down what it recommends, and {type(source).__name__} has no name: give a directory, a .gguf "
+            "file, a Hub name or a drafter's name"
         )
     path = Path(source).expanduser()
-    if names_a_drafter(source) or not path.is_dir():
+    if names_a_drafter(source) or not path.exists():
         return os.fspath(source)
     bundled_ones = {bundled.target_path().resolve(), bundled.draft_path().resolve()}
     return BUNDLED if path.resolve() in bundled_ones else str(path.resolve())

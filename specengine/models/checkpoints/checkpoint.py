@@ -39,6 +39,11 @@ class Checkpoint(ABC):
         """None if there is none that is read; `explain_missing_tokenizer` says more."""
 
     @property
+    def chat_template(self) -> str | None:
+        """How conversations are written out, in Jinja's language; None if the checkpoint does not say."""
+        return None
+
+    @property
     @abstractmethod
     def tensors(self) -> TensorSource:
         """The weights, described; each is loaded when asked for."""
@@ -47,11 +52,6 @@ class Checkpoint(ABC):
     def spec(self) -> DecoderSpec:
         """What the config describes."""
         return self.model.spec
-
-    @property
-    def chat_template(self) -> str | None:
-        """The Jinja template that turns messages into a prompt; None if the checkpoint has none."""
-        return None
 
     def explain_missing_tokenizer(self) -> str:
         """What to do about a tokenizer that is there and not read; empty if there is none."""

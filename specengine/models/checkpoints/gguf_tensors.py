@@ -112,7 +112,8 @@ class GgufSource:
             self._transposed.add(name)
             shape = shape[::-1]
         dtype = FLOATS.get(tensor.type, torch.float32)
-        self.tensors[name] = TensorInfo(dtype, shape, tensor.stop - tensor.start)
+        format = None if tensor.type in FLOATS else tensor.type
+        self.tensors[name] = TensorInfo(dtype, shape, tensor.stop - tensor.start, format)
         self._stored[name] = tensor
         if order := _row_order(architecture, part, config):
             self._orders[name] = order

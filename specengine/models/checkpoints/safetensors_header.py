@@ -34,11 +34,15 @@ _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float1
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A stored tensor. dtype is None where it is no floating-point type that a weight may have."""
+    """A stored tensor. dtype is None where it is no floating-point type that a weight may have.
+
+    format: what a quantised tensor is stored in, by the file's own name for it; its numbers are of `dtype`
+    """
 
     dtype: torch.dtype | None
     shape: tuple[int, ...]
     num_bytes: int
+    format: str | None = None
 
 
 def read_safetensors_header(path: Path) -> dict[str, TensorInfo]:
