@@ -249,16 +249,29 @@ def test_what_sentencepiece_puts_before_a_text(pieces: sentencepiece.SentencePie
     assert thought[-1] == 2
 
 
-def test_a_sentencepiece_vocabulary_that_would_take_for_ever_is_refused() -> None:
-    tokens = tuple(f"{index:05}" + "x" * 1000 for index in range(5000))
-    values = {
-        "model": "llama",
-        "tokens": tokens,
-        "scores": np.zeros(5000, np.float32),
-        "token_type": [1] * 5000,
-    }
-    with pytest.raises(ModelLoadError, match="tokens': more than 4194304 characters"):
-        read(values)
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"tokens": tuple(f"{i:05}" + "x" * 1000 for i in range(5000))},
+            "tokens': more than 4194304 characters",
+        ),
+        (
+            {"tokens": tuple("x" * i for i in range(1, 1000))},
+            "tokens': pairs of tokens make tokens of more than",
+        ),
+        ({"tokens": tuple(map(str, range((1 << 20) + 1)))}, "tokens': 1048577 tokens; at most 1048576"),
+        (
+            {"tokens": tuple(map(str, range(70_000))), "token_type": [CONTROL] * 70_000},
+            "token_type': 70000 added tokens; at most 65536",
+        ),
+    ],
+    ids=["characters", "merges", "tokens", "added"],
+)
+def test_a_vocabulary_that_would_take_for_ever_is_refused(values: dict[str, Any], message: str) -> None:
+    scores = np.zeros(len(values["tokens"]), np.float32)
+    with pytest.raises(ModelLoadError, match=message):
+        read({"model": "llama", "scores": scores, **values})
 
 
 # --- GPT-2's own vocabulary ----------------------------------------------------------------------------------

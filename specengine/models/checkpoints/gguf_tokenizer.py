@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
@@ -16,9 +17,12 @@ from specengine.tokenizer import SPACE, Tokenizer
 
 _PREFIX = "tokenizer.ggml"
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+# Twice and more what any published vocabulary has; building one takes a second or two at most.
+_MAX_TOKENS = 1 << 20
+_MAX_ADDED = 1 << 16
 _MAX_TOKEN_CHARACTERS = 1 << 10
-# Of a SentencePiece vocabulary: as many pairs are looked at to find its merges.
-_MAX_CHARACTERS = 1 << 22
+# Of SentencePiece: in all tokens, each a place to cut one in two; and in all pairs that make a token.
+_MAX_CHARACTERS, _MAX_MERGED = 1 << 22, 1 << 25
 
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LINES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -145,6 +149,8 @@ def _read_vocabulary(metadata: GgufMetadata) -> _Vocabulary:
     if len(ids) < len(tokens):
         token, second = next((token, i) for i, token in enumerate(tokens) if ids[token] != i)
         raise metadata.error(key, f"the ids {second} and {ids[token]} are the same token {shorten(token)}")
+    if len(tokens) > _MAX_TOKENS:
+        raise metadata.error(key, f"{len(tokens)} tokens; at most {_MAX_TOKENS} are accepted")
     longest = max(tokens, key=len)
     if not 0 < len(longest) <= _MAX_TOKEN_CHARACTERS or "" in ids:
         raise metadata.error(key, f"a token of {len(longest)} characters, or an empty one")
@@ -154,6 +160,10 @@ def _read_vocabulary(metadata: GgufMetadata) -> _Vocabulary:
     if kinds.dtype.kind not in "iu" or len(kinds) != len(tokens):
         raise metadata.error(
             f"{_PREFIX}.token_type", f"not one whole number for each of {len(tokens)} tokens"
+        )
+    if (num_added := int(np.isin(kinds, (_CONTROL, _USER_DEFINED)).sum())) > _MAX_ADDED:
+        raise metadata.error(
+            f"{_PREFIX}.token_type", f"{num_added} added tokens; at most {_MAX_ADDED} are accepted"
         )
     return _Vocabulary(metadata, tokens, kinds.tolist(), ids)
 
@@ -227,12 +237,19 @@ def _find_merges(vocabulary: _Vocabulary, scores: list[float]) -> list[tuple[str
         for token, token_id in vocabulary.ids.items()
         if vocabulary.kinds[token_id] not in (_CONTROL, _UNKNOWN, _BYTE)
     }
-    found = []
+    found: list[tuple[float, int, int, str, str]] = []
+    num_characters = 0
     for token, token_id in ids.items():
         for cut in range(1, len(token)):
             left, right = token[:cut], token[cut:]
             if left in ids and right in ids:
                 found.append((-scores[token_id], ids[left], ids[right], left, right))
+                num_characters += len(token)
+        if num_characters > _MAX_MERGED:
+            raise vocabulary.metadata.error(
+                f"{_PREFIX}.tokens",
+                f"pairs of tokens make tokens of more than {_MAX_MERGED} characters together",
+            )
     found.sort()
     return [(left, right) for *_, left, right in found]
 
