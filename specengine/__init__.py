@@ -11,12 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from specengine.api import clear_cache, generate, stream
-    from specengine.config import EngineConfig, SamplingParams
+    from specengine.api import chat, clear_cache, generate, stream, stream_chat
+    from specengine.config import ChatOptions, EngineConfig, SamplingParams
     from specengine.drafters.base import Drafter, DraftProposal
     from specengine.engine import Engine
     from specengine.errors import (
         BackendUnavailableError,
+        ChatTemplateError,
         InsufficientMemoryError,
         KVCacheError,
         ModelLoadError,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BackendUnavailableError",
+    "ChatOptions",
+    "ChatTemplateError",
     "CompletionOutput",
     "DraftProposal",
     "Drafter",
@@ -55,21 +58,27 @@ __all__ = [
     "TokenLogprob",
     "VocabularyMismatchError",
     "__version__",
+    "chat",
     "clear_cache",
     "generate",
     "stream",
+    "stream_chat",
 ]
 
 _HOME_OF = {
+    "chat": "api",
     "clear_cache": "api",
     "generate": "api",
     "stream": "api",
+    "stream_chat": "api",
+    "ChatOptions": "config",
     "EngineConfig": "config",
     "SamplingParams": "config",
     "Drafter": "drafters.base",
     "DraftProposal": "drafters.base",
     "Engine": "engine",
     "BackendUnavailableError": "errors",
+    "ChatTemplateError": "errors",
     "InsufficientMemoryError": "errors",
     "KVCacheError": "errors",
     "ModelLoadError": "errors",

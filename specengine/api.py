@@ -1,4 +1,4 @@
-"""Text in, text out: `generate`, its streaming twin `stream`, and `clear_cache`."""
+"""Text in, text out: `generate`, its streaming twin `stream`, the same for conversations, and `clear_cache`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any, cast, overload
 
-from specengine.call import Call, prepare_call
-from specengine.config import EngineConfig, ModelOptions, SamplingParams
+from specengine.call import Call, ChatCall, prepare_call, prepare_chat
+from specengine.config import ChatOptions, EngineConfig, ModelOptions, SamplingParams
 from specengine.engine import Engine
+from specengine.engine.assembly import check_has_chat_template
 from specengine.engine_cache import EngineCache, is_in_memory, model_key
 from specengine.names import takes_options
 from specengine.outputs import GenerationResult, StreamEvent
@@ -17,7 +18,7 @@ from specengine.outputs import GenerationResult, StreamEvent
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from specengine.option_types import CallOptions
+    from specengine.option_types import CallOptions, ChatCallOptions
 
 # An engine holds weights and a KV cache: room to compare two pairs, each with and without its draft.
 MAX_CACHED_ENGINES = 4
@@ -27,6 +28,7 @@ if hasattr(os, "register_at_fork"):
 
 
 _takes_all_options = takes_options(ModelOptions, SamplingParams, EngineConfig)
+_takes_chat_options = takes_options(ModelOptions, SamplingParams, EngineConfig, ChatOptions)
 
 
 @overload
@@ -100,6 +102,47 @@ def stream_events(call: Call, engine: Engine) -> Generator[StreamEvent, None, No
     return engine.stream(call.prompt, call.params)
 
 
+@_takes_chat_options
+def chat(
+    messages: Any, *, streamer: Any = None, progress: bool | None = None, **options: Unpack[ChatCallOptions]
+) -> Any:
+    """Answer a conversation, or each of a list: the model's own template writes it out, `generate` continues it.
+
+        chat([{"role": "user", "content": "Name three colours."}], model="path/to/a/chat/model").text
+
+    messages: a list of mappings with "role" ("system", "user", "assistant") and "content", or a list of such lists
+    streamer, progress: as in `generate`; a streamer is a function of a `StreamEvent`
+    options:  those of `generate`, and the fields of `ChatOptions`: chat_template (in place of the model's) and
+              generation_config (False leaves the file of that name aside)
+
+    Sampling options that are not given are as the model's generation_config.json says; the result tells which, in
+    `generation_defaults`, and the prompt that the template made, in `prompt`. The answer ends with any of the model's
+    end tokens. One conversation gives one `GenerationResult`, a list gives a list in its order. Errors are those of
+    `generate`, and `ChatTemplateError` for a model without template, a malformed one, or one that refuses the messages.
+    """
+    if streamer is not None and not callable(streamer):
+        raise TypeError(f"streamer must be a function of a StreamEvent, got {streamer!r}")
+    chat = prepare_chat(messages, options, progress=progress)
+    with lease_engine(chat.call) as engine:
+        return engine.chat(chat.messages, progress=progress, streamer=streamer, **chat.sampling)
+
+
+@_takes_chat_options
+def stream_chat(
+    messages: Any, *, progress: bool | None = None, **options: Unpack[ChatCallOptions]
+) -> Generator[StreamEvent, None, None]:
+    """The generator twin of `chat`, as `stream` is that of `generate`."""
+    return _stream_chat(prepare_chat(messages, options, progress=progress))
+
+
+def _stream_chat(chat: ChatCall) -> Generator[StreamEvent, None, None]:
+    with (
+        lease_engine(chat.call) as engine,
+        closing(engine.stream_chat(chat.messages, **chat.sampling)) as events,
+    ):
+        yield from events
+
+
 def clear_cache() -> None:
     """Close the engines that `generate` and `stream` keep, and free their memory.
 
@@ -114,6 +157,8 @@ def lease_engine(call: Call) -> Iterator[Engine]:
     models = (call.model, call.draft_model)
 
     def build() -> Engine:
+        if call.needs_chat_template:
+            check_has_chat_template(call.model, call.config)
         return Engine(*models, config=call.config, progress=call.progress)
 
     config = call.config

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from specengine import bundled
-from specengine.config import EngineConfig, ModelOptions, SamplingParams, field_names
+from specengine.config import ChatOptions, EngineConfig, ModelOptions, SamplingParams, field_names
+from specengine.conversations import check_conversations, given_template
 from specengine.drafters.registry import names_a_drafter
 from specengine.kinds import check_bool
 from specengine.prompt import check_prompts
@@ -16,7 +17,10 @@ from specengine.prompt import check_prompts
 
 @dataclass(frozen=True)
 class Call:
-    """A checked call: everything that can be refused without a model has been."""
+    """A checked call: everything that can be refused without a model has been.
+
+    needs_chat_template: the model must bring one, or is not loaded
+    """
 
     prompts: list[str | list[int]]
     is_single: bool
@@ -25,6 +29,7 @@ class Call:
     model: Any
     draft_model: Any
     progress: bool | None
+    needs_chat_template: bool = False
 
     @property
     def prompt(self) -> str | list[int] | list[str | list[int]]:
@@ -37,9 +42,45 @@ def prepare_call(prompt: object, options: Mapping[str, Any], *, progress: bool |
 
     What a profile recommends stands for options that were not given.
     """
-    prompts, is_single = check_prompts(prompt)
-    if options.get("profile") is not None:
-        options = _with_profile(options)
+    return _prepare(*check_prompts(prompt), _completed(options), progress)
+
+
+@dataclass(frozen=True)
+class ChatCall:
+    """A checked call about conversations.
+
+    call:     what an engine is leased for; it has no prompts, since only a model writes a conversation out
+    sampling: the options of requests and conversations that were given, which the model's own defaults complete
+    """
+
+    call: Call
+    conversations: list[list[dict[str, Any]]]
+    sampling: dict[str, Any]
+
+    @property
+    def messages(self) -> Any:
+        """As the caller gave them: one conversation, or a list of them."""
+        return self.conversations[0] if self.call.is_single else self.conversations
+
+
+def prepare_chat(messages: object, options: Mapping[str, Any], *, progress: bool | None = None) -> ChatCall:
+    """Checks conversations and options as `prepare_call` does, and a template that is given."""
+    conversations, is_single = check_conversations(messages)
+    options = _completed(options)
+    chat = ChatOptions(**_select(options, ChatOptions))
+    given_template(chat)
+    call = _prepare([], is_single, options, progress)
+    sampling = {**_select(options, SamplingParams), **_select(options, ChatOptions)}
+    return ChatCall(replace(call, needs_chat_template=chat.chat_template is None), conversations, sampling)
+
+
+def _completed(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    return options if options.get("profile") is None else _with_profile(options)
+
+
+def _prepare(
+    prompts: list[str | list[int]], is_single: bool, options: Mapping[str, Any], progress: bool | None
+) -> Call:
     params = SamplingParams(**_select(options, SamplingParams))
     config = EngineConfig(**_select(options, EngineConfig))
     models = ModelOptions(**_select(options, ModelOptions))

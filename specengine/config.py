@@ -322,6 +322,29 @@ class SamplingParams:
 
 @_described
 @dataclass(frozen=True, kw_only=True)
+class ChatOptions:
+    """How a conversation is written out and answered, beside the options of any request."""
+
+    chat_template: str | None = option(
+        None,
+        FilePath(),
+        "a Jinja template, or a file that holds one, instead of the model's own",
+        "text with a brace is a template, other text is a file's path",
+    )
+    generation_config: bool = option(
+        True,
+        Flag(),
+        "sampling options that are not given are as the model's generation_config.json says",
+        "max_new_tokens and repetition_penalty, and with do_sample: true temperature, top_k, top_p and min_p; the "
+        "result tells which (`generation_defaults`)",
+    )
+
+    def __post_init__(self) -> None:
+        _checked(self)
+
+
+@_described
+@dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How an engine is built."""
 

@@ -13,6 +13,10 @@ class FetchError(SpecEngineError):
     """A known model could not be brought into the cache. Says why each source failed, or what could not be written."""
 
 
+class ChatTemplateError(SpecEngineError, ValueError):
+    """A chat template is missing or malformed, refuses the messages, or takes too much. Names whose it is."""
+
+
 class VocabularyMismatchError(SpecEngineError, ValueError):
     """A draft model that can neither read the target's tokens nor write its text. Names both models."""
 

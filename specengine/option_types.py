@@ -136,5 +136,22 @@ class EngineOptions(TypedDict, total=False):
     """a file that `specengine tune` wrote: options that are not given are as it recommends. Default: None."""
 
 
+class ChatNames(TypedDict, total=False):
+    """The fields of `ChatOptions`."""
+
+    chat_template: str | os.PathLike[str] | None
+    """a Jinja template, or a file that holds one, instead of the model's own. Default: None."""
+    generation_config: bool
+    """sampling options that are not given are as the model's generation_config.json says. Default: True."""
+
+
 class CallOptions(ModelNames, SamplingOptions, EngineOptions, total=False):
     """The options of a call that loads what it needs."""
+
+
+class ChatSamplingOptions(SamplingOptions, ChatNames, total=False):
+    """The options of a conversation."""
+
+
+class ChatCallOptions(CallOptions, ChatNames, total=False):
+    """The options of a conversation whose call loads what it needs."""

@@ -217,6 +217,8 @@ class GenerationResult:
 
     lossless: False where drafts were taken that the target would have said at other times, or not at all: with a lossy
               acceptance mode (`SamplingParams`) above temperature 0, or where acceptance was forced, for timing
+    generation_defaults: sampling options that came from the model's generation_config.json: in a chat, those that the
+              caller left open
     """
 
     prompt_token_ids: list[int]
@@ -226,6 +228,7 @@ class GenerationResult:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     seed: int | None = None
     lossless: bool = True
+    generation_defaults: dict[str, Any] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
         from specengine.html_view import result_html
@@ -257,6 +260,7 @@ class GenerationResult:
             else [None if entry is None else entry._asdict() for entry in prompt_logprobs],
             "seed": self.seed,
             "lossless": self.lossless,
+            "generation_defaults": dict(self.generation_defaults),
         }
 
 

@@ -12,6 +12,12 @@ Prompt = str | Sequence[int]
 MAX_NUM_IDS = 2**31
 
 
+class Rendered(str):
+    """A conversation as a template wrote it: its special tokens are spelled out, and none are added around it."""
+
+    __slots__ = ()
+
+
 def check_prompts(prompts: object, *, num_ids: int = MAX_NUM_IDS) -> tuple[list[str | list[int]], bool]:
     """The prompts as a list of texts and lists of ids, and whether a single one was given.
 

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -50,15 +50,23 @@ class Tokenizer:
     vocab_size:     number of ids, added tokens included: the largest id + 1
     eos_token_id:   the end-of-text token that the checkpoint's tokenizer files name, or None
     special_tokens: the text of each special token, by id; `decode` leaves them out
+    roles:          the texts of the special tokens that have a name in the checkpoint: bos_token, eos_token and so on
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, *, eos_token: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        *,
+        eos_token: str | None = None,
+        roles: Mapping[str, str] | None = None,
+    ) -> None:
         # What a checkpoint was trained with says nothing about how its prompts are to be cut.
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self._tokenizer = tokenizer
         self._vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self._vocabulary.values(), default=-1) + 1
+        self.roles = {**({} if eos_token is None else {"eos_token": eos_token}), **(roles or {})}
         self.eos_token_id = None if eos_token is None else self._vocabulary.get(eos_token)
         added = tokenizer.get_added_tokens_decoder()
         self.special_tokens = {
@@ -69,14 +77,17 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with the special tokens that the checkpoint's post-processor adds."""
-        if len(text) < _LONG_TEXT:
-            return list(self._tokenizer.encode(text).ids)
-        # A batch is cut without holding the interpreter's lock: other threads go on.
-        return list(self._tokenizer.encode_batch([text])[0].ids)
+        return self._encode(text, add_special_tokens=True)
 
     def encode_part(self, text: str) -> list[int]:
         """Ids of `text` as a part of another: without the special tokens that a text begins or ends with."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return self._encode(text, add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        if len(text) < _LONG_TEXT:
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # A batch is cut without holding the interpreter's lock: other threads go on.
+        return list(self._tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def token(self, token_id: int) -> str:
         """A token as the vocabulary spells it."""

@@ -185,7 +185,7 @@ def test_every_command_and_option_is_on_the_page(site: Path) -> None:
                 assert {*parameter.opts, *parameter.secondary_opts} <= listed, (name, parameter.name)
 
 
-@pytest.mark.parametrize("name", ["ModelOptions", "SamplingParams", "EngineConfig"])
+@pytest.mark.parametrize("name", ["ModelOptions", "SamplingParams", "ChatOptions", "EngineConfig"])
 def test_every_option_of_the_library_is_in_the_reference(name: str, site: Path) -> None:
     html = (site / "reference.html").read_text(encoding="utf-8")
     part = re.search(rf'<h3 id="{name.lower()}">.*?(?=<h[23] )', html, re.DOTALL)
@@ -199,7 +199,7 @@ def test_the_reference_has_what_the_package_gives(pages: dict[str, Page]) -> Non
     from specengine.measure import figures, statistics, theory
 
     anchors = {anchor.rpartition(".")[2] for anchor in pages["reference.html"].anchors}
-    options = {"SamplingParams", "EngineConfig"}
+    options = {"SamplingParams", "ChatOptions", "EngineConfig"}
     assert set(specengine.__all__) - options - {"__version__"} <= anchors
     for module in (theory, figures, statistics):
         own = [

@@ -81,9 +81,10 @@ def _command(root: Any, name: str, command: Any) -> str:
 
 def library_names() -> set[str]:
     """Options that come from the library's own declaration."""
-    from specengine.config import EngineConfig, ModelOptions, SamplingParams
+    from specengine.config import ChatOptions, EngineConfig, ModelOptions, SamplingParams
 
-    return {item.name for group in (ModelOptions, SamplingParams, EngineConfig) for item in fields(group)}
+    groups = (ModelOptions, SamplingParams, ChatOptions, EngineConfig)
+    return {item.name for group in groups for item in fields(group)}
 
 
 def _definitions(parameters: list[Any], context: Any) -> str:

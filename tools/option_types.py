@@ -9,7 +9,7 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
-from specengine.config import EngineConfig, ModelOptions, SamplingParams, declaration
+from specengine.config import ChatOptions, EngineConfig, ModelOptions, SamplingParams, declaration
 from specengine.names import ALIASES, DO_SAMPLE
 
 TARGET = Path(__file__).resolve().parent.parent / "specengine" / "option_types.py"
@@ -25,6 +25,14 @@ TAIL = '''
 
 class CallOptions(ModelNames, SamplingOptions, EngineOptions, total=False):
     """The options of a call that loads what it needs."""
+
+
+class ChatSamplingOptions(SamplingOptions, ChatNames, total=False):
+    """The options of a conversation."""
+
+
+class ChatCallOptions(CallOptions, ChatNames, total=False):
+    """The options of a conversation whose call loads what it needs."""
 '''
 
 
@@ -63,6 +71,7 @@ def render() -> str:
             group("ModelNames", ModelOptions, "What generates."),
             group("SamplingOptions", SamplingParams, "The fields of `SamplingParams`."),
             group("EngineOptions", EngineConfig, "The fields of `EngineConfig`."),
+            group("ChatNames", ChatOptions, "The fields of `ChatOptions`."),
             TAIL,
         ]
     )

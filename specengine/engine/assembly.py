@@ -22,10 +22,10 @@ from specengine.drafters.no_draft import NoDrafter
 from specengine.drafters.retokenized import RetokenizedDrafter, check_texts
 from specengine.drafters.several import SeveralDrafters
 from specengine.engine.intake import level_of_caller
-from specengine.errors import InsufficientMemoryError
+from specengine.errors import ChatTemplateError, InsufficientMemoryError, ModelLoadError
 from specengine.kinds import AUTO, Drafting
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
-from specengine.models.checkpoints.given_tokenizer import open_tokenizer
+from specengine.models.checkpoints.given_tokenizer import given_chat_template, open_tokenizer
 from specengine.models.decoder import DecoderSpec
 from specengine.models.loader import LoadedModel, load_model
 from specengine.ops.backend import Backend
@@ -138,6 +138,34 @@ def open_given_tokenizer(config: EngineConfig) -> Tokenizer | None:
     if config.tokenizer is None:
         return None
     return open_tokenizer(config.tokenizer, revision=config.revision)
+
+
+def find_chat_template(checkpoint: Checkpoint, config: EngineConfig) -> str | ModelLoadError | None:
+    """The template that a given tokenizer brings along, else the checkpoint's. What is wrong with its file is for those
+    to hear who want to chat."""
+    try:
+        given = None
+        if config.tokenizer is not None:
+            given = given_chat_template(config.tokenizer, revision=config.revision)
+        return checkpoint.chat_template if given is None else given
+    except ModelLoadError as error:
+        return error
+
+
+def check_has_chat_template(model: Model, config: EngineConfig) -> None:
+    """Raises what a chat with the model would, before it is loaded."""
+    checkpoint = open_model(model, config)
+    template = find_chat_template(checkpoint, config)
+    if not isinstance(template, str):
+        raise template or no_chat_template(checkpoint.name)
+
+
+def no_chat_template(name: str) -> ChatTemplateError:
+    """What is wrong with a model that cannot chat."""
+    return ChatTemplateError(
+        f"{name} has no chat template: it was not made for conversations; give one (chat_template=, --chat-template), "
+        "or a model that has one"
+    )
 
 
 def load(

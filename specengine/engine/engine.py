@@ -13,11 +13,24 @@ from collections.abc import Sequence as Collection
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS, EngineConfig, SamplingParams
+from specengine.config import (
+    AUTO_NUM_SPECULATIVE_TOKENS,
+    ChatOptions,
+    EngineConfig,
+    SamplingParams,
+    field_names,
+)
+from specengine.conversations import (
+    ChatTemplate,
+    Conversation,
+    advised_sampling,
+    check_conversations,
+    given_template,
+)
 from specengine.drafters import registry
 from specengine.drafters.base import Drafter, DrafterContext
 from specengine.drafters.no_draft import NoDrafter
@@ -28,7 +41,7 @@ from specengine.engine.outbox import News, Outbox, build_events
 from specengine.engine.rounds import Rounds
 from specengine.engine.stepper import Stepper
 from specengine.engine.times import RoundTimes
-from specengine.errors import SpecEngineError
+from specengine.errors import ModelLoadError, SpecEngineError
 from specengine.models.checkpoints import Checkpoint
 from specengine.models.loader import LoadedModel
 from specengine.names import takes_options
@@ -37,7 +50,7 @@ from specengine.ops.load import load_backend
 from specengine.outputs import GenerationResult, StreamEvent
 from specengine.profiles import Profile, drafts_as_recommended, with_sampling
 from specengine.progress import progress_bar
-from specengine.prompt import Prompt, check_prompts
+from specengine.prompt import Prompt, Rendered, check_prompts
 from specengine.runtime.graphs import GraphReport
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
@@ -49,7 +62,7 @@ from specengine.translation import ByText, Translation
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from specengine.option_types import EngineOptions, SamplingOptions
+    from specengine.option_types import ChatSamplingOptions, EngineOptions, SamplingOptions
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 _EXIT_SECONDS = 5.0
@@ -125,6 +138,8 @@ class Engine:
         )
         self.max_seq_len = kv_cache.max_seq_len
         self.target_name = target.name
+        self._chat_template = assembly.find_chat_template(checkpoint, self.config)
+        self._generation_defaults = checkpoint.generation_defaults
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.vocab_size = vocab_size
         self.dtype = target.format.dtype
@@ -328,8 +343,16 @@ class Engine:
         """
         self._check_open()
         requests = self._intake.build_requests(prompts, params, dict(sampling))
+        return self._collect(requests, check_prompts(prompts)[1], progress, streamer)
+
+    def _collect(
+        self,
+        requests: list[Request],
+        is_single: bool,
+        progress: bool | None,
+        streamer: Callable[[StreamEvent], object] | None,
+    ) -> GenerationResult | list[GenerationResult]:
         results: list[GenerationResult | None] = [None] * len(requests)
-        is_single = check_prompts(prompts)[1]
         num_done = 0
         title = f"generating ({self.target_name})"
         with (
@@ -361,6 +384,85 @@ class Engine:
         self._check_open()
         requests = self._intake.build_requests(prompts, params, dict(sampling))
         return self._events(requests)
+
+    @property
+    def chat_template(self) -> str | None:
+        """How the model's conversations are written out, in Jinja's language; None where it does not say."""
+        if isinstance(self._chat_template, ModelLoadError):
+            raise self._chat_template
+        return self._chat_template
+
+    @takes_options(SamplingParams, ChatOptions)
+    def chat(
+        self,
+        messages: Conversation | Collection[Conversation],
+        params: SamplingParams | Collection[SamplingParams] | None = None,
+        *,
+        progress: bool | None = None,
+        streamer: Callable[[StreamEvent], object] | None = None,
+        **options: Unpack[ChatSamplingOptions],
+    ) -> GenerationResult | list[GenerationResult]:
+        """Answers a conversation, or each of a list of them.
+
+        messages: a list of mappings with "role" and "content", or a list of such lists
+        params:   as in `generate`; complete, so that generation_config.json adds nothing to it
+        options:  fields of `SamplingParams` and `ChatOptions`
+
+        The prompt is what the model's template makes of the messages, the result's `prompt`. A text ends with any of
+        the model's end tokens, or the tokenizer's. Raises `ChatTemplateError` where there is no template, or where it
+        refuses the messages.
+        """
+        requests, is_single = self._build_chat(messages, params, dict(options))
+        return self._collect(requests, is_single, progress, streamer)
+
+    @takes_options(SamplingParams, ChatOptions)
+    def stream_chat(
+        self,
+        messages: Conversation | Collection[Conversation],
+        params: SamplingParams | Collection[SamplingParams] | None = None,
+        **options: Unpack[ChatSamplingOptions],
+    ) -> Generator[StreamEvent, None, None]:
+        """The generator twin of `chat`, as `stream` is that of `generate`."""
+        requests, _ = self._build_chat(messages, params, dict(options))
+        return self._events(requests)
+
+    def apply_chat_template(self, messages: Conversation, *, chat_template: str | None = None) -> list[int]:
+        """The token ids that `chat` would continue: the conversation up to where the answer begins.
+
+        chat_template: see `ChatOptions`
+        """
+        self._check_open()
+        return self._intake.encode(self._render([messages], ChatOptions(chat_template=chat_template))[0])
+
+    def _build_chat(
+        self,
+        messages: Conversation | Collection[Conversation],
+        params: SamplingParams | Collection[SamplingParams] | None,
+        options: dict[str, Any],
+    ) -> tuple[list[Request], bool]:
+        self._check_open()
+        conversations, is_single = check_conversations(messages)
+        chat = ChatOptions(
+            **{name: options.pop(name) for name in field_names(ChatOptions) if name in options}
+        )
+        defaults: dict[str, Any] = {}
+        if params is None and chat.generation_config:
+            defaults = advised_sampling(self._generation_defaults, options, where=self.target_name)
+        prompts = self._render(conversations, chat)
+        chosen = prompts[0] if is_single else prompts
+        requests = self._intake.build_requests(chosen, params, {**defaults, **options})
+        for request in requests:
+            request.generation_defaults = defaults
+        return requests, is_single
+
+    def _render(self, conversations: Collection[Conversation], options: ChatOptions) -> list[Rendered]:
+        template = given_template(options)
+        source = self.chat_template if template is None else template.source
+        if source is None:
+            raise assembly.no_chat_template(self.target_name)
+        where = self.target_name if template is None else template.where
+        roles = {} if self.tokenizer is None else self.tokenizer.roles
+        return [ChatTemplate(source, where, roles).render(each) for each in conversations]
 
     def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
         """Queues one prompt for `step` and returns its request id."""

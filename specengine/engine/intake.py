@@ -14,7 +14,7 @@ from specengine import rng
 from specengine.config import SamplingParams
 from specengine.kernels.types.rules import Rule
 from specengine.kinds import AUTO
-from specengine.prompt import Prompt, check_prompt, check_prompts
+from specengine.prompt import MAX_NUM_IDS, Prompt, Rendered, check_prompt, check_prompts
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.sequence import Request, Sequence, resolve_num_speculative_tokens
 from specengine.runtime.text import TextStream
@@ -52,6 +52,11 @@ class Intake:
         why = f": {missing_tokenizer}" if missing_tokenizer else ""
         self._no_tokenizer = f"{model_name} has no tokenizer{why}"
         self._tokenizer = tokenizer
+        # A turn may end with another token than a text does, and the tokenizer's files name it.
+        ends = [*self.eos_token_ids, None if tokenizer is None else tokenizer.eos_token_id]
+        self._chat_end_ids = tuple(
+            dict.fromkeys(token for token in ends if token is not None and token < vocab_size)
+        )
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
         self._kv_cache = kv_cache
@@ -85,6 +90,10 @@ class Intake:
         request = self._build(0, "prompt", check_prompt("prompt", prompt, num_ids=self._vocab_size), params)
         self._warn_of_losses([request])
         return request
+
+    def encode(self, prompt: str) -> list[int]:
+        """The ids of a prompt of any length."""
+        return self._tokenize("prompt", prompt, MAX_NUM_IDS)
 
     def _build(self, index: int, name: str, prompt: str | list[int], params: SamplingParams) -> Request:
         self._check_params(params)
@@ -195,7 +204,8 @@ class Intake:
         fewest = self._tokenizer.fewest_tokens(prompt)
         if fewest > longest:
             raise ValueError(_too_long(name, f"at least {fewest} tokens", longest, self._max_seq_len))
-        ids = self._tokenizer.encode(prompt)
+        encode = self._tokenizer.encode_part if isinstance(prompt, Rendered) else self._tokenizer.encode
+        ids = encode(prompt)
         for token_id in ids:
             if token_id >= self._vocab_size:
                 raise ValueError(
@@ -207,7 +217,7 @@ class Intake:
     def _build_sequence(self, request: Request, sample_index: int, max_new_tokens: int) -> Sequence:
         params = request.params
         num_draft = resolve_num_speculative_tokens(params, has_drafter=self._has_drafter)
-        eos = () if params.ignore_eos else self.eos_token_ids
+        eos = self._chat_end_ids if isinstance(request.prompt, Rendered) else self.eos_token_ids
         text = TextStream(
             self._tokenizer,
             request.prompt_ids,
@@ -221,7 +231,7 @@ class Intake:
             max_new_tokens=max_new_tokens,
             num_speculative_tokens=num_draft,
             has_auto_k=params.num_speculative_tokens == AUTO and self._has_drafter,
-            eos_token_ids=eos,
+            eos_token_ids=() if params.ignore_eos else eos,
             banned_until=len(request.prompt_ids) + params.min_new_tokens,
         )
 

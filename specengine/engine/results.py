@@ -26,6 +26,7 @@ def build_result(request: Request) -> GenerationResult:
         prompt_logprobs=None if params.prompt_logprobs is None else list(request.prompt_logprobs),
         seed=request.seed,
         lossless=request.is_lossless,
+        generation_defaults=dict(request.generation_defaults),
     )
 
 

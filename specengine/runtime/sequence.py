@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -242,6 +242,7 @@ class Request:
     on_news:         called with the request when more of it is settled than its caller knows
     bad_words:       sequences of tokens that are never completed
     prompt_logprobs: entry i is of prompt token i; the first has none. Complete as far as its KV is computed
+    generation_defaults: what of `params` the model's generation_config.json said
     """
 
     request_id: int
@@ -259,6 +260,7 @@ class Request:
     first_forward_time: float | None = None
     first_token_time: float | None = None
     last_token_time: float | None = None
+    generation_defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def prompt_array(self) -> npt.NDArray[np.int32]:

@@ -13,7 +13,7 @@ from specengine.models.checkpoints.checkpoint import Checkpoint
 from specengine.models.checkpoints.pickles import read_pickles
 from specengine.models.checkpoints.shards import indexed_files
 from specengine.models.checkpoints.tensors import SafetensorsSource, StateDictSource, TensorSource
-from specengine.models.checkpoints.tokenizer_files import explain_missing, find_tokenizer
+from specengine.models.checkpoints.tokenizer_files import explain_missing, find_tokenizer, read_chat_template
 from specengine.models.registry import ConfiguredModel, configure
 from specengine.tokenizer import Tokenizer
 
@@ -49,6 +49,10 @@ class DirectoryCheckpoint(Checkpoint):
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         return find_tokenizer(self.path)
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        return read_chat_template(self.path)
 
     def explain_missing_tokenizer(self) -> str:
         return explain_missing(self.path)

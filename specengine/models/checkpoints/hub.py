@@ -70,6 +70,10 @@ class HubCheckpoint(Checkpoint):
         return self._everything.tokenizer
 
     @property
+    def chat_template(self) -> str | None:
+        return self._everything.chat_template
+
+    @property
     def tensors(self) -> TensorSource:
         path = self._everything.path
         has_weights = any((path / file).exists() for file in (SAFETENSORS, SAFETENSORS_INDEX))

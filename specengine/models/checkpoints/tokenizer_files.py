@@ -17,6 +17,7 @@ from specengine.tokenizer import Tokenizer
 
 MAX_SETTINGS_BYTES = 16 << 20
 MAX_TOKENIZER_BYTES = 256 << 20
+MAX_TEMPLATE_BYTES = 4 << 20
 
 TOKENIZER_JSON, VOCABULARY, MERGES = "tokenizer.json", "vocab.json", "merges.txt"
 CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = (
@@ -24,7 +25,16 @@ CONFIG, SPECIAL_TOKENS, ADDED_TOKENS = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
-TOKENIZER_FILES = (TOKENIZER_JSON, VOCABULARY, MERGES, CONFIG, SPECIAL_TOKENS, ADDED_TOKENS)
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    TOKENIZER_JSON,
+    VOCABULARY,
+    MERGES,
+    CONFIG,
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+)
 
 # Tokenizers that are not read, by the file that gives each away.
 _OTHER_KINDS = {
@@ -73,7 +83,43 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         tokenizer = _read_byte_level(directory, settings)
     _mark_special(tokenizer, settings)
     eos = settings.roles.get("eos_token")
-    return Tokenizer(tokenizer, eos_token=None if eos is None else eos.content)
+    roles = {role: token.content for role, token in settings.roles.items()}
+    return Tokenizer(tokenizer, eos_token=None if eos is None else eos.content, roles=roles)
+
+
+def read_chat_template(directory: Path) -> str | None:
+    """How conversations are written out: chat_template.jinja, else what tokenizer_config.json says, its template named
+    "default" where it has several; None where there is none. Raises `ModelLoadError` naming file and field."""
+    path = directory / CHAT_TEMPLATE
+    if path.exists():
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_TEMPLATE_BYTES + 1)
+            if len(text) > MAX_TEMPLATE_BYTES:
+                raise ModelLoadError(f"{path}: more than {MAX_TEMPLATE_BYTES} bytes")
+            return text.decode("utf-8").replace("\r\n", "\n")
+        except OSError as error:
+            raise ModelLoadError(f"{path}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise ModelLoadError(f"{path}: not UTF-8 ({error})") from error
+    return choose_template(
+        _read_if_present(directory / CONFIG).get("chat_template"), f"{directory / CONFIG}: chat_template"
+    )
+
+
+def choose_template(value: Any, where: str) -> str | None:
+    """The one template of a string, of a list of named ones or of a map of them. where: begins the messages"""
+    if isinstance(value, list):
+        if not all(isinstance(each, dict) and isinstance(each.get("name"), str) for each in value):
+            raise ModelLoadError(f"{where}: {shorten(value)} is no list of named templates")
+        value = {each["name"]: each.get("template") for each in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise ModelLoadError(f"{where}: of {shorten(sorted(value))} none is named 'default'")
+        value = value["default"]
+    if value is not None and not isinstance(value, str):
+        raise ModelLoadError(f"{where}: {shorten(value)} is no template")
+    return value or None
 
 
 @dataclass(frozen=True)
