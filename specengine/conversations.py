@@ -30,6 +30,7 @@ MAX_TEMPLATE_LENGTH = 1 << 20  # characters
 MAX_CONVERSATION_LENGTH = 16 << 20  # characters as JSON
 # The worker counts its own processor time. This is for a machine that gives it none.
 _PATIENCE_SECONDS = 30.0
+_GRACE_SECONDS = 0.5
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 _ALWAYS = ("repetition_penalty", "max_new_tokens")
 
@@ -185,15 +186,15 @@ class _Worker:
             except BaseException:  # a reply that nobody read would be taken for the next one's
                 self._end()
                 raise
-            if line.endswith(b"\n") and b'"memory"' not in line[:10]:
+            if line is not None and line.endswith(b"\n") and b'"memory"' not in line[:10]:
                 reply: dict[str, str] = json.loads(line)
                 return reply
-            # Out of memory it ends after its reply; a process that is out of time is killed by its timer.
-            is_late = not line and process.poll() is None and not _is_over(process)
             code = self._end()
+            if line is None:
+                return {"error": "takes too long"}
             if line.endswith(b"\n"):
                 return {"error": "takes too much memory"}
-            if is_late or code == -signal.SIGPROF:
+            if code == -signal.SIGPROF:  # its own timer's
                 return {"error": "takes too long"}
             return {"error": f"could not be rendered: its process ended (exit code {code})"}
 
@@ -217,23 +218,19 @@ class _Worker:
     def _end(self) -> int:
         process, self._process = self._process, None
         assert process is not None, "it was started"
-        process.kill()
+        assert process.stdin is not None, "it is a pipe"
         with suppress(OSError):
-            process.communicate()
+            process.stdin.close()
+        with suppress(subprocess.TimeoutExpired):  # whose pipe is closed is gone in a moment
+            process.wait(_GRACE_SECONDS)
+        process.kill()
+        assert process.stdout is not None, "it is a pipe"
+        process.stdout.close()
         return process.wait()
 
 
-def _is_over(process: subprocess.Popen[bytes]) -> bool:
-    """Whether it ends by itself right now: its pipe is closed a moment before the process is gone."""
-    try:
-        process.wait(1.0)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
-    """The line that answers; not a whole one where the process ended or time was over."""
+def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes | None:
+    """The line that answers; not a whole one where the process ended, None where time was over."""
     assert process.stdin is not None, "it is a pipe"
     assert process.stdout is not None, "it is a pipe"
     deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -247,7 +244,7 @@ def _exchange(process: subprocess.Popen[bytes], request: bytes) -> bytes:
     poll.register(process.stdout, select.POLLIN)
     while not pieces[-1].endswith(b"\n"):
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1e3):
-            return b""
+            return None
         piece = os.read(process.stdout.fileno(), 1 << 20)
         if not piece:
             break

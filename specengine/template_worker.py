@@ -19,9 +19,10 @@ from typing import Any
 
 import jinja2
 from jinja2 import nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MAX_CPU_SECONDS = 1.0
 MAX_ADDRESS_SPACE = 512 << 20  # of the whole process; Python and Jinja take a tenth of it

@@ -16,6 +16,7 @@ from specengine.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE, complain, with_ex
 # its own is a `typer.Typer` of its name.
 COMMANDS = (
     "generate",
+    "chat",
     "profile",
     "bench",
     "report",

@@ -30,12 +30,16 @@ _CONTEXT = "typer_context"
 
 
 def takes(
-    *groups: type, only: Collection[str] | None = None, defaults: Mapping[str, Any] | None = None
+    *groups: type,
+    only: Collection[str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    open_defaults: Collection[str] = (),
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Adds the options of `groups` to a command whose first parameter is a dict of those that were given.
 
     only:     names of those to take, where not all of them say something
     defaults: where the command's differ from the library's
+    open_defaults: names of those of `defaults` that the command itself puts in, where nothing else says a value
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -47,7 +51,7 @@ def takes(
         def run(**given: Any) -> None:
             context: typer.Context = given.pop(_CONTEXT)
             values = {item.name: given.pop(item.name) for item in items}
-            changed = {item.name for item in items if values[item.name] != item.default}
+            changed = {item.name for item in items if values[item.name] != item.default} - {*open_defaults}
             typed = {name for name in values if not _is_default(context, name)}
             command(_chosen([item for item in items if item.name in changed | typed], values), **given)
 

@@ -8,7 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from collections.abc import Sequence as Collection
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -426,6 +426,13 @@ class Engine:
         requests, _ = self._build_chat(messages, params, dict(options))
         return self._events(requests)
 
+    def advised_sampling(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model's generation_config.json adds to these options of a conversation; the result of `chat` tells
+        it as `generation_defaults`."""
+        if not options.get("generation_config", True):
+            return {}
+        return advised_sampling(self._generation_defaults, options, where=self.target_name)
+
     def apply_chat_template(self, messages: Conversation, *, chat_template: str | None = None) -> list[int]:
         """The token ids that `chat` would continue: the conversation up to where the answer begins.
 
@@ -445,9 +452,7 @@ class Engine:
         chat = ChatOptions(
             **{name: options.pop(name) for name in field_names(ChatOptions) if name in options}
         )
-        defaults: dict[str, Any] = {}
-        if params is None and chat.generation_config:
-            defaults = advised_sampling(self._generation_defaults, options, where=self.target_name)
+        defaults = self.advised_sampling({**vars(chat), **options}) if params is None else {}
         prompts = self._render(conversations, chat)
         chosen = prompts[0] if is_single else prompts
         requests = self._intake.build_requests(chosen, params, {**defaults, **options})
