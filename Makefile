@@ -38,7 +38,7 @@ SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(NATIVE_BUILT)  ## Complete some Python with the bundled pair, with and without speculation
+demo: $(NATIVE_BUILT)  ## Answer and edit with SmolLM2 (or the bundled pair, offline), plainly and speculatively
 	@$(BIN)/python tools/demo.py
 
 test: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The default tests

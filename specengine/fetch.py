@@ -140,7 +140,7 @@ def _download_wheel(package: str, destination: Path, work: Path) -> None:
         "--no-input",
     ]
     command += ["--no-deps", "--only-binary", ":all:", "--no-cache-dir", "--progress-bar", "off"]
-    command += ["--retries", "2", "--dest", str(destination), package]
+    command += ["--retries", "1", "--dest", str(destination), package]
     environment = {**os.environ, "TMPDIR": str(work), "TEMP": str(work), "TMP": str(work)}
     done = subprocess.run(
         command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace"

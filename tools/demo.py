@@ -1,7 +1,10 @@
-"""Completes Python with the bundled pair, plainly and speculatively, and compares every bit.
+"""Generates plainly and speculatively, and compares every bit.
 
     make demo
-    python tools/demo.py --max-new-tokens 200 --repeats 9
+    python tools/demo.py --model bundled --max-new-tokens 200 --repeats 9
+
+SmolLM2, a small real model, answers and edits, and drafts by looking up what was said before. It is fetched, once,
+into the user's cache; where it cannot be, the bundled pair completes Python.
 
 Exits with 1 if a single token or a single bit of a log-probability differs.
 """
@@ -13,6 +16,7 @@ import struct
 import sys
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from statistics import median
 
 from rich.box import SIMPLE_HEAD
@@ -20,25 +24,69 @@ from rich.console import Console
 from rich.table import Table
 
 from specengine import Engine, GenerationResult, SamplingParams, bundled
+from specengine.cli.exits import complain
 from specengine.cli.terminal import TokenPainter, legend, paint, wants_color
+from specengine.errors import FetchError
+from specengine.fetch import fetch
+from specengine.fetched import KNOWN_MODELS
 
-PROMPTS = {
+COMPLETIONS = {
     "binary search": 'def binary_search(items, x):\n    """Return the index of x in items, or -1."""\n',
     "a class": 'class Stack:\n    """A last-in, first-out container."""\n\n    def __init__(self):\n',
     "a script": "import argparse\nimport sys\n\ndef main():\n    parser = argparse.ArgumentParser(",
     "sampled": "def read_config(path, encoding='utf-8'):\n",
 }
+BEES = """\
+The honey bee lives in colonies of up to sixty thousand bees. A colony has one queen, who lays up to two thousand eggs \
+a day, and many workers, who gather nectar and pollen, feed the young and guard the hive. In winter the bees stay in \
+the hive, form a cluster around the queen and live on the honey that they stored in summer."""
+CODE = """\
+```python
+def read_config(path):
+    config = {}
+    with open(path) as file:
+        for line in file:
+            name, value = line.split("=")
+            config[name] = value
+    return config
+```"""
+QUESTIONS = {
+    "a question": "Why is the sky blue?",
+    "code": "Write a Python function that reverses a string.",
+    "an edit": f"Add a docstring to this function. Write the whole function.\n\n{CODE}",
+    "a summary": f"Summarize this text:\n\n{BEES}",
+    "sampled": "Tell me a short story about a fox.",
+}
+# What its makers trained it to be told, in the form that it was trained on.
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+TURNS = (
+    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+)
 HEADINGS = ("", "tokens/s", "speed-up", "acceptance\nrate", "mean\nlength", "target\nforwards", "identical")
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 # The whole demo stays under a minute on two cores.
 TIMING_BUDGET_S = 18.0
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What is shown: a model, what drafts for it, and by name what a person reads and the prompt that it makes."""
+
+    model: Path
+    draft: str | Path
+    max_new_tokens: int
+    prompts: dict[str, tuple[str, str]]
+
+
 @dataclass
 class Case:
-    """One prompt, and what its runs gave: (plain, speculative) pairs."""
+    """One prompt, and what its runs gave: (plain, speculative) pairs.
+
+    shown: what a person is shown of the prompt
+    """
 
     name: str
+    shown: str
     prompt: str
     params: SamplingParams
     speeds: list[tuple[float, float]] = field(default_factory=list)
@@ -47,16 +95,17 @@ class Case:
     is_identical: bool = True
 
 
-def main() -> int:
-    options = parse_arguments()
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
     console = Console(highlight=False)
+    subject = choose(options.model)
     device = {"device": options.device, "backend": options.backend}
-    with Engine(bundled.target_path(), bundled.draft_path(), **device) as engine:
+    with Engine(subject.model, subject.draft, **device) as engine:
         console.print(
-            f"target [b]{bundled.target_path().name}[/b], draft [b]{bundled.draft_path().name}[/b], "
+            f"target [b]{subject.model.name}[/b], draft [b]{Path(subject.draft).name}[/b], "
             f"{engine.dtype}, {engine.device.type}, backend {engine.backend_name}"
         )
-        cases = [build_case(name, prompt, options.max_new_tokens) for name, prompt in PROMPTS.items()]
+        cases = build_cases(subject, options.max_new_tokens)
         warm_up(engine, cases[0])
         for case in cases:
             show(engine, case, is_colored=wants_color(options.color, sys.stdout))
@@ -70,19 +119,57 @@ def main() -> int:
     return 0 if is_identical else 1
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Plain against speculative decoding with the bundled pair.")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Plain against speculative decoding.")
+    parser.add_argument(
+        "--model",
+        choices=["auto", "smollm2", "bundled"],
+        default="auto",
+        help="auto: SmolLM2 where it is or can be fetched, else the bundled pair",
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="of each prompt; default: 160, of the bundled pair 96"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="interleaved timed runs of each kind")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--color", choices=["auto", "always", "never"], default="auto")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def build_case(name: str, prompt: str, max_new_tokens: int) -> Case:
-    sampling = SAMPLED if name == "sampled" else {}
-    return Case(name, prompt, SamplingParams(max_new_tokens=max_new_tokens, **sampling))
+def choose(model: str) -> Subject:
+    """SmolLM2 if it can be had and nothing else is asked for; says so where it cannot."""
+    if model == "bundled":
+        return bundled_pair()
+    try:
+        return smollm2(fetch(KNOWN_MODELS["smollm2"], say=complain))
+    except FetchError as error:
+        if model != "auto":
+            raise
+        complain(f"{error}\nspecengine: the bundled pair is shown instead")
+        return bundled_pair()
+
+
+def bundled_pair() -> Subject:
+    prompts = {name: (prompt, prompt) for name, prompt in COMPLETIONS.items()}
+    return Subject(bundled.target_path(), bundled.draft_path(), 96, prompts)
+
+
+def smollm2(path: Path) -> Subject:
+    """Drafts by lookup: answers repeat the question they are about, and themselves."""
+    prompts = {
+        name: (f"{question}\n\n", TURNS.format(system=SYSTEM, question=question))
+        for name, question in QUESTIONS.items()
+    }
+    return Subject(path, "suffix", 160, prompts)
+
+
+def build_cases(subject: Subject, max_new_tokens: int | None) -> list[Case]:
+    length = max_new_tokens or subject.max_new_tokens
+    return [
+        Case(name, *texts, SamplingParams(max_new_tokens=length, **(SAMPLED if name == "sampled" else {})))
+        for name, texts in subject.prompts.items()
+    ]
 
 
 def warm_up(engine: Engine, case: Case) -> None:
@@ -106,8 +193,8 @@ def show(engine: Engine, case: Case, *, is_colored: bool) -> None:
     )
     heading = f"\n--- {case.name} ({sampled})"
     write(f"{heading}   {legend()}\n" if is_colored else f"{heading}\n")
-    write(f"\x1b[2m{case.prompt}\x1b[0m" if is_colored else case.prompt)
-    assert engine.tokenizer is not None, "the bundled pair has a tokenizer"
+    write(f"\x1b[2m{case.shown}\x1b[0m" if is_colored else case.shown)
+    assert engine.tokenizer is not None, "all that is shown has a tokenizer"
     painter = TokenPainter(engine.tokenizer, engine.tokenizer.encode(case.prompt))
     for event in engine.stream(case.prompt, case.params):
         for piece, source in painter.split(event):
@@ -181,4 +268,7 @@ def row(case: Case) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
