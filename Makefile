@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv, once; `make help` lists them.
 # PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from, BENCH_FLAGS what
-# bench-generate measures, TEST_WORKERS how many processes share the tests.
+# bench-generate and bench-gguf measure, TEST_WORKERS how many processes share the tests.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -31,7 +31,7 @@ BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow docs lint format bench bench-generate notebooks sanitize rehearse-gpu install clean
+.PHONY: help demo test test-slow docs lint format bench bench-generate bench-gguf notebooks sanitize rehearse-gpu install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -55,6 +55,10 @@ bench: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Microbenchmarks, one per op
 
 bench-generate: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## End-to-end generation beside other runtimes (BENCH_FLAGS="--help")
 	@$(BENCH_PYTHON) benchmarks/bench_generate.py $(BENCH_FLAGS)
+
+bench-gguf: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## SmolLM2 from one GGUF file, beside llama.cpp (BENCH_FLAGS="--help")
+	@$(BIN)/python -m specengine fetch smollm2 > /dev/null
+	@$(BENCH_PYTHON) benchmarks/bench_gguf.py $(BENCH_FLAGS)
 
 notebooks: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Execute examples/notebooks anew (some minutes)
 	@$(BIN)/python tools/notebooks.py

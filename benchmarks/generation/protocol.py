@@ -28,8 +28,8 @@ class UnavailableError(Exception):
 class Setup:
     """What a contestant loads.
 
-    target, draft: Hugging Face directories
-    dtype:         "float32", "bfloat16" or "int8": how the target's matrices are stored
+    target, draft: Hugging Face directories; the target may be a GGUF file, the draft a drafter's name
+    dtype:         "float32", "bfloat16" or "int8": how the target's matrices are stored; "auto" is as in the file
     draft_dtype:   the same for the draft's
     speculates:    whether any task will speculate
     cache:         where `prepare` may leave files

@@ -52,7 +52,7 @@ def text(rows: list[Row]) -> list[str]:
         for dtype in unique(row.dtype for row in rows if row.pair == pair):
             block = [row for row in rows if (row.pair, row.dtype) == (pair, dtype)]
             cells = [[name for name, _ in COLUMNS], *([show(row) for _, show in COLUMNS] for row in block)]
-            lines += ["", f"{pair}, {SHORT_NAMES[dtype]}", *aligned(cells)]
+            lines += ["", f"{pair}, {SHORT_NAMES.get(dtype, dtype)}", *aligned(cells)]
     return [*lines, "", *footnotes(rows)]
 
 

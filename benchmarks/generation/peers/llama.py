@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 
 import numpy as np
-from llama_cpp import Llama
+from llama_cpp import Llama, llama_print_system_info
 from llama_cpp.llama_speculative import LlamaDraftModel
 from numpy.typing import NDArray
 
@@ -20,7 +20,9 @@ GREEDY = {"temp": 0.0, "repeat_penalty": 1.0}
 
 
 def gguf_path(directory: str, dtype: str, cache: str) -> Path:
-    """The checkpoint as GGUF; written where it is not there yet."""
+    """The checkpoint as GGUF: the file itself if it is one, else written where it is not there yet."""
+    if directory.endswith(".gguf"):
+        return Path(directory)
     label = f"{TYPE_NAMES[dtype]}.gguf"
     return cached(directory, cache, label, lambda source, path: write_gguf(source, dtype, path))
 
@@ -42,6 +44,12 @@ def load_model(path: Path, setup: Setup, draft: LlamaDraftModel | None = None) -
         draft_model=draft,
         verbose=False,
     )
+
+
+def instructions() -> str:
+    """What it was built to use, by its own account."""
+    parts = llama_print_system_info().decode().split("|")
+    return " ".join(part.partition("=")[0].split(":")[-1].strip() for part in parts if "= 1" in part)
 
 
 class GreedyDraft(LlamaDraftModel):
@@ -73,7 +81,8 @@ class LlamaCpp:
         path = gguf_path(setup.target, setup.dtype, setup.cache)
         self._plain = load_model(path, setup)
         self._draft: GreedyDraft | None = None
-        self.settings = f"{TYPE_NAMES[setup.dtype]}, flash attention, keys and values in f16"
+        stored = TYPE_NAMES.get(setup.dtype, "as stored")
+        self.settings = f"{stored}, {instructions()}, flash attention, keys and values in f16"
         if setup.speculates:
             self._draft = GreedyDraft(
                 load_model(gguf_path(setup.draft, setup.draft_dtype, setup.cache), setup)
