@@ -77,6 +77,17 @@ struct AttentionArgs {
   float* out;  // [T, H * head_dim]
 };
 
+// What a call of Kernels::attention does: all of it (the default), or, where few queries see a long
+// context, what they find in tiles begin … end - 1 of it, and at last, with no tile, the merging of
+// all that was found. Bits are those of a call that does all.
+struct AttentionPart {
+  // [tiles, queries, attention_part_words]: of a row's tile the largest score, the normaliser, and
+  // the weighted values. The queries are one visit's: at most kMaxSharedQueries.
+  float* found = nullptr;
+  int64_t begin = 0, end = 0;
+};
+constexpr int64_t attention_part_words(int64_t head_dim) { return 16 + (head_dim + 15) / 16 * 16; }
+
 // One row of logits as the verification ops see it.
 struct RowView {
   const float* logits;
@@ -106,7 +117,7 @@ struct Kernels {
   void (*linear_panel)(const LinearArgs& args, int64_t panel);
   // scratch: [attention_scratch(head_dim)]
   void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
-                    int64_t row_end, float* scratch);
+                    int64_t row_end, const AttentionPart& part, float* scratch);
   RowMaximum (*row_maximum)(const RowView& row);
   // Sum of exp(z / T - maximum) over the kept tokens.
   double (*row_sum_exp)(const RowView& row, float maximum);

@@ -111,6 +111,8 @@ struct Queries {
   float* weights;               // [count, kAttentionTile]
   float* sums;                  // [count, padded], weighted values of the tile
   int seen[kMaxSharedQueries];  // tokens of the tile
+  float tile_largest[kMaxSharedQueries];
+  float tile_normaliser[kMaxSharedQueries];
   float largest[kMaxSharedQueries];
   float normaliser[kMaxSharedQueries];
   float keep[kMaxSharedQueries];  // factors of this merge
@@ -173,8 +175,7 @@ inline void score_block(const float* query, const float* keys, int64_t padded, f
   }
 }
 
-// Scores become weights exp(s - max s), 0 for tokens that the query does not see; then the factors
-// that merge the tile into what came before.
+// Scores become weights exp(s - max s), 0 for tokens that the query does not see.
 inline void weigh_scores(Queries& queries, int q) {
   float* scores = queries.weights + q * kAttentionTile;
   const int seen = queries.seen[q];
@@ -192,6 +193,13 @@ inline void weigh_scores(Queries& queries, int q) {
     store(scores + j, weight);
     sum = sum + weight;
   }
+  queries.tile_largest[q] = tile_largest;
+  queries.tile_normaliser[q] = reduce_add(sum);
+}
+
+// What a query found in a tile is merged into what it found in those before: first the scores, and
+// with them the factors of the values.
+inline void merge_scores(Queries& queries, int q, float tile_largest, float tile_normaliser) {
   const float before = queries.largest[q];
   const float next = before > tile_largest ? before : tile_largest;
   alignas(64) float factors[16] = {before - next, tile_largest - next};
@@ -199,7 +207,15 @@ inline void weigh_scores(Queries& queries, int q) {
   queries.largest[q] = next;
   queries.keep[q] = factors[0];
   queries.add[q] = factors[1];
-  queries.normaliser[q] = queries.normaliser[q] * factors[0] + reduce_add(sum) * factors[1];
+  queries.normaliser[q] = queries.normaliser[q] * factors[0] + tile_normaliser * factors[1];
+}
+
+inline void merge_values(Queries& queries, int q, const float* sums) {
+  float* output = queries.output + q * queries.padded;
+  for (int64_t d = 0; d < queries.padded; d += 16) {
+    const F16 kept = load(output + d) * set1(queries.keep[q]);
+    store(output + d, fma(load(sums + d), set1(queries.add[q]), kept));
+  }
 }
 
 // sums[d] += weights[j] * v_j[d] for tokens `begin` to before `end`, in order, for kQueries queries
@@ -280,19 +296,23 @@ inline void weigh_tile(Queries& queries, int first, const TileRows& tile, int64_
       weigh_values<T, block.value>(queries, q, tile, value_offset, begin, end);
     });
   }
-  for (int q = first; q < queries.count; ++q) {
-    float* output = queries.output + q * queries.padded;
-    const float* sums = queries.sums + q * queries.padded;
-    for (int64_t d = 0; d < queries.padded; d += 16) {
-      const F16 kept = load(output + d) * set1(queries.keep[q]);
-      store(output + d, fma(load(sums + d), set1(queries.add[q]), kept));
-    }
+}
+
+// Sets how many tokens of the tile at `begin` each query sees; returns the first that sees any.
+inline int see_tile(Queries& queries, int num_heads, int64_t first_seen, int64_t begin,
+                    int64_t size) {
+  int first = 0;
+  for (int q = 0; q < queries.count; ++q) {
+    const int64_t seen = first_seen + q / num_heads - begin;
+    queries.seen[q] = static_cast<int>(seen < size ? seen : size);
+    if (seen <= 0) first = q + 1;
   }
+  return first;
 }
 
 template <DType T>
 inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_head, int num_heads,
-                   int64_t row_begin, int64_t row_end, float* scratch) {
+                   int64_t row_begin, int64_t row_end, const AttentionPart& part, float* scratch) {
   const int64_t kv_head = first_head / (args.num_heads / args.num_kv_heads);
   const int64_t head_dim = args.head_dim;
   const int64_t padded = (head_dim + 15) / 16 * 16;
@@ -327,23 +347,41 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
     }
   }
   const int64_t end = row_end - 1 + offset;
+  // Of one visit, what query q found in tile t.
+  const int64_t part_words = attention_part_words(head_dim);
+  const auto found = [&](int64_t t, int q) {
+    return part.found + (t * queries.count + q) * part_words;
+  };
+  const bool is_part = part.found != nullptr && part.begin < part.end;
+  const int64_t last_tile = (end + kAttentionTile - 1) / kAttentionTile;
+  const int64_t first_tile = is_part ? part.begin : part.found == nullptr ? 0 : last_tile;
+  const int64_t end_tile = is_part && part.end < last_tile ? part.end : last_tile;
+  if (part.found != nullptr && !is_part) {
+    for (int64_t t = 0; t < last_tile; ++t) {
+      const int first =
+          see_tile(queries, num_heads, row_begin + offset, t * kAttentionTile, kAttentionTile);
+      for (int q = first; q < queries.count; ++q) {
+        merge_scores(queries, q, found(t, q)[0], found(t, q)[1]);
+        merge_values(queries, q, found(t, q) + 16);
+      }
+    }
+  }
   TileRows tiles[2];
-  locate_tile(args, table, kv_head, row_bytes, 0, end, tiles[0]);
-  for (int64_t begin = 0, t = 0; begin < end; begin += kAttentionTile, ++t) {
+  if (first_tile < end_tile) {
+    locate_tile(args, table, kv_head, row_bytes, first_tile * kAttentionTile, end,
+                tiles[first_tile % 2]);
+  }
+  for (int64_t t = first_tile; t < end_tile; ++t) {
+    const int64_t begin = t * kAttentionTile;
     TileRows& tile = tiles[t % 2];
     TileRows& next = tiles[(t + 1) % 2];
     next.count = 0;
-    if (begin + kAttentionTile < end) {
+    if (t + 1 < end_tile) {
       locate_tile(args, table, kv_head, row_bytes, begin + kAttentionTile, end, next);
     }
-    int first = 0;
-    for (int q = 0; q < queries.count; ++q) {
-      const int64_t seen = row_begin + q / num_heads + offset - begin;
-      queries.seen[q] = seen < tile.count ? static_cast<int>(seen) : tile.count;
-      if (seen <= 0) first = q + 1;
-    }
+    const int first = see_tile(queries, num_heads, row_begin + offset, begin, tile.count);
     for (int j = 0; j < tile.count; j += 16) {
-      if (begin == 0) ask_for(tile, j + 16 * kGroupsAhead, 16, 0, row_bytes);
+      if (t == first_tile) ask_for(tile, j + 16 * kGroupsAhead, 16, 0, row_bytes);
       ask_for(tile, j, 16, value_offset, row_bytes);
       const float* rows[16];
       locate_group<T>(tile, j, head_dim, padded, converted, rows);
@@ -359,7 +397,10 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
                                  queries.weights + q * kAttentionTile + j);
       });
     }
-    for (int q = first; q < queries.count; ++q) weigh_scores(queries, q);
+    for (int q = first; q < queries.count; ++q) {
+      weigh_scores(queries, q);
+      if (!is_part) merge_scores(queries, q, queries.tile_largest[q], queries.tile_normaliser[q]);
+    }
     if (padded == head_dim) {
       weigh_tile<T>(queries, first, tile, value_offset, next, row_bytes);
     } else {
@@ -370,7 +411,18 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
       }
       weigh_tile<DType::kFloat32>(queries, first, tile, 0, next, row_bytes);
     }
+    for (int q = first; q < queries.count; ++q) {
+      const float* sums = queries.sums + q * padded;
+      if (is_part) {
+        found(t, q)[0] = queries.tile_largest[q];
+        found(t, q)[1] = queries.tile_normaliser[q];
+        __builtin_memcpy(found(t, q) + 16, sums, sizeof(float) * padded);
+      } else {
+        merge_values(queries, q, sums);
+      }
+    }
   }
+  if (is_part) return;
   for (int q = 0; q < queries.count; ++q) {
     float* out = args.out + position(q);
     const float inverse = 1.0f / queries.normaliser[q];
@@ -380,7 +432,8 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
 
 template <DType T>
 inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
-                        int64_t row_begin, int64_t row_end, float* scratch) {
+                        int64_t row_begin, int64_t row_end, const AttentionPart& part,
+                        float* scratch) {
   const int64_t group = args.num_heads / args.num_kv_heads;
   for (int64_t head = 0; head < group; head += kMaxSharedQueries) {
     const int64_t left = group - head;
@@ -388,20 +441,24 @@ inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_
     const int64_t step = kMaxSharedQueries / num_heads;
     for (int64_t row = row_begin; row < row_end; row += step) {
       attend<T>(args, sequence, kv_head * group + head, num_heads, row,
-                row + step < row_end ? row + step : row_end, scratch);
+                row + step < row_end ? row + step : row_end, part, scratch);
     }
   }
 }
 
 inline void attention(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
-                      int64_t row_begin, int64_t row_end, float* scratch) {
+                      int64_t row_begin, int64_t row_end, const AttentionPart& part,
+                      float* scratch) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return attend_rows<DType::kFloat32>(args, sequence, kv_head, row_begin, row_end, scratch);
+      return attend_rows<DType::kFloat32>(args, sequence, kv_head, row_begin, row_end, part,
+                                          scratch);
     case DType::kBFloat16:
-      return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end, scratch);
+      return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end, part,
+                                           scratch);
     case DType::kFloat16:
-      return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end, scratch);
+      return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end, part,
+                                          scratch);
     case DType::kInt8:  // weights only
       return;
   }

@@ -11,6 +11,7 @@ import torch
 from kernel_cases import DEVICE, DTYPES, NATIVE, TRITON, assert_earned, native_threads
 from torch import Tensor
 
+from specengine import _C
 from specengine.kernels import paged_attention as kernel
 from specengine.kernels import reference
 from specengine.kernels.device.launch import record
@@ -195,6 +196,26 @@ def test_a_row_keeps_its_bits_in_every_chunk_and_batch(
         for count in (1, 2):
             with native_threads(count):
                 assert torch.equal(whole.run(op), expected)
+
+
+@pytest.mark.parametrize("heads", [(6, 2, 64), (3, 3, 20), (32, 1, 64)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_context_that_threads_share_has_the_bits_of_one(
+    heads: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """With few heads for the threads a long context is shared out by tiles, on every instruction set; not where the
+    queries are more than one visit's."""
+    for lengths in ([(1, 1500)], [(3, 700), (0, 0), (1, 130), (2, 1025)], [(1, 641)]):
+        case = build_case(heads, lengths, dtype, seed=3)
+        for name in _C.instruction_sets():
+            _C.set_instruction_set(name)
+            with native_threads(1):  # nothing is shared out
+                expected = case.run(NATIVE.paged_attention)
+            assert expected.isfinite().all()
+            for count in (2, 5, 13):
+                with native_threads(count):
+                    assert torch.equal(case.run(NATIVE.paged_attention), expected), (name, lengths, count)
+            _C.set_instruction_set("auto")
 
 
 def test_moving_blocks_changes_no_bit(ops: Backend) -> None:
