@@ -250,3 +250,26 @@ def test_a_round_reads_no_whole_text(
         assert asked["token_array"] >= 2, "when it came and when it went"
         numbers.append(dict(asked))
     assert numbers[0] == numbers[1], numbers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen3"])
+@pytest.mark.parametrize("drafter", ["draft", "self:1", "suffix"])
+def test_long_prompts_in_a_batch_are_as_alone(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, model_type: str, drafter: str
+) -> None:
+    """Of all lengths up to the whole context, in chunks of every size, with too few blocks for all of them."""
+    sizes = {"num_layers": 2, "max_positions": FULL}
+    draft = checkpoint(model_type, **sizes, noise=0.3) if drafter == "draft" else drafter
+    model = checkpoint(model_type, **sizes)
+    prompts = [copied_prompt(length, period=length // 7) for length in (8130, 5000, 2049, 1024, 513, 30)]
+    sampling: dict[str, Any] = {"max_new_tokens": 62, "ignore_eos": True, "logprobs": 0, **SAMPLED}
+    alone = build_engine(model, None, block_size=16, prefill_chunk_size=FULL, enable_prefix_cache=False)
+    expected = [alone.generate(prompt, **sampling) for prompt in prompts]
+    for chunk, num_blocks in ((97, 700), (512, 1100), (2048, 560)):
+        engine = build_engine(model, draft, block_size=16, prefill_chunk_size=chunk, num_blocks=num_blocks)
+        num_free = engine.num_free_blocks
+        for result, one in zip(spec(engine, prompts, 4, **sampling), expected, strict=True):
+            assert_same(result, one)
+        assert_idle(engine, num_free)
+    tally.check()
