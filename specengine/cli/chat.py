@@ -121,7 +121,7 @@ class Talk:
         """Until it is left. Raises KeyboardInterrupt for Ctrl-C at the prompt."""
         if self._is_interactive:
             with contextlib.suppress(ImportError):
-                pass  # noqa: F401: from now on `input` has line editing and a history
+                import readline  # noqa: F401, from now on `input` has line editing and a history
             draft = self._engine.draft_name
             self._note(f"{self._engine.target_name}{f', drafts: {draft}' if draft else ''}; /help for help")
         self._introduce_defaults()
