@@ -7,8 +7,8 @@
 namespace specengine {
 namespace {
 
-// Rows of one sequence that a task takes: enough to reuse a tile, few enough to share a long
-// prompt.
+// About as many rows of one sequence does a task take: enough to reuse a tile, few enough to share
+// a long prompt.
 constexpr int64_t kRowsPerTask = kMaxSharedQueries;
 // Multiply-adds below which waking a thread does not pay.
 constexpr int64_t kMinParallelWork = int64_t{1} << 16;
@@ -38,15 +38,19 @@ void attend(const AttentionArgs& args, int64_t b, int64_t kv_head, int64_t begin
 
 // Every task some rows of one sequence and head, and their whole context.
 void attend_by_rows(const AttentionArgs& args, const BatchShape& shape) {
-  const int64_t most_chunks = (shape.most_rows + kRowsPerTask - 1) / kRowsPerTask;
+  // Whole visits: a visit of a few rows would pay for a tile's keys what one of many does.
+  const int64_t group = args.num_heads / args.num_kv_heads;
+  const int64_t visit_rows = std::max<int64_t>(1, kMaxSharedQueries / group);
+  const int64_t task_rows = kRowsPerTask / visit_rows * visit_rows;
+  const int64_t most_chunks = (shape.most_rows + task_rows - 1) / task_rows;
   // Long rows first: the last chunk of a prompt sees the most context.
   const int64_t per_sequence = most_chunks * args.num_kv_heads;
   parallel_for(shape.num_sequences * per_sequence, shape.work >= kMinParallelWork,
                [&](int64_t task) {
                  const int64_t b = task / per_sequence;
                  const int64_t chunk = most_chunks - 1 - task % per_sequence / args.num_kv_heads;
-                 const int64_t begin = args.q_start[b] + chunk * kRowsPerTask;
-                 const int64_t end = std::min<int64_t>(begin + kRowsPerTask, args.q_start[b + 1]);
+                 const int64_t begin = args.q_start[b] + chunk * task_rows;
+                 const int64_t end = std::min<int64_t>(begin + task_rows, args.q_start[b + 1]);
                  if (begin < end) attend(args, b, task % args.num_kv_heads, begin, end, {});
                });
 }

@@ -136,6 +136,10 @@ def test_batches_of_many_sequences(ops: Backend) -> None:
     check_paged_attention(ops, build_case((1, 1, 8), lengths))
 
 
+def test_the_end_of_a_context_of_8192(ops: Backend) -> None:
+    check_paged_attention(ops, build_case((1, 1, 16), [(2, 8192)], torch.bfloat16))
+
+
 @pytest.mark.parametrize("block_size", [1, 4, 5, 16, 128, 200])
 def test_any_block_size(ops: Backend, block_size: int) -> None:
     check_paged_attention(ops, build_case(fewer_heads(ops, (2, 2, 24)), RAGGED, block_size=block_size))
