@@ -27,11 +27,11 @@ constexpr int kAttentionTile = 128;
 constexpr int kMaxHeadDim = 256;
 // Query vectors (rows times heads of a group) that share one visit of a tile.
 constexpr int kMaxSharedQueries = 32;
-// Floats that one call of Kernels::attention needs: queries, outputs, sums and weights, 16 keys
-// twice and a tile of values.
+// Floats that one call of Kernels::attention needs: queries, outputs, sums and weights, 32 keys,
+// 16 more and a tile of values.
 constexpr int64_t attention_scratch(int64_t head_dim) {
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  return kMaxSharedQueries * (3 * padded + kAttentionTile) + (16 + 16 + kAttentionTile) * padded;
+  return kMaxSharedQueries * (3 * padded + kAttentionTile) + (32 + 16 + kAttentionTile) * padded;
 }
 // Groups whose maxima bound the k-th largest from below.
 constexpr int kNumMaximaGroups = 512;

@@ -8,6 +8,8 @@
 // Queries of a register block: each keeps two sums of a score, or vectors of a value.
 constexpr int kMaxScoreQueries = kNumRegisters < 6 ? 1 : kNumRegisters < 16 ? 3 : 6;
 constexpr int kMaxBlockQueries = 6;
+// Groups of sixteen keys that a block of queries is scored with at once.
+constexpr int kMaxScoreGroups = kNumRegisters < 30 ? 1 : 2;
 // Values that every query takes before the next: they stay in the first cache.
 constexpr int kValuesAtOnce = 32;
 // Groups of sixteen keys between the one that is scored and the one that is asked for, in the first
@@ -148,30 +150,44 @@ inline void score_alone(const float* query, const float* const (&rows)[16], int6
   store(scores, reduce_add_each(sums));
 }
 
-// The same for kQueries queries and keys[16 d + t] = k_t[d]; the additions are those of reduce_add.
-template <int kQueries>
+// The same for kQueries queries and kGroups groups of keys, each keys[16 d + t] = k_t[d] and the
+// next one 16 padded further on; the additions are those of reduce_add. A query's number is loaded
+// once for all groups: loading, not multiplying, is what takes time here.
+template <int kQueries, int kGroups>
 inline void score_block(const float* query, const float* keys, int64_t padded, float* scores) {
-  F16 halves[8][kQueries];
+  F16 halves[8][kQueries][kGroups];
   for (int i = 0; i < 8; ++i) {
-    F16 low[kQueries], high[kQueries];
+    F16 low[kQueries][kGroups], high[kQueries][kGroups];
 #pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) low[q] = high[q] = set1(0.0f);
+    for (int q = 0; q < kQueries; ++q) {
+      for (int g = 0; g < kGroups; ++g) low[q][g] = high[q][g] = set1(0.0f);
+    }
     for (int64_t d = i; d < padded; d += 16) {
-      const F16 low_key = load(keys + 16 * d), high_key = load(keys + 16 * (d + 8));
+      F16 low_key[kGroups], high_key[kGroups];
+      for (int g = 0; g < kGroups; ++g) {
+        low_key[g] = load(keys + 16 * (g * padded + d));
+        high_key[g] = load(keys + 16 * (g * padded + d + 8));
+      }
 #pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) {
-        low[q] = fma(set1(query[q * padded + d]), low_key, low[q]);
-        high[q] = fma(set1(query[q * padded + d + 8]), high_key, high[q]);
+        const F16 low_query = set1(query[q * padded + d]);
+        for (int g = 0; g < kGroups; ++g) low[q][g] = fma(low_query, low_key[g], low[q][g]);
+        const F16 high_query = set1(query[q * padded + d + 8]);
+        for (int g = 0; g < kGroups; ++g) high[q][g] = fma(high_query, high_key[g], high[q][g]);
       }
     }
 #pragma GCC unroll 8
-    for (int q = 0; q < kQueries; ++q) halves[i][q] = low[q] + high[q];
+    for (int q = 0; q < kQueries; ++q) {
+      for (int g = 0; g < kGroups; ++g) halves[i][q][g] = low[q][g] + high[q][g];
+    }
   }
   for (int q = 0; q < kQueries; ++q) {
-    F16 quarters[4];
-    for (int i = 0; i < 4; ++i) quarters[i] = halves[i][q] + halves[i + 4][q];
-    const F16 even = quarters[0] + quarters[2], odd = quarters[1] + quarters[3];
-    store(scores + q * kAttentionTile, even + odd);
+    for (int g = 0; g < kGroups; ++g) {
+      F16 quarters[4];
+      for (int i = 0; i < 4; ++i) quarters[i] = halves[i][q][g] + halves[i + 4][q][g];
+      const F16 even = quarters[0] + quarters[2], odd = quarters[1] + quarters[3];
+      store(scores + q * kAttentionTile + 16 * g, even + odd);
+    }
   }
 }
 
@@ -331,7 +347,7 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
   queries.weights = queries.output + kMaxSharedQueries * padded;
   queries.sums = queries.weights + kMaxSharedQueries * kAttentionTile;
   float* keys = queries.sums + kMaxSharedQueries * padded;
-  float* converted = keys + 16 * padded;
+  float* converted = keys + 32 * padded;
   float* values = converted + 16 * padded;
   // Element 0 of query q in args.query and args.out.
   const auto position = [&](int q) {
@@ -390,11 +406,20 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
                     queries.weights + first * kAttentionTile + j);
         continue;
       }
-      transpose_rows(rows, padded, keys);
-      transpose_rows(rows + 8, padded, keys + 8);
+      const int group = j / 16 % kMaxScoreGroups;
+      transpose_rows(rows, padded, keys + 16 * padded * group);
+      transpose_rows(rows + 8, padded, keys + 16 * padded * group + 8);
+      const bool is_last = j + 16 >= tile.count;
+      if (group + 1 < kMaxScoreGroups && !is_last) continue;
+      float* scores = queries.weights + (j - 16 * group);
       for_each_block<kMaxScoreQueries>(first, queries.count, [&](int q, auto block) {
-        score_block<block.value>(queries.query + q * padded, keys, padded,
-                                 queries.weights + q * kAttentionTile + j);
+        const float* query = queries.query + q * padded;
+        if (group == 0) {
+          score_block<block.value, 1>(query, keys, padded, scores + q * kAttentionTile);
+        } else {
+          score_block<block.value, kMaxScoreGroups>(query, keys, padded,
+                                                    scores + q * kAttentionTile);
+        }
       });
     }
     for (int q = first; q < queries.count; ++q) {
