@@ -238,7 +238,7 @@ class _HeaderReader:
             stop = at + 8
             if stop <= end:
                 stop += unpack(content, at)[0]
-            if stop > end or stop < at + 8:
+            if stop > end:
                 self._at = at
                 self._string(f"{where}[{index}]")
             try:
