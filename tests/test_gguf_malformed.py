@@ -249,6 +249,21 @@ def test_a_file_that_ends_anywhere_is_refused(whole: Path, tmp_path: Path) -> No
                 read_gguf_header(path)
 
 
+def test_a_file_that_changes_while_it_is_read_is_refused(whole: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(whole.read_bytes())
+    source = open_checkpoint(path).tensors
+    names = list(source.tensors)
+    source.load(names[0])
+    path.write_bytes(whole.read_bytes()[:-4096])
+    last = max(names, key=lambda name: source._stored[name].stop)  # type: ignore[attr-defined]
+    with pytest.raises(ModelLoadError, match=r"m\.gguf: has changed since its header was read"):
+        source.load(last)
+    path.unlink()
+    with pytest.raises(ModelLoadError, match=r"m\.gguf: has changed since its header was read"):
+        source.load(names[0])
+
+
 # What a file says, and what is said about it. `None` leaves a key out.
 BAD_VALUES: list[tuple[dict[str, Any], str]] = [
     (

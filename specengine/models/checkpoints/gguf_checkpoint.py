@@ -13,7 +13,7 @@ from specengine.errors import ModelLoadError
 from specengine.models.checkpoints.checkpoint import Checkpoint
 from specengine.models.checkpoints.gguf_header import GgufHeader, read_gguf_header
 from specengine.models.checkpoints.gguf_metadata import ROPE_FACTORS, GgufMetadata, build_config
-from specengine.models.checkpoints.gguf_tensors import GgufSource
+from specengine.models.checkpoints.gguf_tensors import GgufSource, map_tensor
 from specengine.models.checkpoints.gguf_tokenizer import read_gguf_tokenizer
 from specengine.models.checkpoints.tensors import TensorSource
 from specengine.models.registry import ConfiguredModel, configure
@@ -65,7 +65,4 @@ class GgufCheckpoint(Checkpoint):
             return None
         if tensor.type != "F32":
             raise ModelLoadError(f"{self.path}: tensor {ROPE_FACTORS} is stored as {tensor.type}, not as F32")
-        content = np.memmap(
-            self.path, np.uint8, mode="r", offset=tensor.start, shape=(tensor.stop - tensor.start,)
-        )
-        return np.array(content).view(np.float32)
+        return np.array(map_tensor(self.path, tensor)).view(np.float32)

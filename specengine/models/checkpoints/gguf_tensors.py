@@ -91,10 +91,7 @@ class GgufSource:
         """The tensor in the format that the file has, or in one that holds it: groups stay groups."""
         self._warn_of_conversions()
         tensor = self._stored[name]
-        content = np.memmap(
-            self.origin, np.uint8, mode="c", offset=tensor.start, shape=(tensor.stop - tensor.start,)
-        )
-        weight = read_tensor(content, tensor.type, tensor.shape)
+        weight = read_tensor(map_tensor(Path(self.origin), tensor), tensor.type, tensor.shape)
         if name in self._orders:
             weight = _take_rows(weight, self._orders[name]())
         if name in self._transposed:
@@ -135,6 +132,14 @@ class GgufSource:
             pairs = ", ".join(f"{each} to {CONVERTED[each]}" for each in sorted(self._converted))
             warnings.warn(f"{self.origin}: weights are converted as they are loaded: {pairs}", stacklevel=2)
             self._converted = set()
+
+
+def map_tensor(path: Path, tensor: GgufTensor) -> np.ndarray:
+    """A tensor's bytes, mapped into memory. Raises `ModelLoadError` where the file is not what it was."""
+    try:
+        return np.memmap(path, np.uint8, mode="c", offset=tensor.start, shape=(tensor.stop - tensor.start,))
+    except (OSError, ValueError) as error:
+        raise ModelLoadError(f"{path}: has changed since its header was read ({error})") from error
 
 
 def _row_order(architecture: str, part: str, config: Any) -> Callable[[], Tensor] | None:
