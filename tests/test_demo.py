@@ -71,3 +71,18 @@ def test_one_bit_of_one_log_probability_is_noticed(
     out = capsys.readouterr().out
     assert "identical: NO" in out
     assert out.count(" NO") == 2
+
+
+@pytest.mark.smollm2
+def test_smollm2_is_shown_where_it_was_fetched(
+    demo: ModuleType,
+    smollm2_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "QUESTIONS", {"a question": "What is the capital of France?"})
+    assert demo.main(SHORT) == 0
+    out = capsys.readouterr().out
+    assert f"target {smollm2_file.name}, draft suffix" in out
+    assert "The capital of France is Paris" in out
+    assert "identical: yes" in out

