@@ -34,7 +34,8 @@ class Ours:
             enable_prefix_cache=False,  # every repetition pays for its prompt
             **setup.engine,
         )
-        self.settings = f"{self._engine.backend_name}, keys and values in {self._engine.config.dtype}"
+        dtype = str(self._engine.dtype).removeprefix("torch.")
+        self.settings = f"{self._engine.backend_name}, keys and values in {dtype}"
         self.settings += "".join(f", {name}={value}" for name, value in setup.engine.items())
 
     def generate(self, task: Task) -> Answer:
