@@ -116,7 +116,24 @@ QWEN = """
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}
 """
-TEMPLATES = {"chatml": CHATML, "llama-2": LLAMA_2, "llama-3": LLAMA_3, "mistral": MISTRAL, "qwen": QWEN}
+# Lines as they come: which of their ends are the template's own, its settings say.
+LINES = """{% for message in messages %}
+    {% if message.role == 'user' %}
+User: {{ message.content | tojson }}
+    {% else %}
+  {{ message.role }}: {{ message | tojson }}
+    {% endif %}
+{% endfor %}
+{{ bos_token }}
+"""
+TEMPLATES = {
+    "chatml": CHATML,
+    "llama-2": LLAMA_2,
+    "llama-3": LLAMA_3,
+    "mistral": MISTRAL,
+    "qwen": QWEN,
+    "lines": LINES,
+}
 MARKS = (
     *("<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *("<s>", "</s>", "[INST]", "[/INST]"),

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import pytest
-from chat_templates import save_chat_model
+from chat_templates import CHATML, save_chat_model
 from typer.testing import CliRunner
 
 import specengine
@@ -214,11 +214,15 @@ class Terminal:
 def test_control_c_stops_an_answer_and_a_second_one_leaves(model: Path, tmp_path: Path) -> None:
     """What was said by then is kept, and the conversation goes on from it; what is wrong ends nothing."""
     file = tmp_path / "talk.json"
-    terminal = Terminal("chat", "--model", str(model), "--ignore-eos", "--max-new-tokens", "60000")
+    strict = "{% if 'bad' in messages[-1].content %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    flags = ["--ignore-eos", "--max-new-tokens", "60000", "--chat-template", strict]
+    terminal = Terminal("chat", "--model", str(model), *flags)
     try:
         assert "/help for help" in terminal.read_until("> ")
         terminal.send("/helo\n")
         terminal.read_until(r"/helo is no command.*> ")
+        terminal.send("bad\n")
+        terminal.read_until(r"refuses: no.*> ")
         terminal.send("Hi!\n")
         terminal.read_until(r"Hi!\r\n.{40}")
         terminal.send("\x03")
