@@ -318,6 +318,7 @@ def describe(result: GenerationResult) -> str:
         share = f"{speculation.draft_acceptance_rate:.0%} of {speculation.num_draft_tokens} drafts accepted"
         parts.append(f"{share}, {speculation.mean_acceptance_length:.2f} tokens a round")
     parts.append(f"prompt of {metrics.num_prompt_tokens} tokens, {metrics.num_cached_tokens} of them reused")
+    parts.append(f"first token after {metrics.time_to_first_token:.2f} s")
     if output.finish_reason == "length":
         parts.append("cut: --max-new-tokens allows more, or the context is full")
     return "; ".join(parts)
