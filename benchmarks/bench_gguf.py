@@ -34,9 +34,9 @@ from generation.protocol import Setup, Task
 from generation.rows import Record, Row
 from measure import ROOT, Report, append_rows, machine_name
 
+from specengine.conversations import ChatTemplate
 from specengine.fetched import require_fetched
-from specengine.models.checkpoints import open_checkpoint
-from specengine.tokenizer import Tokenizer
+from specengine.models.checkpoints import Checkpoint, open_checkpoint
 
 LLAMA = "llama.cpp"
 PROMPT_LENGTH, NEW_TOKENS, LONG_LENGTH = 100, 128, 1000
@@ -76,10 +76,6 @@ hundred and ninety-six steps to the gallery, from where they see the whole bay."
 CHATS = (
     f"Add a docstring to each method of this class. Write the whole class.\n\n{CODE}",
     f"Summarize this text:\n\n{TEXT}",
-)
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-TURNS = (
-    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 )
 
 
@@ -128,9 +124,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def run(options: argparse.Namespace) -> list[Row]:
     """The rows of all workloads. Raises `NotExactError`; leaves no process behind, whatever happens."""
     path = options.gguf.resolve()
-    tokenizer = open_checkpoint(path).tokenizer
-    assert tokenizer is not None, "a GGUF file that can be loaded has a tokenizer"
-    workloads = build_workloads(tokenizer)
+    workloads = build_workloads(open_checkpoint(path))
     setups = build_setups(path, workloads, options)
     report = Report(options.threads)
     with ExitStack() as stack:
@@ -142,11 +136,17 @@ def run(options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def build_workloads(tokenizer: Tokenizer) -> list[Workload]:
+def build_workloads(checkpoint: Checkpoint) -> list[Workload]:
     """Prompts by their tokens, the same for everybody; those without a chat are the beginning of the licence."""
+    tokenizer, source = checkpoint.tokenizer, checkpoint.chat_template
+    assert tokenizer is not None, "a GGUF file that can be loaded has a tokenizer"
+    assert source is not None, "what is measured can chat"
+    template = ChatTemplate(source, checkpoint.name, tokenizer.roles)
     text = tokenizer.encode(LICENSE.read_text(encoding="utf-8"))
     assert len(text) >= LONG_LENGTH, "the licence is longer than the longest prompt"
-    chats = [tokenizer.encode(TURNS.format(system=SYSTEM, question=question)) for question in CHATS]
+    chats = [
+        tokenizer.encode_part(template.render([{"role": "user", "content": question}])) for question in CHATS
+    ]
     both = (OURS, LLAMA)
     plain = [Entry(name, "generate", Task([text[:PROMPT_LENGTH]], NEW_TOKENS)) for name in both]
     first = [Entry(name, "prefill", Task([text[:LONG_LENGTH]], 1)) for name in both]

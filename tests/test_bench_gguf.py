@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,15 @@ class Letters:
     def encode(self, text: str) -> list[int]:
         return [ord(letter) for letter in text]
 
+    encode_part = encode
+    roles: Mapping[str, str] = {}
+
 
 @dataclass
 class FakeCheckpoint:
     tokenizer: Letters
+    name: str = "tiny"
+    chat_template: str = "{{ messages[0].content }}"
 
 
 def write_model(path: Path, *names: str) -> Path:

@@ -124,6 +124,26 @@ def test_what_the_file_says(smollm2_file: Path, auto_tokenizer: Any) -> None:
     assert checkpoint.tokenizer.eos_token_id == auto_tokenizer.eos_token_id == 2
 
 
+def test_conversations_are_written_out_as_transformers_does(
+    smollm2_file: Path, auto_tokenizer: Any, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(smollm2_file, max_seq_len=512)
+    turns = [
+        {"role": "user", "content": "Which colours does a rainbow have?"},
+        {
+            "role": "assistant",
+            "content": "Red, orange, yellow, green, blue, indigo and violet: seven.\n\nMore?",
+        },
+        {"role": "user", "content": "  Und auf Deutsch? 日本語で? <|im_end|> 🙂\n"},
+    ]
+    for messages in (turns[:1], turns, [{"role": "system", "content": "Be brief."}, *turns]):
+        expected = auto_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        found = engine.apply_chat_template(messages)
+        assert found == auto_tokenizer(expected, add_special_tokens=False).input_ids
+        result = engine.chat(messages, max_new_tokens=2)
+        assert (result.prompt, result.prompt_token_ids) == (expected, found)
+
+
 def test_a_question_is_answered_alike_with_drafts(smollm2_file: Path, build_engine: EngineFactory) -> None:
     engine = build_engine(smollm2_file, "suffix", max_seq_len=512)
     text = "Paris is the capital of France. " * 4

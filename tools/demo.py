@@ -57,11 +57,6 @@ QUESTIONS = {
     "a summary": f"Summarize this text:\n\n{BEES}",
     "sampled": "Tell me a short story about a fox.",
 }
-# What its makers trained it to be told, in the form that it was trained on.
-SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-TURNS = (
-    "<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
-)
 HEADINGS = ("", "tokens/s", "speed-up", "acceptance\nrate", "mean\nlength", "target\nforwards", "identical")
 SAMPLED = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
 # The whole demo stays under a minute on two cores.
@@ -70,12 +65,13 @@ TIMING_BUDGET_S = 18.0
 
 @dataclass(frozen=True)
 class Subject:
-    """What is shown: a model, what drafts for it, and by name what a person reads and the prompt that it makes."""
+    """What is shown: a model, what drafts for it, and prompts by name; questions are written out by its template."""
 
     model: Path
     draft: str | Path
     max_new_tokens: int
-    prompts: dict[str, tuple[str, str]]
+    prompts: dict[str, str]
+    has_questions: bool
 
 
 @dataclass
@@ -87,7 +83,7 @@ class Case:
 
     name: str
     shown: str
-    prompt: str
+    prompt: list[int]
     params: SamplingParams
     speeds: list[tuple[float, float]] = field(default_factory=list)
     plain: GenerationResult | None = None
@@ -105,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"target [b]{subject.model.name}[/b], draft [b]{Path(subject.draft).name}[/b], "
             f"{engine.dtype}, {engine.device.type}, backend {engine.backend_name}"
         )
-        cases = build_cases(subject, options.max_new_tokens)
+        cases = build_cases(engine, subject, options.max_new_tokens)
         warm_up(engine, cases[0])
         for case in cases:
             show(engine, case, is_colored=wants_color(options.color, sys.stdout))
@@ -151,25 +147,26 @@ def choose(model: str) -> Subject:
 
 
 def bundled_pair() -> Subject:
-    prompts = {name: (prompt, prompt) for name, prompt in COMPLETIONS.items()}
-    return Subject(bundled.target_path(), bundled.draft_path(), 96, prompts)
+    return Subject(bundled.target_path(), bundled.draft_path(), 96, COMPLETIONS, has_questions=False)
 
 
 def smollm2(path: Path) -> Subject:
     """Drafts by lookup: answers repeat the question they are about, and themselves."""
-    prompts = {
-        name: (f"{question}\n\n", TURNS.format(system=SYSTEM, question=question))
-        for name, question in QUESTIONS.items()
-    }
-    return Subject(path, "suffix", 160, prompts)
+    return Subject(path, "suffix", 160, QUESTIONS, has_questions=True)
 
 
-def build_cases(subject: Subject, max_new_tokens: int | None) -> list[Case]:
-    length = max_new_tokens or subject.max_new_tokens
-    return [
-        Case(name, *texts, SamplingParams(max_new_tokens=length, **(SAMPLED if name == "sampled" else {})))
-        for name, texts in subject.prompts.items()
-    ]
+def build_cases(engine: Engine, subject: Subject, max_new_tokens: int | None) -> list[Case]:
+    assert engine.tokenizer is not None, "all that is shown has a tokenizer"
+    cases = []
+    for name, text in subject.prompts.items():
+        sampling = SAMPLED if name == "sampled" else {}
+        params = SamplingParams(max_new_tokens=max_new_tokens or subject.max_new_tokens, **sampling)
+        if subject.has_questions:
+            prompt = engine.apply_chat_template([{"role": "user", "content": text}])
+            cases.append(Case(name, f"{text}\n\n", prompt, params))
+        else:
+            cases.append(Case(name, text, engine.tokenizer.encode(text), params))
+    return cases
 
 
 def warm_up(engine: Engine, case: Case) -> None:
@@ -195,7 +192,7 @@ def show(engine: Engine, case: Case, *, is_colored: bool) -> None:
     write(f"{heading}   {legend()}\n" if is_colored else f"{heading}\n")
     write(f"\x1b[2m{case.shown}\x1b[0m" if is_colored else case.shown)
     assert engine.tokenizer is not None, "all that is shown has a tokenizer"
-    painter = TokenPainter(engine.tokenizer, engine.tokenizer.encode(case.prompt))
+    painter = TokenPainter(engine.tokenizer, case.prompt)
     for event in engine.stream(case.prompt, case.params):
         for piece, source in painter.split(event):
             write(paint(piece, source) if is_colored else piece)

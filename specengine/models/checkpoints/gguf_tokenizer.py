@@ -16,6 +16,8 @@ from specengine.models.checkpoints.tokenizer_files import refusing
 from specengine.tokenizer import SPACE, Tokenizer
 
 _PREFIX = "tokenizer.ggml"
+# What templates call special tokens, and what a file does.
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 # Twice and more what any published vocabulary has; building one takes a second or two at most.
 _MAX_TOKENS = 1 << 20
@@ -108,8 +110,9 @@ def read_gguf_tokenizer(metadata: GgufMetadata) -> Tokenizer | None:
         tokenizer = _BUILDERS[kind](metadata, vocabulary)
         tokenizer.add_tokens(vocabulary.added())
         _add_ends(tokenizer, metadata, vocabulary, adds_start=kind == "llama")
-    eos = vocabulary.named("eos")
-    return Tokenizer(tokenizer, eos_token=eos)
+    named = {role: vocabulary.named(key) for role, key in _ROLES.items()}
+    roles = {role: token for role, token in named.items() if token is not None}
+    return Tokenizer(tokenizer, eos_token=roles.get("eos_token"), roles=roles)
 
 
 @dataclass(frozen=True)
