@@ -358,20 +358,21 @@ class EngineConfig:
         AUTO,
         DtypeName(WEIGHT_DTYPE_NAMES),
         "storage of the target's weights",
-        "int8: linear layers rounded to 8 bits with a scale per output channel, the rest in dtype; an int8 target is "
-        "another model, a little worse",
+        "int8: linear layers rounded to 8 bits with a scale per output channel, the rest in dtype; int4, int4_min and "
+        "int8_group: to 4 bits, 4 bits with a minimum, or 8 bits, with a scale for every 32 inputs; a rounded "
+        "target is another model, a little worse; auto is dtype, and what a GGUF file stores by group as it is",
     )
     draft_weight_dtype: str = option(
         AUTO,
         DtypeName(WEIGHT_DTYPE_NAMES),
         "storage of the draft's weights",
-        "int8 changes nothing there but the speed; auto is dtype, and for self:<layers> the target's own weights",
+        "int8 or int4 change nothing there but speed; auto is dtype, and for self:<layers> the target's own weights",
     )
     kv_dtype: str = option(
         AUTO,
         DtypeName(DTYPE_NAMES),
         "storage of keys and values; auto is the weights' dtype",
-        "where those are int8, dtype",
+        "where those have scales, dtype",
     )
     backend: str = option(AUTO, Choice(BACKEND_NAMES), "auto is native on a CPU, triton on CUDA")
     block_size: int = option(16, Integer(1, 1024), "tokens a KV block holds")

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from specengine.weight_formats import WEIGHT_FORMATS
+
 AUTO: Literal["auto"] = "auto"
 MAX_TOKEN_ID = 2**31 - 1
 MAX_NUM_STOP_STRINGS = 16
@@ -247,9 +249,9 @@ class DtypeName(Choice):
     def check(self, name: str, value: Any) -> Any:
         text = str(value).removeprefix("torch.")
         text = self._ABBREVIATIONS.get(text, text)
-        if text == "int8" and text not in self.names:
+        if text in WEIGHT_FORMATS and text not in self.names:
             raise ValueError(
-                f"{name}='int8' is for weight_dtype and draft_weight_dtype; {name} has {self.range}"
+                f"{name}={text!r} is for weight_dtype and draft_weight_dtype; {name} has {self.range}"
             )
         return super().check(name, text)
 

@@ -16,11 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.grouped import GroupedWeight, numbers
 from specengine.tokenizer import REPLACEMENT, Tokenizer, Vocabulary, num_usable_ids
 
 # The least share of the target's tokens that a draft must have to be renumbered. What it has not it never proposes, and
 # reads as a mean of pieces; but what it proposes is drawn from its law, at the price of its forward alone.
 MIN_SHARED = 0.25
+
+
+Rows = Tensor | GroupedWeight
 
 
 @dataclass(frozen=True)
@@ -49,12 +53,12 @@ class Translation:
 
     def table(self, rows: Tensor) -> Tensor:
         """The draft's table `[V_draft, D]` as the target's ids read it, `[V, D]`."""
-        renumbered = self._gather(rows)
+        renumbered = numbers(self._gather(rows))
         for token, pieces in self.spelled.items():
             renumbered[token] = rows[list(pieces)].double().mean(dim=0).to(rows.dtype)
         return renumbered
 
-    def head(self, rows: Tensor) -> Tensor:
+    def head(self, rows: Rows) -> Rows:
         """The draft's head `[V_draft, D]` by the target's ids, `[V, D]`; `head_bias` is to take out the others."""
         return self._gather(rows)
 
@@ -64,7 +68,7 @@ class Translation:
             return None
         return torch.tensor([0.0 if token is not None else float("-inf") for token in self.shared])
 
-    def _gather(self, rows: Tensor) -> Tensor:
+    def _gather(self, rows: Rows) -> Rows:
         return rows[
             torch.tensor([0 if token is None else token for token in self.shared], device=rows.device)
         ]

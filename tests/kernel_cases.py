@@ -15,12 +15,17 @@ from torch import Tensor
 from specengine import _C
 from specengine.kernels.reference import quantize_rows
 from specengine.kernels.reference.norm_linear import linear
+from specengine.kernels.types.grouped import GROUP_SIZE
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.ops.native import NativeBackend
-from specengine.weight_formats import INT8
+from specengine.ops.reference import ReferenceBackend
+from specengine.weight_formats import INT8, WEIGHT_FORMATS
+
+# Weights of a dtype, or by group, in a format's name.
+WeightDtype = torch.dtype | str
 
 # The Triton kernels run on the GPU where there is one, else in Triton's interpreter.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -80,10 +85,11 @@ def with_tensors(value: Any, convert: Callable[[Tensor], Tensor]) -> Any:
 
 
 NATIVE = NativeBackend()
+REFERENCE = ReferenceBackend()
 TRITON = cast(Backend, OnDevice(load_backend("triton", DEVICE)))
 INSTRUCTION_SETS = _C.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WEIGHT_DTYPES = (*DTYPES, torch.int8)
+WEIGHT_DTYPES: tuple[WeightDtype, ...] = (*DTYPES, torch.int8)
 VOCABULARIES = (1, 2, 127, 128, 129, 8191, 8192, 8193, 50257, 50272)
 NEGATIVE_INFINITY = float("-inf")
 # One unit in the last place of the largest result: no rounding to fp32 does better.
@@ -140,9 +146,12 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor, *, is_tho
             assert torch.equal(op(rows), together), f"{count} threads"
 
 
-def as_multiplied(x: Tensor, weight_dtype: torch.dtype, ops: Backend = NATIVE) -> Tensor:
+def as_multiplied(x: Tensor, weight_dtype: WeightDtype, ops: Backend = NATIVE) -> Tensor:
     """Rows as a backend's linear multiplies them: with int8 weights rounded to 127ths of the largest value of each
-    128; with 16-bit weights to the weights' type in Triton, and in C++ where the processor has that product."""
+    128; with 16-bit weights to the weights' type in Triton, and in C++ where the processor has that product; with
+    weights by group not at all."""
+    if isinstance(weight_dtype, str):
+        return x
     if weight_dtype == torch.int8:
         chunks = x.split(128, dim=1)
         largest = [chunk.abs().amax(dim=1, keepdim=True).clamp_min(1e-37) for chunk in chunks]
@@ -155,6 +164,12 @@ def as_multiplied(x: Tensor, weight_dtype: torch.dtype, ops: Backend = NATIVE) -
     return x
 
 
+def stored_as(weight: PackedLinear) -> WeightDtype:
+    """The dtype of the reference's weights, or that they are by group."""
+    is_grouped = weight.scale is not None and weight.scale.dim() == 2
+    return "grouped" if is_grouped else weight.weight.dtype
+
+
 def honest(op: str, ops: Backend = NATIVE) -> Callable[..., Tensor]:
     """The reference's `op` with a linear that rounds its rows as the backend's does."""
     module = importlib.import_module(f"specengine.kernels.reference.{op}")
@@ -162,7 +177,7 @@ def honest(op: str, ops: Backend = NATIVE) -> Callable[..., Tensor]:
     def run(*arguments: object) -> Tensor:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                module, "linear", lambda x, weight: linear(as_multiplied(x, weight.weight.dtype, ops), weight)
+                module, "linear", lambda x, weight: linear(as_multiplied(x, stored_as(weight), ops), weight)
             )
             result: Tensor = getattr(module, op)(*arguments)
             return result
@@ -179,21 +194,32 @@ class Layer:
     plain: PackedLinear
 
 
+def width_of(in_features: int, dtype: WeightDtype) -> int:
+    """Input features that weights of a dtype may have: whole groups."""
+    return -(-in_features // GROUP_SIZE) * GROUP_SIZE if isinstance(dtype, str) else in_features
+
+
 def random_layer(
     in_features: int,
     out_features: int,
-    dtype: torch.dtype,
+    dtype: WeightDtype,
     has_bias: bool = True,
     seed: int = 0,
     ops: Backend = NATIVE,
     is_rms: bool = False,
 ) -> Layer:
+    """in_features: rounded up where weights by group want that, see `width_of`"""
+    in_features = width_of(in_features, dtype)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
     bias = torch.randn(out_features, generator=generator) if has_bias else None
     scale = 0.5 + torch.rand(in_features, generator=generator)
     shift = torch.randn(in_features, generator=generator)
     norm = Norm(scale, None if is_rms else shift, 1e-5)
+    if isinstance(dtype, str):
+        format = WEIGHT_FORMATS[dtype]
+        plain = REFERENCE.pack_linear(weight, bias, format)
+        return Layer(norm, ops.pack_linear(weight, bias, format), plain)
     if dtype == torch.int8:
         quantized, row_scale = quantize_rows(weight)
         plain = PackedLinear(quantized, bias, in_features, out_features, row_scale)

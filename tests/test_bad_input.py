@@ -160,7 +160,7 @@ def test_an_unknown_field_is_named(build: type) -> None:
 BAD_CONFIGS: list[tuple[str, Any]] = [
     ("dtype", "float64"),
     ("dtype", "int8"),
-    ("weight_dtype", "int4"),
+    ("weight_dtype", "int2"),
     ("draft_weight_dtype", 8),
     ("kv_dtype", "fp8"),
     ("backend", "cuda"),

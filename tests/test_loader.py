@@ -682,9 +682,10 @@ def test_every_weight_format_is_a_weight_dtype(name: str, pristine: Path) -> Non
     assert name in WEIGHT_DTYPE_NAMES
     model = load(pristine / "gpt2", weight_dtype=name)
     weights, format = model.decoder.weights, WEIGHT_FORMATS[name]
-    assert model.format == format
+    assert model.weight_dtype == name
     assert weights.head.weight.dtype == weights.layers[0].qkv.weight.dtype == format.dtype
     assert (weights.head.scale is not None) == format.has_scales
+    assert (weights.head.minimum is not None) == format.has_minimum
     # Tables have no scales: they are in `dtype`.
     assert weights.token_table.dtype == (torch.float32 if format.has_scales else format.dtype)
 
@@ -718,7 +719,7 @@ print(high_water_mark() - before, sum(tensor.nbytes for tensor in tensors))
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-@pytest.mark.parametrize("weight_dtype", ["float32", "int8"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "int8", "int4"])
 def test_a_loading_model_never_has_a_second_full_copy(
     weight_dtype: str, pristine: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
@@ -730,5 +731,5 @@ def test_a_loading_model_never_has_a_second_full_copy(
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     peak, packed = map(int, output.split())
     layer, checkpoint_bytes = 4 * 12 * 512**2, (large / "model.safetensors").stat().st_size
-    assert packed > checkpoint_bytes // (4 if weight_dtype == "int8" else 1)
+    assert packed > checkpoint_bytes // {"float32": 1, "int8": 4, "int4": 7.2}[weight_dtype]
     assert peak < packed + 3 * layer, f"{peak >> 20} MiB at the peak for {packed >> 20} MiB of weights"

@@ -64,7 +64,7 @@ def profile(checkpoint: CheckpointFactory, tmp_path: Path) -> Callable[..., Path
         with Engine(target) as engine:
             machine = profiled.describe_machine(engine.device, None)
             precision = profiled.describe_precision(
-                engine.config, engine.dtype, engine.device, engine.backend_name
+                engine.config, engine.weight_dtype, engine.device, engine.backend_name
             )
         content = {
             "version": 1,

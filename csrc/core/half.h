@@ -6,9 +6,10 @@
 
 namespace specengine {
 
-// kInt8 is for weights only.
-enum class DType { kFloat32, kBFloat16, kFloat16, kInt8 };
+// From kInt8 on they are for weights only.
+enum class DType { kFloat32, kBFloat16, kFloat16, kInt8, kInt4, kInt4Min, kInt8Group };
 
+// Not of weights by group, which have no elements of their own.
 constexpr int64_t element_size(DType dtype) {
   return dtype == DType::kFloat32 ? 4 : dtype == DType::kInt8 ? 1 : 2;
 }

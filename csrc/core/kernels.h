@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "core/half.h"
 #include "core/philox.h"
@@ -16,6 +17,27 @@ namespace specengine {
 constexpr int kPanelColumns = 64;
 constexpr int depth_of(DType dtype) {
   return dtype == DType::kInt8 ? 4 : dtype == DType::kBFloat16 ? 2 : 1;
+}
+// Weights by group (specengine.kernels.types.grouped) share a scale, and kInt4Min a minimum, in
+// groups of kGroupK along K. A panel is its groups one after the other, each 64 fp16 scales, for
+// kInt4Min 64 fp16 minima, and codes:
+//   4 bits [kGroupK / 8, 64] words of eight k of a column, the first in the lowest bits; kInt4 in
+//          two's complement
+//   8 bits [kGroupK, 64] int8
+// Their products and sums are those of the fp32 weights scale * code (+ minimum).
+constexpr int kGroupK = 32;
+constexpr bool is_grouped(DType dtype) { return dtype > DType::kInt8; }
+constexpr int64_t group_header_bytes(DType dtype) {
+  return 2 * kPanelColumns * (dtype == DType::kInt4Min ? 2 : 1);
+}
+constexpr int64_t group_bytes(DType dtype) {
+  const int64_t codes = kGroupK * kPanelColumns;
+  return group_header_bytes(dtype) + (dtype == DType::kInt8Group ? codes : codes / 2);
+}
+constexpr int64_t panel_bytes(int64_t k, DType dtype) {
+  if (is_grouped(dtype)) return k / kGroupK * group_bytes(dtype);
+  const int64_t depth = depth_of(dtype);
+  return (k + depth - 1) / depth * depth * kPanelColumns * element_size(dtype);
 }
 // An output element is the sum, in order, of sequential sums over K chunks of this length. Rows
 // that meet int8 weights are rounded to int8 chunk by chunk; the sum over a chunk is then exact.

@@ -95,10 +95,8 @@ class PackedRows {
 // Even parts of the panels, as many for each thread: of about kTaskBytes, and fewer where many rows
 // make a panel more work.
 int64_t num_panel_parts(const LinearArgs& args, int64_t panels) {
-  const int64_t panel_bytes =
-      packed_elements(kPanelColumns, args.k, args.dtype) * element_size(args.dtype);
-  const int64_t per_part =
-      std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, panel_bytes * args.num_rows));
+  const int64_t work = panel_bytes(args.k, args.dtype) * args.num_rows;
+  const int64_t per_part = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, work));
   const int64_t at_once = per_part * num_threads();
   return std::min(panels, (panels + at_once - 1) / at_once * num_threads());
 }

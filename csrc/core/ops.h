@@ -22,11 +22,21 @@ struct WeightView {
   int64_t out_stride, in_stride;
 };
 
-// Elements of the packed layout (kernels.h) of an [out_features, in_features] weight.
-int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype);
+// Of the packed layout (kernels.h) of an [out_features, in_features] weight.
+int64_t packed_bytes(int64_t out_features, int64_t in_features, DType dtype);
 // To int8 each output channel is rounded: scale = max |w| / 127, w / scale to the nearest integer,
 // ties to even; a channel that is not finite has the scale NaN. `scale` is for int8 only.
 void pack_linear(const WeightView& weight, DType dtype, void* panels, float* scale);
+
+// A weight by group: codes [out_features, in_features], scale and minimum (null but for kInt4Min)
+// [out_features, in_features / kGroupK] in the bits of fp16.
+struct GroupedView {
+  const int8_t* codes;
+  const uint16_t* scale;
+  const uint16_t* minimum;
+  int64_t out_features, in_features;
+};
+void pack_grouped(const GroupedView& weight, DType dtype, void* panels);
 
 // --- linear.cpp
 

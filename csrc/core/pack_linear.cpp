@@ -12,10 +12,7 @@ namespace {
 // Elements below which a thread is not worth waking.
 constexpr int64_t kMinParallelElements = int64_t{1} << 17;
 
-int64_t panel_elements(int64_t in_features, DType dtype) {
-  const int64_t depth = depth_of(dtype);
-  return (in_features + depth - 1) / depth * depth * kPanelColumns;
-}
+int64_t num_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 
 // One output channel to int8, ties to even (as the sum with 1.5 * 2^23 rounds); returns its scale.
 float quantize_channel(const float* weight, int64_t k, int8_t* out) {
@@ -53,42 +50,77 @@ void gather_columns(const WeightView& weight, int64_t first, int64_t columns, fl
   }
 }
 
+// One column's group of codes where the panel has it.
+void place_codes(const int8_t* codes, int64_t column, DType dtype, char* out) {
+  if (dtype == DType::kInt8Group) {
+    for (int64_t i = 0; i < kGroupK; ++i) out[i * kPanelColumns + column] = codes[i];
+    return;
+  }
+  for (int64_t i = 0; i < kGroupK; i += 8) {
+    uint32_t word = 0;
+    for (int j = 0; j < 8; ++j) word |= (static_cast<uint32_t>(codes[i + j]) & 15) << (4 * j);
+    std::memcpy(out + (i / 8 * kPanelColumns + column) * 4, &word, 4);
+  }
+}
+
 }  // namespace
 
-int64_t packed_elements(int64_t out_features, int64_t in_features, DType dtype) {
-  return (out_features + kPanelColumns - 1) / kPanelColumns * panel_elements(in_features, dtype);
+int64_t packed_bytes(int64_t out_features, int64_t in_features, DType dtype) {
+  return num_panels(out_features) * panel_bytes(in_features, dtype);
 }
 
 void pack_linear(const WeightView& weight, DType dtype, void* panels, float* scale) {
   const int64_t n = weight.out_features, k = weight.in_features;
   const int64_t depth = depth_of(dtype);
-  const int64_t panel_size = panel_elements(k, dtype);
-  parallel_for(
-      (n + kPanelColumns - 1) / kPanelColumns, n * k >= kMinParallelElements, [&](int64_t panel) {
-        static thread_local Scratch<float> column_scratch;
-        static thread_local Scratch<int8_t> quantized_scratch;
-        const int64_t first = panel * kPanelColumns;
-        const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
-        float* values = column_scratch.reserve(kPanelColumns * k);
-        gather_columns(weight, first, columns, values);
-        char* base = static_cast<char*>(panels) + panel * panel_size * element_size(dtype);
-        std::memset(base, dtype == DType::kInt8 ? -128 : 0, panel_size * element_size(dtype));
-        const auto place = [&](int64_t column, int64_t i) {
-          return (i / depth * kPanelColumns + column) * depth + i % depth;
-        };
-        for (int64_t column = 0; column < columns; ++column) {
-          const float* channel = values + column * k;
-          if (dtype == DType::kInt8) {
-            int8_t* quantized = quantized_scratch.reserve(k);
-            scale[first + column] = quantize_channel(channel, k, quantized);
-            for (int64_t i = 0; i < k; ++i) base[place(column, i)] = quantized[i] ^ -128;
-          } else {
-            for (int64_t i = 0; i < k; ++i) {
-              store_float(base, dtype, place(column, i), channel[i]);
-            }
-          }
+  const int64_t panel_size = panel_bytes(k, dtype);
+  parallel_for(num_panels(n), n * k >= kMinParallelElements, [&](int64_t panel) {
+    static thread_local Scratch<float> column_scratch;
+    static thread_local Scratch<int8_t> quantized_scratch;
+    const int64_t first = panel * kPanelColumns;
+    const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
+    float* values = column_scratch.reserve(kPanelColumns * k);
+    gather_columns(weight, first, columns, values);
+    char* base = static_cast<char*>(panels) + panel * panel_size;
+    std::memset(base, dtype == DType::kInt8 ? -128 : 0, panel_size);
+    const auto place = [&](int64_t column, int64_t i) {
+      return (i / depth * kPanelColumns + column) * depth + i % depth;
+    };
+    for (int64_t column = 0; column < columns; ++column) {
+      const float* channel = values + column * k;
+      if (dtype == DType::kInt8) {
+        int8_t* quantized = quantized_scratch.reserve(k);
+        scale[first + column] = quantize_channel(channel, k, quantized);
+        for (int64_t i = 0; i < k; ++i) base[place(column, i)] = quantized[i] ^ -128;
+      } else {
+        for (int64_t i = 0; i < k; ++i) {
+          store_float(base, dtype, place(column, i), channel[i]);
         }
-      });
+      }
+    }
+  });
+}
+
+void pack_grouped(const GroupedView& weight, DType dtype, void* panels) {
+  const int64_t n = weight.out_features, k = weight.in_features, num_groups = k / kGroupK;
+  const int64_t panel_size = panel_bytes(k, dtype);
+  parallel_for(num_panels(n), n * k >= kMinParallelElements, [&](int64_t panel) {
+    char* base = static_cast<char*>(panels) + panel * panel_size;
+    std::memset(base, 0, panel_size);
+    const int64_t first = panel * kPanelColumns;
+    const int64_t columns = std::min<int64_t>(kPanelColumns, n - first);
+    for (int64_t column = 0; column < columns; ++column) {
+      const int64_t row = (first + column) * num_groups;
+      for (int64_t group = 0; group < num_groups; ++group) {
+        char* out = base + group * group_bytes(dtype);
+        std::memcpy(out + 2 * column, weight.scale + row + group, 2);
+        if (weight.minimum != nullptr) {
+          std::memcpy(out + 2 * (kPanelColumns + column), weight.minimum + row + group, 2);
+        }
+        place_codes(weight.codes + (row + group) * kGroupK, column, dtype,
+                    out + group_header_bytes(dtype));
+      }
+    }
+  });
 }
 
 }  // namespace specengine

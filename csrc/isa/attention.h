@@ -484,7 +484,7 @@ inline void attention(const AttentionArgs& args, int64_t sequence, int64_t kv_he
     case DType::kFloat16:
       return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end, part,
                                           scratch);
-    case DType::kInt8:  // weights only
+    default:  // for weights only
       return;
   }
 }

@@ -330,11 +330,37 @@ inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
   }
 }
 
+// Of a pass: one chunk of the weights, at `chunk`, for every row; `next` is the chunk after it, or
+// null.
+template <DType W>
+inline void add_chunk(int num_rows, const char* chunk, const char* next, const float* x, int num_k,
+                      float* totals) {
+  switch (column_vectors(num_rows, W == DType::kInt8)) {
+    case 4:
+      return multiply_chunk<4, W>(num_rows, chunk, next, x, num_k, totals);
+    case 2:
+      return multiply_chunk<2, W>(num_rows, chunk, next, x, num_k, totals);
+    default:
+      return multiply_chunk<1, W>(num_rows, chunk, next, x, num_k, totals);
+  }
+}
+
+// The same for weights by group.
+template <DType W>
+inline void add_grouped_chunk(int num_rows, const char* chunk, const char* next, const float* x,
+                              int num_k, float* totals) {
+  if (num_rows <= kMaxBlockRows) {
+    return multiply_grouped_rows<W>(num_rows, chunk, x, num_k, totals);
+  }
+  alignas(64) float weights[kChunkK * kPanelColumns];
+  expand_chunk<W>(chunk, next, num_k, weights);
+  add_chunk<DType::kFloat32>(num_rows, reinterpret_cast<const char*>(weights), nullptr, x, num_k,
+                             totals);
+}
+
 template <DType W>
 inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
-  constexpr int64_t kRowBytes = kPanelColumns * element_size(W);
-  const int64_t panel_bytes = (args.k + depth_of(W) - 1) / depth_of(W) * depth_of(W) * kRowBytes;
-  const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes;
+  const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
   alignas(64) float totals[kMaxPassRows * kPanelColumns];
   for (int64_t pass = 0; pass < args.num_rows; pass += kMaxPassRows) {
     const int64_t left = args.num_rows - pass;
@@ -343,17 +369,12 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
     const float* x = args.x + pass * row_words(W);
     for (int64_t begin = 0; begin < args.k; begin += kChunkK, x += args.num_rows * row_words(W)) {
       const int num_k = args.k - begin < kChunkK ? static_cast<int>(args.k - begin) : kChunkK;
-      const char* chunk = weights + begin * kRowBytes;
-      const char* next = begin + kChunkK < args.k ? chunk + kChunkK * kRowBytes : nullptr;
-      switch (column_vectors(num_rows, W == DType::kInt8)) {
-        case 4:
-          multiply_chunk<4, W>(num_rows, chunk, next, x, num_k, totals);
-          break;
-        case 2:
-          multiply_chunk<2, W>(num_rows, chunk, next, x, num_k, totals);
-          break;
-        default:
-          multiply_chunk<1, W>(num_rows, chunk, next, x, num_k, totals);
+      const char* chunk = weights + panel_bytes(begin, W);
+      const char* next = begin + kChunkK < args.k ? chunk + panel_bytes(kChunkK, W) : nullptr;
+      if constexpr (is_grouped(W)) {
+        add_grouped_chunk<W>(num_rows, chunk, next, x, num_k, totals);
+      } else {
+        add_chunk<W>(num_rows, chunk, next, x, num_k, totals);
       }
     }
     for (int row = 0; row < num_rows; ++row) {
@@ -364,13 +385,16 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
 
 inline void linear_panel(const LinearArgs& args, int64_t panel) {
   switch (args.dtype) {
-    case DType::kFloat32:
-      return linear_panel_of<DType::kFloat32>(args, panel);
-    case DType::kBFloat16:
-      return linear_panel_of<DType::kBFloat16>(args, panel);
-    case DType::kFloat16:
-      return linear_panel_of<DType::kFloat16>(args, panel);
-    case DType::kInt8:
-      return linear_panel_of<DType::kInt8>(args, panel);
+#define SPECENGINE_WEIGHTS(W) \
+  case DType::W:              \
+    return linear_panel_of<DType::W>(args, panel);
+    SPECENGINE_WEIGHTS(kFloat32)
+    SPECENGINE_WEIGHTS(kBFloat16)
+    SPECENGINE_WEIGHTS(kFloat16)
+    SPECENGINE_WEIGHTS(kInt8)
+    SPECENGINE_WEIGHTS(kInt4)
+    SPECENGINE_WEIGHTS(kInt4Min)
+    SPECENGINE_WEIGHTS(kInt8Group)
+#undef SPECENGINE_WEIGHTS
   }
 }

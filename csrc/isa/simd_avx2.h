@@ -199,6 +199,18 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
   asm volatile("vpaddd %1, %0, %0" : "+x"(sum.hi) : "x"(products.hi));
   return sum;
 }
+inline F16 load_int8(const int8_t* p) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+template <int kIndex, bool kIsSigned>
+inline F16 nibble(U16 words) {
+  if constexpr (!kIsSigned) return from_int(shift_right<4 * kIndex>(words) & set1_u(15));
+  const U16 high = shift_left<28 - 4 * kIndex>(words);
+  return from_int({_mm256_srai_epi32(high.lo, 28), _mm256_srai_epi32(high.hi, 28)});
+}
+constexpr int grouped_vectors(int num_rows) { return num_rows == 1 ? 2 : 1; }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) {
   asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.lo) : "x"(a.lo), "x"(b.lo));
   asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.hi) : "x"(a.hi), "x"(b.hi));

@@ -137,6 +137,17 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
       signed_byte<2>(w) * signed_byte<2>(x) + signed_byte<3>(w) * signed_byte<3>(x);
   return {sum.v + reinterpret_cast<Uint16Lanes>(products)};
 }
+inline F16 load_int8(const int8_t* p) {
+  F16 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = p[i];
+  return r;
+}
+template <int kIndex, bool kIsSigned>
+inline F16 nibble(U16 words) {
+  const U16 code = shift_right<4 * kIndex>(words) & set1_u(15);
+  return kIsSigned ? from_int((code ^ set1_u(8)) - set1_u(8)) : from_int(code);
+}
+constexpr int grouped_vectors(int) { return 1; }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }
 

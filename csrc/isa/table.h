@@ -2,6 +2,7 @@
 #include "isa/math.h"
 //
 #include "isa/attention.h"
+#include "isa/grouped.h"
 #include "isa/linear.h"
 #include "isa/rows.h"
 

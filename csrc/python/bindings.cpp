@@ -23,9 +23,9 @@ namespace {
 namespace py = pybind11;
 using at::Tensor;
 
-Tensor empty_panels(const WeightView& weight, DType dtype, at::ScalarType type) {
-  const int64_t count = packed_elements(weight.out_features, weight.in_features, dtype);
-  const int64_t num_bytes = count * element_size(dtype);
+Tensor empty_panels(int64_t out_features, int64_t in_features, DType dtype, at::ScalarType type) {
+  const int64_t num_bytes = packed_bytes(out_features, in_features, dtype);
+  const int64_t count = num_bytes / static_cast<int64_t>(c10::elementSize(type));
   if (num_bytes < kLargeBytes) return at::empty({count}, type);
   void* memory = allocate_large(num_bytes);
   const auto free = [num_bytes](void* data) { free_large(data, num_bytes); };
@@ -44,7 +44,7 @@ WeightView weight_view(const Tensor& weight) {
 Tensor pack_linear_op(const Tensor& weight, at::ScalarType type) {
   const WeightView view = weight_view(weight);
   const DType dtype = dtype_of(type, "dtype");
-  Tensor panels = empty_panels(view, dtype, type);
+  Tensor panels = empty_panels(view.out_features, view.in_features, dtype, type);
   const ReleaseGil released;
   pack_linear(view, dtype, panels.data_ptr(), nullptr);
   return panels;
@@ -52,11 +52,34 @@ Tensor pack_linear_op(const Tensor& weight, at::ScalarType type) {
 
 std::tuple<Tensor, Tensor> pack_linear_int8_op(const Tensor& weight) {
   const WeightView view = weight_view(weight);
-  Tensor panels = empty_panels(view, DType::kInt8, at::kChar);
+  Tensor panels = empty_panels(view.out_features, view.in_features, DType::kInt8, at::kChar);
   Tensor scale = at::empty({view.out_features}, at::kFloat);
   const ReleaseGil released;
   pack_linear(view, DType::kInt8, panels.data_ptr(), scale.data_ptr<float>());
   return {panels, scale};
+}
+
+// codes [N, K] int8, scale [N, K / 32] fp16; with a minimum of that shape codes are of 4 bits.
+Tensor pack_grouped_op(const Tensor& codes, const Tensor& scale,
+                       const std::optional<Tensor>& minimum, int64_t bits) {
+  if (codes.dim() != 2 || codes.size(0) < 1 || codes.size(1) < 1 || codes.size(1) % kGroupK != 0) {
+    fail("weight: expected codes [out_features, in_features] with in_features a multiple of ",
+         kGroupK, ", got ", shape_of(codes));
+  }
+  if (bits != 4 && (bits != 8 || minimum)) fail("weight: codes of ", bits, " bits");
+  const int64_t n = codes.size(0), k = codes.size(1);
+  const auto halves = [&](const Tensor& tensor, const char* name) {
+    dense_input(tensor, name, at::kHalf, {n, k / kGroupK});
+    return static_cast<const uint16_t*>(tensor.data_ptr());
+  };
+  const DType dtype = bits == 8 ? DType::kInt8Group : minimum ? DType::kInt4Min : DType::kInt4;
+  dense_input(codes, "codes", at::kChar, {n, k});
+  const GroupedView view = {codes.data_ptr<int8_t>(), halves(scale, "scale"),
+                            minimum ? halves(*minimum, "minimum") : nullptr, n, k};
+  Tensor panels = empty_panels(n, k, dtype, at::kByte);
+  const ReleaseGil released;
+  pack_grouped(view, dtype, panels.data_ptr());
+  return panels;
 }
 
 Tensor embed_op(const Tensor& token_ids, const Tensor& positions, const Tensor& token_table,
@@ -369,6 +392,7 @@ void bind_ops(OpsClass& ops) {
   ops.def(py::init<int64_t>()).def_property("num_threads", &Threads::count, &Threads::set_count);
   ops.def("pack_linear", on_threads(&pack_linear_op));
   ops.def("pack_linear_int8", on_threads(&pack_linear_int8_op));
+  ops.def("pack_grouped", on_threads(&pack_grouped_op));
   ops.def("embed", on_threads(&embed_op));
   ops.def("norm_linear", on_threads(&norm_linear_op));
   ops.def("linear_residual", on_threads(&linear_residual_op));

@@ -140,15 +140,25 @@ inline LogitRows logit_rows(const Tensor& logits, const char* name) {
   return {logits.data_ptr<float>(), logits.stride(0), logits.size(0), logits.size(1)};
 }
 
-// A weight from pack_linear, or from pack_linear_int8 with its scale, with what the call needs kept
-// alive by the caller.
+// What panels hold: of weights by group their length tells which.
+inline DType panels_dtype(const Tensor& panels, int64_t in_features, int64_t out_features) {
+  if (panels.scalar_type() == at::kChar) return DType::kInt8;
+  if (panels.scalar_type() != at::kByte) return dtype_of(panels, "weight");
+  for (const DType dtype : {DType::kInt4, DType::kInt4Min}) {
+    if (panels.numel() == packed_bytes(out_features, in_features, dtype)) return dtype;
+  }
+  return DType::kInt8Group;
+}
+
+// A weight from pack_linear or pack_grouped, or from pack_linear_int8 with its scale, with what the
+// call needs kept alive by the caller.
 inline LinearWeight linear_weight(const Tensor& panels, const std::optional<Tensor>& scale,
                                   const std::optional<Tensor>& bias, int64_t in_features,
                                   int64_t out_features) {
-  const DType dtype = panels.scalar_type() == at::kChar ? DType::kInt8 : dtype_of(panels, "weight");
+  const DType dtype = panels_dtype(panels, in_features, out_features);
   if (in_features < 1 || out_features < 1 || !panels.device().is_cpu() ||
-      panels.numel() != packed_elements(out_features, in_features, dtype) ||
-      !panels.is_contiguous()) {
+      static_cast<int64_t>(panels.nbytes()) != packed_bytes(out_features, in_features, dtype) ||
+      (is_grouped(dtype) && in_features % kGroupK != 0) || !panels.is_contiguous()) {
     fail("weight: ", shape_of(panels), " is not a packed ", out_features, " x ", in_features,
          " linear");
   }

@@ -11,7 +11,7 @@ from specengine.kernels.reference.head_stats import head_stats
 from specengine.kernels.reference.linear_residual import linear_residual
 from specengine.kernels.reference.match_draws import match_draws
 from specengine.kernels.reference.match_verify import match_verify
-from specengine.kernels.reference.norm_linear import norm_linear, quantize_rows
+from specengine.kernels.reference.norm_linear import norm_linear, quantize_groups, quantize_rows
 from specengine.kernels.reference.norm_qkv import norm_qkv
 from specengine.kernels.reference.paged_attention import paged_attention
 from specengine.kernels.reference.parallel_linear_residual import parallel_linear_residual
@@ -45,6 +45,7 @@ __all__ = [
     "parallel_linear_residual",
     "parallel_norm_linear",
     "plan_round",
+    "quantize_groups",
     "quantize_rows",
     "rejection_verify",
     "row_keys",
@@ -57,4 +58,4 @@ __all__ = [
 ]
 
 # Every op of the engine: each has a Triton kernel, a test and a benchmark of the same name.
-OPS = tuple(name for name in __all__ if name not in ("OPS", "quantize_rows"))
+OPS = tuple(name for name in __all__ if name not in ("OPS", "quantize_groups", "quantize_rows"))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from specengine.weight_formats import INT4, INT4_MIN, INT8_GROUP, WeightFormat
 
 GROUP_SIZE = 32
 
@@ -33,9 +36,43 @@ class GroupedWeight:
         """`[N, K]`."""
         return self.codes.shape
 
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.codes.device
+
+    @property
+    def format(self) -> WeightFormat:
+        """What `weight_dtype` calls it."""
+        if self.bits == 8:
+            return INT8_GROUP
+        return INT4 if self.minimum is None else INT4_MIN
+
+    def __getitem__(self, rows: Tensor | slice) -> GroupedWeight:
+        """Some of its rows."""
+        return self._each(lambda tensor: tensor[rows])
+
+    def to(self, device: torch.device) -> GroupedWeight:
+        """The same there; itself where it is there already."""
+        return self._each(lambda tensor: tensor.to(device))
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> GroupedWeight:
+        minimum = None if self.minimum is None else change(self.minimum)
+        return GroupedWeight(change(self.codes), change(self.scale), minimum, self.bits)
+
     def dequantize(self) -> Tensor:
         """The numbers themselves, `[N, K]` fp32."""
-        groups: Tensor = self.codes.float().unflatten(1, (-1, GROUP_SIZE)) * self.scale.float().unsqueeze(-1)
-        if self.minimum is not None:
-            groups = groups + self.minimum.float().unsqueeze(-1)
-        return groups.flatten(1)
+        return dequantize(self.codes, self.scale, self.minimum)
+
+
+def dequantize(codes: Tensor, scale: Tensor, minimum: Tensor | None) -> Tensor:
+    """See `GroupedWeight`."""
+    groups: Tensor = codes.float().unflatten(1, (-1, GROUP_SIZE)) * scale.float().unsqueeze(-1)
+    if minimum is not None:
+        groups = groups + minimum.float().unsqueeze(-1)
+    return groups.flatten(1)
+
+
+def numbers(weight: Tensor | GroupedWeight) -> Tensor:
+    """`[N, K]` floats: what a weight by group means, any other as it is."""
+    return weight.dequantize() if isinstance(weight, GroupedWeight) else weight

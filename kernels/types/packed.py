@@ -11,9 +11,11 @@ from torch import Tensor
 class PackedLinear:
     """y = x W^T + b, packed once at load.
 
-    weight: backend-defined layout (reference: `[out_features, in_features]` in the storage dtype, or int8)
-    bias:   `[out_features]` fp32, or None
-    scale:  `[out_features]` fp32 of int8 weights: W[n, k] = scale[n] * weight[n, k]; else None
+    weight:  backend-defined layout (reference: `[out_features, in_features]` in the storage dtype, or int8)
+    bias:    `[out_features]` fp32, or None
+    scale:   `[out_features]` fp32 of int8 weights: W[n, k] = scale[n] * weight[n, k]; else None. Of weights by group
+             `[out_features, in_features / 32]` fp16, where the layout does not hold it
+    minimum: of weights by group that have one (see `GroupedWeight`), as their scale
     """
 
     weight: Tensor
@@ -21,6 +23,7 @@ class PackedLinear:
     in_features: int
     out_features: int
     scale: Tensor | None = None
+    minimum: Tensor | None = None
 
 
 @dataclass(frozen=True)

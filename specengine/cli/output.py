@@ -46,6 +46,6 @@ def origin(engine: Engine) -> dict[str, Any]:
         "model": engine.target_name,
         "draft_model": engine.draft_name,
         "device": str(engine.device),
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        "dtype": engine.weight_dtype,
         "backend": engine.backend_name,
     }

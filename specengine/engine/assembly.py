@@ -272,7 +272,7 @@ class DraftLoader:
 
     def first_layers(self, num_layers: int) -> LoadedModel | None:
         """See `LoadModel`; `draft_weight_dtype="auto"` is how the target has them."""
-        if self.config.draft_weight_dtype in (AUTO, self.target.format.name):
+        if self.config.draft_weight_dtype in (AUTO, self.target.weight_dtype):
             return None
         return self._load(self.checkpoint, self.target.tokenizer, num_layers)
 

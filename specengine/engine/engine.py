@@ -142,7 +142,7 @@ class Engine:
         self._generation_defaults = checkpoint.generation_defaults
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.vocab_size = vocab_size
-        self.dtype = target.format.dtype
+        self.weight_dtype = target.weight_dtype
         self._kv_cache = kv_cache
         self._state = BatchState(
             num_slots=self.config.max_batch_size,
@@ -266,7 +266,9 @@ class Engine:
             keys,
             draft_weight_dtype=self.config.draft_weight_dtype,
             machine=profiled.describe_machine(self.device, self.config.num_threads),
-            precision=profiled.describe_precision(self.config, self.dtype, self.device, self.backend_name),
+            precision=profiled.describe_precision(
+                self.config, self.weight_dtype, self.device, self.backend_name
+            ),
         )
         if drafts_as_recommended(profile, keys):
             self._intake.complete = partial(with_sampling, profile)

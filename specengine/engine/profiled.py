@@ -13,6 +13,7 @@ import torch
 
 from specengine.adaptive import Chooser, Known, KnownRound
 from specengine.config import EngineConfig
+from specengine.kernels.types.grouped import numbers
 from specengine.models.checkpoints import Checkpoint
 from specengine.ops.threads import default_num_threads
 from specengine.profiles import Measured, Profile, key_of, read_profile, with_models
@@ -30,8 +31,8 @@ def identify(checkpoint: Checkpoint) -> str:
     matrices = sorted((info.num_bytes, name) for name, info in floats.items() if len(info.shape) == 2)
     for name in [*vectors, *(name for _, name in matrices[:1])]:
         digest.update(name.encode())
-        rows = source.load(name)[: _NUM_ROWS if name not in vectors else None]
-        digest.update(rows.detach().float().contiguous().cpu().numpy().tobytes())
+        rows = source.load(name)[slice(_NUM_ROWS if name not in vectors else None)]
+        digest.update(numbers(rows).detach().float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -52,11 +53,10 @@ def _processor() -> str:
 
 
 def describe_precision(
-    config: EngineConfig, dtype: torch.dtype, device: torch.device, backend: str
+    config: EngineConfig, weight_dtype: str, device: torch.device, backend: str
 ) -> dict[str, str]:
-    """How the target computes. dtype: of its linear layers, as loaded"""
-    name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "kv_dtype": config.kv_dtype, "device": device.type, "backend": backend}
+    """How the target computes. weight_dtype: of its linear layers, as loaded"""
+    return {"dtype": weight_dtype, "kv_dtype": config.kv_dtype, "device": device.type, "backend": backend}
 
 
 def apply(

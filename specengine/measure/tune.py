@@ -550,7 +550,7 @@ class EngineStand:
             "identity": self.target_identity,
             "machine": profiled.describe_machine(engine.device, engine.config.num_threads),
             "precision": profiled.describe_precision(
-                engine.config, engine.dtype, engine.device, engine.backend_name
+                engine.config, engine.weight_dtype, engine.device, engine.backend_name
             ),
         }
 

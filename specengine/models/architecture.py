@@ -9,7 +9,10 @@ from typing import Annotated, Any, Protocol
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.models.decoder import DecoderSpec
+
+Weight = Tensor | GroupedWeight
 
 # Far above every published model, far below what would exhaust memory while a config is only being read.
 NumTokens = Annotated[int, Field(gt=0, le=1 << 22)]
@@ -88,13 +91,16 @@ class TensorReader(Protocol):
 
     def __call__(self, name: str, *shape: int) -> Tensor: ...
 
+    def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
+        """As stored, which may be by group; read in any other way the numbers themselves are handed out."""
+
     def first_of(self, names: tuple[str, ...], *shape: int) -> Tensor:
         """The first of `names` that the checkpoint has."""
 
     def table_and_head(
         self, table: str, heads: tuple[str, ...], *shape: int, is_tied: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """The token table and the head, which is None where it is the table.
+    ) -> tuple[Weight, Weight | None]:
+        """The token table and the head, as stored; the head is None where it is the table.
 
         is_tied: what the config says. The shared tensor may then stand under either name; a head that is stored
         and differs is a head of its own all the same, with a warning.
@@ -103,9 +109,9 @@ class TensorReader(Protocol):
 
 @dataclass(frozen=True)
 class LinearTensors:
-    """weight `[out, in]`, any strides; bias `[out]` or None."""
+    """weight `[out, in]`, any strides, or by group; bias `[out]` or None."""
 
-    weight: Tensor
+    weight: Weight
     bias: Tensor | None
 
 
@@ -138,10 +144,10 @@ class LayerTensors:
 class OuterTensors:
     """What surrounds the layers. token_table, head `[V, D]`; position_table `[P, D]`; a tied head is None."""
 
-    token_table: Tensor
+    token_table: Weight
     position_table: Tensor | None
     final_norm: NormTensors
-    head: Tensor | None
+    head: Weight | None
 
 
 class Architecture(Protocol):

@@ -23,6 +23,7 @@ from specengine.models.architecture import (
     head_dim_of,
 )
 from specengine.models.decoder import DecoderSpec, RotaryScaling
+from specengine.models.stacking import interleave, stacked
 
 PREFIXES = ("model.", "")
 
@@ -187,7 +188,7 @@ def read_layer(
 
     def linear(name: str, in_features: int, out_features: int, has_bias: bool) -> LinearTensors:
         bias = read(f"{prefix}.{name}.bias", out_features) if has_bias else None
-        return LinearTensors(read(f"{prefix}.{name}.weight", out_features, in_features), bias)
+        return LinearTensors(read.matrix(f"{prefix}.{name}.weight", out_features, in_features), bias)
 
     projections = (("q_proj", query_width), ("k_proj", kv_width), ("v_proj", kv_width))
     qkv = [linear(f"self_attn.{name}", width, size, has_qkv_bias) for name, size in projections]
@@ -200,7 +201,7 @@ def read_layer(
     gate, up = (linear(f"mlp.{name}", width, mlp_width, has_mlp_bias) for name in ("gate_proj", "up_proj"))
     return LayerTensors(
         attention_norm=NormTensors(read(f"{prefix}.input_layernorm.weight", width), None),
-        qkv=_stacked(qkv),
+        qkv=stacked(qkv),
         attention_output=linear("self_attn.o_proj", query_width, width, has_output_bias),
         mlp_norm=NormTensors(read(f"{prefix}.post_attention_layernorm.weight", width), None),
         mlp_up=_interleaved(gate, up),
@@ -209,14 +210,9 @@ def read_layer(
     )
 
 
-def _stacked(parts: list[LinearTensors]) -> LinearTensors:
-    biases = [part.bias for part in parts if part.bias is not None]
-    return LinearTensors(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
-
-
 def _interleaved(gate: LinearTensors, up: LinearTensors) -> LinearTensors:
     """Rows gate, up, gate, up, …"""
-    weight = torch.stack((gate.weight, up.weight), dim=1).flatten(0, 1)
+    weight = interleave(gate.weight, up.weight)
     if gate.bias is None or up.bias is None:
         return LinearTensors(weight, None)
     return LinearTensors(weight, torch.stack((gate.bias, up.bias), dim=1).flatten())

@@ -10,7 +10,7 @@ import torch
 from specengine.errors import ModelLoadError
 from specengine.models.checkpoints import Checkpoint
 from specengine.models.checkpoints.tensors import TensorSource
-from specengine.models.decoder import Decoder
+from specengine.models.decoder import Decoder, DecoderSpec
 from specengine.models.weights import Progress, read_weights
 from specengine.ops.backend import Backend
 from specengine.tokenizer import Tokenizer, Vocabulary
@@ -25,14 +25,14 @@ class LoadedModel:
     name:             what it was loaded from, for messages
     tokenizer:        None if the checkpoint has none
     checkpoint_dtype: what most of the checkpoint's bytes are stored in
-    format:           what its linear layers are stored in
+    weight_dtype:     what its linear layers are stored in, a name in `WEIGHT_FORMATS`, or several with a + between
     """
 
     name: str
     decoder: Decoder
     tokenizer: Tokenizer | None
     checkpoint_dtype: torch.dtype
-    format: WeightFormat
+    weight_dtype: str
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -57,14 +57,15 @@ def load_model(
     dtype:        of linear layers and tables (norms and biases are fp32). "auto": on CUDA the checkpoint's,
                   on a CPU bf16 if it has it natively and the checkpoint is 16-bit, else fp32
     weight_dtype: a name in `WEIGHT_FORMATS`, instead of `dtype`; one with scales is for linear layers, the head
-                  included, and `dtype` is the tables'
+                  included, and `dtype` is the tables'. "auto": `dtype`, but weights by group as they are stored
     progress:     called with (bytes read, bytes in all) after every tensor
     tokenizer:    instead of the checkpoint's, which is then not read
     num_layers:   only so many of the first layers, and what surrounds them; None: all
     translation:  makes its ids those of another vocabulary, whose tokenizer is `tokenizer`
 
     Raises `ModelLoadError` naming file and field for a malformed, unsafe or unsupported checkpoint, before
-    anything of its size is allocated, and `ValueError` for a dtype that the backend lacks.
+    anything of its size is allocated, and `ValueError` for a dtype that the backend lacks, or for groups that do not
+    divide the model's widths.
     """
     model = checkpoint.model if num_layers is None else checkpoint.model.first_layers(num_layers)
     if tokenizer is None:
@@ -74,12 +75,13 @@ def load_model(
     if named is not None and not named.has_scales:
         dtype = named.dtype
     chosen = choose_dtype(dtype, checkpoint_dtype, device, backend)
-    format = named or WEIGHT_FORMATS[str(chosen).removeprefix("torch.")]
-    weights = read_weights(
+    if named is not None and named.is_grouped:
+        _check_groups(model.spec, named, checkpoint.name)
+    weights, stored = read_weights(
         model,
         checkpoint.tensors,
         dtype=chosen,
-        format=format,
+        format=named,
         device=device,
         backend=backend,
         progress=progress,
@@ -87,7 +89,17 @@ def load_model(
     )
     spec = model.spec if translation is None else replace(model.spec, vocab_size=len(translation.shared))
     decoder = Decoder(spec, weights, backend)
-    return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, format)
+    return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, stored)
+
+
+def _check_groups(spec: DecoderSpec, format: WeightFormat, name: str) -> None:
+    assert format.group_size
+    for width in (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size):
+        if width % format.group_size:
+            raise ValueError(
+                f"weight_dtype={format.name!r}: {name} has linear layers with {width} inputs, which are no groups of "
+                f"{format.group_size}; int8 has none"
+            )
 
 
 def choose_dtype(

@@ -11,14 +11,15 @@ from torch import Tensor
 
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
+from specengine.kernels.types.grouped import GroupedWeight, numbers
 from specengine.kernels.types.packed import Norm, PackedLinear
-from specengine.models.architecture import LayerTensors, LinearTensors, NormTensors, OuterTensors
+from specengine.models.architecture import LayerTensors, LinearTensors, NormTensors, OuterTensors, Weight
 from specengine.models.checkpoints.tensors import TensorSource
 from specengine.models.decoder import DecoderSpec, DecoderWeights, LayerWeights
 from specengine.models.registry import ConfiguredModel
 from specengine.ops.backend import Backend
 from specengine.translation import Translation
-from specengine.weight_formats import WeightFormat
+from specengine.weight_formats import WeightFormat, float_format
 
 Progress = Callable[[int, int], None]
 
@@ -34,17 +35,19 @@ def read_weights(
     source: TensorSource,
     *,
     dtype: torch.dtype,
-    format: WeightFormat,
+    format: WeightFormat | None,
     device: torch.device,
     backend: Backend,
     progress: Progress | None,
     translation: Translation | None = None,
-) -> DecoderWeights:
+) -> tuple[DecoderWeights, str]:
     """Converts and packs a checkpoint: linear layers to `format`, tables to `dtype`.
 
+    format:      None: `dtype` for floats, and weights by group stay as they are stored
     translation: gives token table and head the ids of another vocabulary
 
-    No more than one layer is ever held twice.
+    No more than one layer is ever held twice. Returns the weights, and what linear layers were packed as by the names
+    of `weight_dtype`: one, or several with a + between.
     Every name and shape is checked before the first tensor is loaded: raises `ModelLoadError` naming the
     tensor, the expected and the found shape.
     """
@@ -52,12 +55,9 @@ def read_weights(
     model.architecture.read_outer(rehearsal, model.config)
     for index in range(model.spec.num_layers):
         model.architecture.read_layer(rehearsal, model.config, index)
-    return _build(
-        model,
-        _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress),
-        _Packer(model.spec, dtype, format, device, backend),
-        translation,
-    )
+    read = _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress)
+    pack = _Packer(model.spec, dtype, format, device, backend)
+    return _build(model, read, pack, translation), "+".join(sorted(pack.formats))
 
 
 class CheckpointReader:
@@ -74,6 +74,13 @@ class CheckpointReader:
 
     def first_of(self, names: tuple[str, ...], *shape: int) -> Tensor:
         """The first of `names`, under any prefix, that the checkpoint has."""
+        return numbers(self._first_stored(names, shape))
+
+    def matrix(self, name: str, out_features: int, in_features: int) -> Weight:
+        """See `TensorReader`."""
+        return self._first_stored((name,), (out_features, in_features))
+
+    def _first_stored(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Weight:
         found = self._find(names)
         if found is None:
             names_tried = " or ".join(self._candidates(names))
@@ -84,11 +91,11 @@ class CheckpointReader:
 
     def table_and_head(
         self, table: str, heads: tuple[str, ...], *shape: int, is_tied: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Weight, Weight | None]:
         """See `TensorReader`."""
         if not is_tied:
-            return self(table, *shape), self.first_of(heads, *shape)
-        token_table = self.first_of((table, *heads), *shape)
+            return self._first_stored((table,), shape), self._first_stored(heads, shape)
+        token_table = self._first_stored((table, *heads), shape)
         stored_table, stored_head = self._find((table, *heads)), self._find(heads)
         if stored_head is None or stored_head == stored_table:
             return token_table, None
@@ -109,7 +116,7 @@ class CheckpointReader:
         stored = (self._stored_names.get(name) for name in self._candidates(names))
         return next((name for name in stored if name is not None), None)
 
-    def _checked(self, found: str, shape: tuple[int, ...]) -> Tensor:
+    def _checked(self, found: str, shape: tuple[int, ...]) -> Weight:
         info = self._source.tensors[found]
         if info.shape != shape:
             raise ModelLoadError(
@@ -123,7 +130,7 @@ class CheckpointReader:
         self.num_bytes += info.num_bytes
         return self._read(found, shape, info.dtype)
 
-    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         return torch.empty(shape, dtype=dtype, device="meta")
 
 
@@ -141,8 +148,11 @@ def _unwrapped(source: TensorSource) -> dict[str, str]:
     return stored
 
 
-def _is_equal(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors of one shape hold the same numbers; in a rehearsal nobody knows yet."""
+def _is_equal(first: Weight, second: Weight) -> bool:
+    """Whether two tensors of one shape are stored as the same numbers; in a rehearsal nobody knows yet."""
+    if isinstance(first, GroupedWeight) or isinstance(second, GroupedWeight):
+        is_same_format = isinstance(first, GroupedWeight) == isinstance(second, GroupedWeight)
+        return is_same_format and torch.equal(numbers(first), numbers(second))
     if first.is_meta or second.is_meta or first.data_ptr() == second.data_ptr():
         return True
     return first.dtype == second.dtype and torch.equal(first, second)
@@ -158,7 +168,7 @@ class _LoadingReader(CheckpointReader):
         self._total_bytes = total_bytes
         self._progress = progress
 
-    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def _read(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Weight:
         tensor = self._source.load(name)
         if self._progress is not None:
             self._progress(self.num_bytes, self._total_bytes)
@@ -172,9 +182,9 @@ def _build(
     head_bias = None if translation is None else translation.head_bias()
     if translation is not None:
         outer = _renumbered(outer, translation)
-    token_table = pack.table(outer.token_table)
+    token_table = pack.table(numbers(outer.token_table))
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
-    if outer.head is None and not pack.format.has_scales:
+    if outer.head is None and pack.is_float(outer.token_table):
         # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
         bias = None if head_bias is None else head_bias.to(token_table.device)
         head = pack.backend.pack_linear(token_table, bias)
@@ -190,10 +200,14 @@ def _build(
 
 
 def _renumbered(outer: OuterTensors, translation: Translation) -> OuterTensors:
-    """Table and head by the ids of another vocabulary. A tied head stays tied: where the table's row is not the
-    head's, the bias leaves nothing of it."""
-    head = None if outer.head is None else translation.head(outer.head)
-    return replace(outer, token_table=translation.table(outer.token_table), head=head)
+    """Table and head by the ids of another vocabulary. A tied head stays tied, unless it is stored by group: where
+    the table's row is not the head's, the bias leaves nothing of it."""
+    table, head = outer.token_table, outer.head
+    if head is None and isinstance(table, GroupedWeight):
+        head = table
+    if head is not None:
+        head = translation.head(head)
+    return replace(outer, token_table=translation.table(numbers(table)), head=head)
 
 
 class _Packer:
@@ -203,12 +217,13 @@ class _Packer:
         self,
         spec: DecoderSpec,
         dtype: torch.dtype,
-        format: WeightFormat,
+        format: WeightFormat | None,
         device: torch.device,
         backend: Backend,
     ) -> None:
         self.backend = backend
-        self.format = format
+        self.formats: set[str] = set()
+        self._format = format
         self._spec = spec
         self._dtype = dtype
         self._device = device
@@ -228,10 +243,23 @@ class _Packer:
         bias = None if tensors.bias is None else self._copy(tensors.bias, torch.float32)
         # Packed from where the checkpoint has it, without a copy in between.
         weight = tensors.weight.to(self._device)
+        if isinstance(weight, GroupedWeight):
+            if self._format in (None, weight.format):
+                self.formats.add(weight.format.name)
+                return self.backend.pack_linear(weight, bias)
+            weight = weight.dequantize()
         weight = weight.float() if weight.dtype == torch.float64 else weight
-        if not self.format.has_scales:
+        if self._format is None or not self._format.has_scales:
             self._check_range(weight)
-        return self.backend.pack_linear(weight, bias, self.format)
+        format = self._format or float_format(self._dtype)
+        self.formats.add(format.name)
+        return self.backend.pack_linear(weight, bias, format)
+
+    def is_float(self, weight: Weight) -> bool:
+        """Whether it is packed as floats, of the tables' dtype."""
+        if self._format is None:
+            return isinstance(weight, Tensor)
+        return not self._format.has_scales
 
     def norm(self, tensors: NormTensors) -> Norm:
         weight, bias = tensors.weight, tensors.bias

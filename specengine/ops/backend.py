@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits, Program
 from specengine.kernels.types.round import RoundPlan
@@ -61,12 +62,14 @@ class Backend(Protocol):
         the whole process."""
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
+        self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
-        """Packs `[N, K]` weights of any float dtype and strides, converted to `format` in memory of their own.
+        """Packs `[N, K]` weights of any float dtype and strides, converted to `format` in memory of their own, or
+        weights by group, which stay as they are.
 
         Without a format they keep their dtype, and a backend that needs no layout of its own may keep the tensor.
-        int8 is rounded per output channel as `specengine.kernels.reference.quantize_rows` does it.
+        int8 is rounded per output channel as `specengine.kernels.reference.quantize_rows` does it, groups as
+        `quantize_groups` does.
         """
 
     def compile(self, program: Program) -> Executor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from specengine import _C
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import (
     DraftRows,
@@ -30,6 +31,7 @@ from specengine.kernels.types.program import (
 )
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rows import SamplingRows
+from specengine.ops.encode import encode_groups
 from specengine.ops.threads import default_num_threads
 from specengine.weight_formats import INT8, WeightFormat
 
@@ -91,10 +93,18 @@ class NativeBackend:
         )
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
+        self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
         out_features, in_features = weight.shape
         packed_bias = None if bias is None else bias.float().contiguous()
+        grouped = encode_groups(weight, format)
+        if grouped is not None:
+            minimum = None if grouped.minimum is None else grouped.minimum.contiguous()
+            panels = self._ops.pack_grouped(
+                grouped.codes.contiguous(), grouped.scale.contiguous(), minimum, grouped.bits
+            )
+            return PackedLinear(panels, packed_bias, in_features, out_features)
+        assert isinstance(weight, Tensor)
         if format == INT8:
             panels, scale = self._ops.pack_linear_int8(weight)
         else:

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from specengine.kernels import reference
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 from specengine.kernels.types.program import Program
 from specengine.ops.backend import Backend, Executor
-from specengine.ops.encode import encode
+from specengine.ops.encode import encode, encode_groups
 from specengine.ops.interpreter import Interpreter
 from specengine.weight_formats import WeightFormat
 
@@ -33,8 +34,15 @@ class ReferenceBackend:
         torch.set_num_threads(num_threads)
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
+        self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
-        numbers, scale = encode(weight, format)
         out_features, in_features = weight.shape
-        return PackedLinear(numbers, None if bias is None else bias.float(), in_features, out_features, scale)
+        packed_bias = None if bias is None else bias.float()
+        grouped = encode_groups(weight, format)
+        if grouped is not None:
+            return PackedLinear(
+                grouped.codes, packed_bias, in_features, out_features, grouped.scale, grouped.minimum
+            )
+        assert isinstance(weight, Tensor)
+        numbers, scale = encode(weight, format)
+        return PackedLinear(numbers, packed_bias, in_features, out_features, scale)

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 from specengine.kernels.types.program import Program
 from specengine.ops.backend import Backend, Executor
@@ -35,10 +36,12 @@ class TritonBackend:
         torch.set_num_threads(num_threads)
 
     def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, format: WeightFormat | None = None
+        self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
         from specengine.kernels.device.linear import pack_rows
 
+        if isinstance(weight, GroupedWeight) or (format is not None and format.is_grouped):
+            raise ValueError("weights by group are not available with backend='triton'")
         numbers, scale = encode(weight, format)
         return replace(pack_rows(numbers, bias), scale=scale)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from kernel_cases import (
@@ -22,9 +24,10 @@ from kernel_cases import (
 
 from specengine.kernels import reference
 from specengine.kernels.reference.norm_linear import apply_activation
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 from specengine.ops.backend import Backend
-from specengine.weight_formats import INT8
+from specengine.weight_formats import GROUPED_FORMATS, INT8, WeightFormat
 
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "swiglu")
 # Rows, in features, out features: ragged panels, odd K, several K chunks, several row blocks.
@@ -277,3 +280,90 @@ def test_a_fault_in_int8_weights_is_noticed(ops: Backend, fault: str) -> None:
 
     with pytest.raises(AssertionError):
         check_norm_linear(ops, (7, 129, 200), torch.int8, "none", op=faulty)
+
+
+# -- by group ------------------------------------------------------------------------------------------------------
+
+
+def check_grouped_bits(
+    format: WeightFormat, fault: Callable[[GroupedWeight], GroupedWeight] | None = None
+) -> None:
+    """Weights by group give the bits of the fp32 weights that they mean, for every block of rows and with several
+    chunks, a ragged last panel and a ragged last chunk."""
+    for width, num_columns in ((32, 2), (96, 130), (480, 66)):
+        layer = random_layer(width, num_columns, format.name)
+        weight = GroupedWeight(layer.plain.weight, layer.plain.scale, layer.plain.minimum, format.bits)
+        given = NATIVE.pack_linear(weight if fault is None else fault(weight), layer.plain.bias)
+        meant = NATIVE.pack_linear(weight.dequantize(), layer.plain.bias)
+        for num_rows in (1, 2, 3, 4, 5, 6, 7, 40):
+            hidden = random_rows(num_rows, width)
+            results = [NATIVE.norm_linear(hidden, layer.norm, packed, "swiglu") for packed in (given, meant)]
+            assert torch.equal(*results), f"{num_rows} rows of {width}"
+
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
+@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
+def test_groups_have_the_bits_of_the_numbers_that_they_mean(instructions: str, format: WeightFormat) -> None:
+    from specengine import _C
+
+    _C.set_instruction_set(instructions)
+    try:
+        check_grouped_bits(format)
+    finally:
+        _C.set_instruction_set("auto")
+
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
+def test_one_code_of_another_value_is_noticed(format: WeightFormat) -> None:
+    def faulty(weight: GroupedWeight) -> GroupedWeight:
+        codes = weight.codes.clone()
+        codes[-1, -1] ^= 1
+        return replace(weight, codes=codes)
+
+    with pytest.raises(AssertionError, match="rows of 32"):
+        check_grouped_bits(format, faulty)
+
+
+GGUF_TYPES = {"int4": "Q4_0", "int4_min": "Q4_1", "int8_group": "Q8_0"}
+
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
+def test_groups_are_rounded_as_gguf_rounds_them(format: WeightFormat) -> None:
+    import gguf
+
+    weight = torch.randn(5000, 96, generator=torch.Generator().manual_seed(6))  # rounded in several parts
+    weight[3] = 0
+    weight[4] = torch.arange(96) - 48.0  # ties
+    weight[5, ::2] = -weight[5, 1::2]  # two are furthest from zero
+    weight[6] = 2.0**-20 * torch.arange(96)
+    weight[7] = 1e-40
+    weight[8] = 3.0
+    kind = gguf.GGMLQuantizationType[GGUF_TYPES[format.name]]
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.quantize(weight.numpy(), kind)
+    for values in (weight, weight.t().contiguous().t()):
+        grouped = reference.quantize_groups(values, bits=format.bits, has_minimum=format.has_minimum)
+        parts = [grouped.scale, *([] if grouped.minimum is None else [grouped.minimum])]
+        blocks = [part.view(torch.uint8).unflatten(1, (-1, 2)) for part in parts]
+        codes = grouped.codes.unflatten(1, (-1, 32))
+        if format.bits == 4:
+            codes = (codes + (0 if format.has_minimum else 8)).unflatten(2, (2, 16))
+            codes = codes[:, :, 0] | codes[:, :, 1] << 4
+        blocks.append(codes.view(torch.uint8))
+        assert torch.equal(torch.cat(blocks, dim=2).flatten(1), torch.from_numpy(expected))
+        assert np.array_equal(grouped.dequantize().numpy(), gguf.quants.dequantize(expected, kind))
+
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
+def test_a_group_that_is_not_finite_gives_no_number(format: WeightFormat) -> None:
+    weight = torch.ones(3, 64)
+    weight[1, 40], weight[2, 3] = float("nan"), float("inf")
+    packed = NATIVE.pack_linear(weight, None, format)
+    out = NATIVE.linear_residual(torch.ones(1, 64), packed, torch.zeros(1, 3))
+    assert out.isfinite().tolist() == [[True, False, False]]
+
+
+def test_inputs_that_are_no_whole_groups_are_refused() -> None:
+    for format in GROUPED_FORMATS:
+        with pytest.raises(ValueError, match="weight: 33 input features are no groups of 32"):
+            NATIVE.pack_linear(torch.zeros(4, 33), None, format)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from torch import Tensor
 
 from specengine.models.architecture import (
     Activation,
@@ -170,8 +170,5 @@ def _linear(
 
 def _ungroup_heads(qkv: LinearTensors, num_heads: int) -> LinearTensors:
     """Rows (head, q | k | v, feature), as stored, to rows (q | k | v, head, feature)."""
-
-    def reorder(rows: Tensor) -> Tensor:
-        return rows.reshape(num_heads, 3, -1, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
-
-    return LinearTensors(reorder(qkv.weight), None if qkv.bias is None else reorder(qkv.bias))
+    order = torch.arange(qkv.weight.shape[0]).reshape(num_heads, 3, -1).transpose(0, 1).flatten()
+    return LinearTensors(qkv.weight[order], None if qkv.bias is None else qkv.bias[order])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from pydantic import Field, model_validator
 
 from specengine.models.architecture import (
@@ -24,6 +23,7 @@ from specengine.models.architecture import (
     head_dim_of,
 )
 from specengine.models.decoder import DecoderSpec
+from specengine.models.stacking import stacked
 
 MODEL_TYPE = "opt"
 PREFIXES = ("model.decoder.", "decoder.", "model.", "")
@@ -134,5 +134,4 @@ def _linear(
 def _query_key_value(read: TensorReader, name: str, config: Config) -> LinearTensors:
     width = config.hidden_size
     parts = [_linear(read, f"{name}.{kind}_proj", width, width, config) for kind in "qkv"]
-    biases = [part.bias for part in parts if part.bias is not None]
-    return LinearTensors(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
+    return stacked(parts)

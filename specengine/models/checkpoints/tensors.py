@@ -12,6 +12,7 @@ from torch import Tensor
 
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.models.checkpoints.safetensors_header import TensorInfo, read_safetensors_header
 
 _FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -23,7 +24,7 @@ class TensorSource(Protocol):
     origin: str
     tensors: dict[str, TensorInfo]
 
-    def load(self, name: str) -> Tensor:
+    def load(self, name: str) -> Tensor | GroupedWeight:
         """The tensor as stored; may share memory with the source."""
 
 
