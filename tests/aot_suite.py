@@ -19,6 +19,7 @@ from aot import compile_launch, specialise
 from torch import Tensor
 
 from specengine.kernels.device.launch import Launch, assume_capability, record
+from specengine.kernels.device.linear import row_widths
 from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
@@ -33,6 +34,7 @@ NUM_DRAFT = 8
 # What the default report has: these in every type, and these in float16.
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
 IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b")
+BY_GROUP = ("smollm2-135m", "gpt2-medium")
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,10 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
     "int8": torch.int8,
+    "int4_min": 4,
+    "int8_group": 8,
 }
+Storage = torch.dtype | int  # bits of weights by group
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -116,13 +121,22 @@ def integers(*shape: int) -> Tensor:
     return meta(*shape, dtype=torch.int32)
 
 
-def linear(out_features: int, in_features: int, dtype: torch.dtype, has_bias: bool = True) -> PackedLinear:
+def linear(out_features: int, in_features: int, dtype: Storage, has_bias: bool = True) -> PackedLinear:
+    if isinstance(dtype, int):
+        row = row_widths(in_features, torch.uint8)[dtype == 8]
+        rows = meta(out_features, row, dtype=torch.uint8)
+        return PackedLinear(rows, meta(out_features) if has_bias else None, in_features, out_features)
     scale = meta(out_features) if dtype == torch.int8 else None
     bias = meta(out_features) if has_bias else None
     return PackedLinear(meta(out_features, in_features, dtype=dtype), bias, in_features, out_features, scale)
 
 
-def build_decoder(size: Size, dtype: torch.dtype, num_layers: int = 1) -> Decoder:
+def float_of(dtype: Storage) -> torch.dtype:
+    """Of tables and keys."""
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else torch.float16
+
+
+def build_decoder(size: Size, dtype: Storage, num_layers: int = 1) -> Decoder:
     width, has_bias = size.width, not size.is_gated
     norm = Norm(meta(width), meta(width) if has_bias else None, 1e-5)
     attended = size.num_heads * size.head_dim
@@ -136,7 +150,7 @@ def build_decoder(size: Size, dtype: torch.dtype, num_layers: int = 1) -> Decode
         mlp_down=linear(width, size.intermediate_size, dtype, has_bias),
         head_norm=meta(2, size.head_dim) if size.head_norm else None,
     )
-    table_dtype = torch.float16 if dtype == torch.int8 else dtype
+    table_dtype = float_of(dtype)
     weights = DecoderWeights(
         token_table=meta(size.vocab_size, width, dtype=table_dtype),
         position_table=None if size.rotary_dim else meta(size.max_positions, width, dtype=table_dtype),
@@ -158,9 +172,9 @@ def build_batch(size: Size, num_sequences: int, q_len: int) -> ForwardBatch:
     return ForwardBatch(*where, integers(num_sequences), tables[1], logit_rows)
 
 
-def forward_launches(size: Size, dtype: torch.dtype, num_layers: int = 1) -> list[Launch]:
+def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[Launch]:
     """What a verification of k drafts launches: logits with statistics, and draws without logits."""
-    kv_dtype = torch.float16 if dtype == torch.int8 else dtype
+    kv_dtype = float_of(dtype)
     kv_cache = meta(num_layers, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
     off = DrawKeys(SamplingRows.empty(1, "meta"), has_filters=False)
     with record() as launches:
@@ -254,7 +268,9 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             yield "round", launch
     for name, size in SIZES.items():
         for dtype_name, dtype in DTYPES.items():
-            is_default = name in IN_EVERY_DTYPE or (name in IN_FLOAT16 and dtype == torch.float16)
+            is_grouped = isinstance(dtype, int)
+            is_default = name in (BY_GROUP if is_grouped else IN_EVERY_DTYPE)
+            is_default |= name in IN_FLOAT16 and dtype == torch.float16
             if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch

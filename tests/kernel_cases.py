@@ -22,7 +22,7 @@ from specengine.ops.backend import Backend
 from specengine.ops.load import load_backend
 from specengine.ops.native import NativeBackend
 from specengine.ops.reference import ReferenceBackend
-from specengine.weight_formats import INT8, WEIGHT_FORMATS
+from specengine.weight_formats import GROUPED_FORMATS, INT8, WEIGHT_FORMATS
 
 # Weights of a dtype, or by group, in a format's name.
 WeightDtype = torch.dtype | str
@@ -89,7 +89,8 @@ REFERENCE = ReferenceBackend()
 TRITON = cast(Backend, OnDevice(load_backend("triton", DEVICE)))
 INSTRUCTION_SETS = _C.instruction_sets()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-WEIGHT_DTYPES: tuple[WeightDtype, ...] = (*DTYPES, torch.int8)
+GROUPED = tuple(format.name for format in GROUPED_FORMATS)
+WEIGHT_DTYPES: tuple[WeightDtype, ...] = (*DTYPES, torch.int8, *GROUPED)
 VOCABULARIES = (1, 2, 127, 128, 129, 8191, 8192, 8193, 50257, 50272)
 NEGATIVE_INFINITY = float("-inf")
 # One unit in the last place of the largest result: no rounding to fp32 does better.

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.triton
 
 VOCAB = 64
 ARCHITECTURES = ("gpt2", "opt", "gpt_neox")
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "int8")
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "int8", "int4_min", "int8_group")
 REJECTION = {"temperature": 0.9, "seed": 5, "acceptance": "rejection"}
 COUPLED = {"temperature": 0.9, "seed": 5}
 FILTERS = {"top_k": 20, "top_p": 0.9, "min_p": 0.01}
@@ -102,7 +102,7 @@ def test_speculation_gives_plains_bits(
     weight_dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
-    kv_dtype = "float32" if weight_dtype == "int8" else weight_dtype
+    kv_dtype = "float32" if weight_dtype.startswith("int") else weight_dtype
     model = small(checkpoint, "gpt2", seed=8)
     engine = triton(build_engine, model, drafter, weight_dtype=weight_dtype, kv_dtype=kv_dtype)
     check_bits(engine, drafter, (3, 17) if weight_dtype == "float32" else (4,), num_tokens=11)

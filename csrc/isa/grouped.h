@@ -52,7 +52,7 @@ template <DType W, int C, class Use>
   constexpr int64_t kEightBytes = 8 * kPanelColumns / (W == DType::kInt8Group ? 1 : 2);
   const GroupScales<C, W> scales(group, column);
   const char* codes = group + group_header_bytes(W) + column * (W == DType::kInt8Group ? 1 : 4);
-  for (int k = 0; k < kGroupK; k += 8, codes += kEightBytes) {
+  for (int64_t k = 0; k < kGroupK; k += 8, codes += kEightBytes) {
     expand_eight<W, C>(
         codes, scales,
         [&](int i, int c, F16 weights) __attribute__((always_inline)) { use(k + i, c, weights); },
@@ -69,9 +69,9 @@ inline void multiply_grouped_block(const char* groups, int column, const float* 
   for (int r = 0; r < R; ++r) {
     for (int c = 0; c < C; ++c) sums[r][c] = set1(0.0f);
   }
-  for (int begin = 0; begin < num_k; begin += kGroupK, groups += group_bytes(W)) {
+  for (int64_t begin = 0; begin < num_k; begin += kGroupK, groups += group_bytes(W)) {
     expand_group<W, C>(
-        groups, column, [&](int k, int c, F16 weights) __attribute__((always_inline)) {
+        groups, column, [&](int64_t k, int c, F16 weights) __attribute__((always_inline)) {
           for (int r = 0; r < R; ++r) {
             sums[r][c] = multiply_add(sums[r][c], weights, set1(x[r * kChunkK + begin + k]));
           }
@@ -120,7 +120,7 @@ inline void expand_chunk(const char* groups, const char* next, int num_k, float*
     for (int column = 0; column < kPanelColumns; column += 16) {
       float* first = out + begin * kPanelColumns + column;
       expand_group<W, 1>(groups, column,
-                         [&](int k, int, F16 weights) __attribute__((always_inline)) {
+                         [&](int64_t k, int, F16 weights) __attribute__((always_inline)) {
                            store(first + k * kPanelColumns, weights);
                          });
     }

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.rounding import as_operand, round_to
+from specengine.kernels.types.grouped import GROUP_SIZE, LARGEST_OFFSET_SCALE, GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 
 # Columns at a time in which a norm's mean and variance are found.
@@ -44,6 +45,35 @@ def pack_rows(weight: Tensor, bias: Tensor | None) -> PackedLinear:
     return PackedLinear(rows, packed_bias, in_features, out_features)
 
 
+def pack_groups(weight: GroupedWeight, bias: Tensor | None) -> PackedLinear:
+    """Weights by group as `load_groups` reads them: rows of bytes, padded to a multiple of ROW_MULTIPLE.
+
+    A row is its codes, its scales in fp16 and, of 4 bits, its minima in fp16. 4 bits without a minimum get one, -8
+    scales, or where that is beyond fp16 8 bits: the same numbers. 4 bits are 16 bytes a group, k and k + 16 in each.
+    """
+    codes, scale, minimum = weight.codes, weight.scale, weight.minimum
+    parts = [scale]
+    if weight.bits == 4 and minimum is None and bool((scale.abs() <= LARGEST_OFFSET_SCALE).all()):
+        codes, minimum = codes + 8, scale * -8
+    if minimum is not None:
+        low, high = codes.unflatten(1, (-1, 2, GROUP_SIZE // 2)).unbind(2)
+        codes = (low | high << 4).flatten(1)
+        parts.append(minimum)
+    rows = torch.cat([part.contiguous().view(torch.uint8) for part in (codes, *parts)], dim=1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % ROW_MULTIPLE)).contiguous()
+    packed_bias = None if bias is None else bias.float().contiguous()
+    out_features, in_features = weight.shape
+    return PackedLinear(rows, packed_bias, in_features, out_features)
+
+
+def row_widths(in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """What a packed row may have: elements, of weights by group bytes."""
+    if dtype != torch.uint8:
+        return (-(-in_features // ROW_MULTIPLE) * ROW_MULTIPLE,)
+    sizes = (in_features * 5 // 8, in_features * 17 // 16)  # of 4 and of 8 bits
+    return tuple(-(-size // ROW_MULTIPLE) * ROW_MULTIPLE for size in sizes)
+
+
 def check_linear(name: str, x: Tensor, weight: PackedLinear) -> None:
     """Raises `ValueError` naming `name` unless x is `[T, in_features]` fp32 with contiguous rows for this weight."""
     if x.dtype != torch.float32 or x.dim() != 2 or x.shape[1] != weight.in_features or x.stride(-1) != 1:
@@ -53,9 +83,9 @@ def check_linear(name: str, x: Tensor, weight: PackedLinear) -> None:
         )
     if x.stride(0) < x.shape[1]:
         raise ValueError(f"{name}: rows overlap")
-    width = -(-weight.in_features // ROW_MULTIPLE) * ROW_MULTIPLE
     rows = weight.weight
-    if rows.shape != (weight.out_features, width) or not rows.is_contiguous():
+    shapes = [(weight.out_features, width) for width in row_widths(weight.in_features, rows.dtype)]
+    if rows.shape not in shapes or not rows.is_contiguous():
         raise ValueError(
             f"weight: {list(rows.shape)} is not a packed {weight.out_features} x {weight.in_features}"
         )
@@ -135,6 +165,28 @@ def row_moments(x_ptr, x_stride, rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.
 
 
 @triton.jit
+def load_groups(weight_ptr, columns, k, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.constexpr):
+    """Numbers `[BLOCK_K, BLOCK_N]` fp32 of weights by group, see `pack_groups`; 0 beyond WIDTH. A row of 8 bits is
+    longer than WIDTH, one of 4 bits is not."""
+    HAS_8_BITS: tl.constexpr = WEIGHT_STRIDE > WIDTH
+    CODE_BYTES: tl.constexpr = WIDTH if HAS_8_BITS else WIDTH // 2
+    is_inside = (k < WIDTH)[:, None]
+    row = columns[None, :].to(tl.int64)
+    halves_ptr = weight_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+    halves_at = row * (WEIGHT_STRIDE // 2) + CODE_BYTES // 2 + (k // 32)[:, None]
+    scale = tl.load(halves_ptr + halves_at, mask=is_inside, other=0.0).to(tl.float32)
+    if HAS_8_BITS:
+        codes = tl.load(weight_ptr + row * WEIGHT_STRIDE + k[:, None], mask=is_inside, other=0)
+        return codes.to(tl.int8, bitcast=True).to(tl.float32) * scale
+    else:
+        at = row * WEIGHT_STRIDE + (k // 32 * 16 + k % 16)[:, None]
+        pairs = tl.load(weight_ptr + at, mask=is_inside, other=0).to(tl.int32)
+        codes = ((pairs >> (k % 32 // 16 * 4)[:, None]) & 15).to(tl.float32)
+        minimum = tl.load(halves_ptr + halves_at + WIDTH // 32, mask=is_inside, other=0.0).to(tl.float32)
+        return codes * scale + minimum
+
+
+@triton.jit
 def multiply_range(
     accumulator,
     x_ptr,
@@ -163,7 +215,9 @@ def multiply_range(
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         weight_at = columns[None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, None]
         x_at = rows[:, None].to(tl.int64) * x_stride + k[None, :]
-        if WEIGHT_STRIDE % BLOCK_K == 0:
+        if weight_ptr.dtype.element_ty == tl.uint8:
+            weight = load_groups(weight_ptr, columns, k, WIDTH, WEIGHT_STRIDE)
+        elif WEIGHT_STRIDE % BLOCK_K == 0:
             weight = tl.load(weight_ptr + weight_at)
         else:
             weight = tl.load(weight_ptr + weight_at, mask=k[:, None] < WEIGHT_STRIDE, other=0)
@@ -186,7 +240,7 @@ def multiply_range(
             exact = tl.dot(rounded, weight, out_dtype=tl.int32)
             accumulator += exact.to(tl.float32) * (size / 127.0 + not_finite)[:, None]
         else:
-            operand = as_operand(round_to(x, weight.dtype))
+            operand = as_operand(round_to(x, weight.dtype))  # fp32, where weights are by group
             accumulator = tl.dot(operand, as_operand(weight), accumulator, input_precision="ieee")
     return accumulator
 

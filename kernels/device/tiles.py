@@ -82,7 +82,7 @@ def choose_tile(
 def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capability: int) -> Tile:
     """The shape of a layer that was never tuned."""
     wanted = _WANTED_PROGRAMS[capability]
-    is_exact = dtype == torch.float32
+    is_exact = dtype in (torch.float32, torch.uint8)  # by group: fp32 numbers, made on the way
     block_k = INT8_BLOCK_K if dtype == torch.int8 else 64 if is_exact else 128
     if op == "head":
         if is_exact and capability == 80:

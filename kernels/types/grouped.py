@@ -11,6 +11,8 @@ from torch import Tensor
 from specengine.weight_formats import INT4, INT4_MIN, INT8_GROUP, WeightFormat
 
 GROUP_SIZE = 32
+# Of fp16: up to this scale codes of 4 bits without a minimum are codes + 8 above a minimum of -8 scales, exactly.
+LARGEST_OFFSET_SCALE = 65504 / 8
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.types.grouped import GroupedWeight, numbers
+from specengine.kernels.types.grouped import LARGEST_OFFSET_SCALE, GroupedWeight, numbers
 from specengine.models.architecture import LinearTensors, Weight
 from specengine.weight_formats import INT4, INT8_GROUP
-
-# Of fp16: an int4 weight's scale times its offset of 8 must be one too.
-_LARGEST_SCALE = 65504 / 8
 
 
 def stacked(parts: Sequence[LinearTensors]) -> LinearTensors:
@@ -64,7 +61,7 @@ def _above_minimum(weight: GroupedWeight) -> GroupedWeight | None:
     """The same numbers as int4_min, None where a minimum would be too large."""
     if weight.minimum is not None:
         return weight
-    if not bool((weight.scale.abs() <= _LARGEST_SCALE).all()):
+    if not bool((weight.scale.abs() <= LARGEST_OFFSET_SCALE).all()):
         return None
     return GroupedWeight(weight.codes + 8, weight.scale, weight.scale * -8, bits=4)
 

@@ -13,7 +13,7 @@ from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 from specengine.kernels.types.program import Program
 from specengine.ops.backend import Backend, Executor
-from specengine.ops.encode import encode
+from specengine.ops.encode import encode, encode_groups
 from specengine.ops.interpreter import Interpreter
 from specengine.weight_formats import WeightFormat
 
@@ -38,10 +38,12 @@ class TritonBackend:
     def pack_linear(
         self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
     ) -> PackedLinear:
-        from specengine.kernels.device.linear import pack_rows
+        from specengine.kernels.device.linear import pack_groups, pack_rows
 
-        if isinstance(weight, GroupedWeight) or (format is not None and format.is_grouped):
-            raise ValueError("weights by group are not available with backend='triton'")
+        grouped = encode_groups(weight, format)
+        if grouped is not None:
+            return pack_groups(grouped, bias)
+        assert isinstance(weight, Tensor)
         numbers, scale = encode(weight, format)
         return replace(pack_rows(numbers, bias), scale=scale)
 

@@ -15,6 +15,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    width_of,
 )
 
 from specengine import rng
@@ -35,7 +36,7 @@ def check_head(
     is_rms: bool = False,
 ) -> None:
     layer = random_layer(width, num_rows_of_weight, dtype, has_bias=False, is_rms=is_rms, ops=ops)
-    hidden = random_rows(num_rows, width)
+    hidden = random_rows(num_rows, width_of(width, dtype))
     logits = (op or ops.head)(hidden, layer.norm, layer.packed, vocab_size)
     exact = reference.head(hidden.double(), layer.norm, layer.plain, vocab_size)
     expected = honest("head", ops)(hidden, layer.norm, layer.plain, vocab_size)
@@ -66,7 +67,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
     layer = random_layer(130, 700, dtype, has_bias=False, ops=every_ops)
     assert_row_invariant(
         lambda rows: every_ops.head(rows, layer.norm, layer.packed, 699),
-        random_rows(64 if every_ops is NATIVE else 18, 130),
+        random_rows(64 if every_ops is NATIVE else 18, width_of(130, dtype)),
         is_thorough=every_ops is NATIVE,
     )
 
@@ -74,7 +75,10 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
 @pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
 def test_a_bias_takes_tokens_out_and_leaves_the_others_bits(every_ops: Backend, dtype: torch.dtype) -> None:
     """What a draft of another vocabulary never proposes; the heads that draw and judge see it too."""
-    layer, hidden = random_layer(48, 300, dtype, has_bias=False, ops=every_ops), random_rows(5, 48)
+    layer, hidden = (
+        random_layer(48, 300, dtype, has_bias=False, ops=every_ops),
+        random_rows(5, width_of(48, dtype)),
+    )
     without = torch.zeros(300)
     without[torch.randperm(300, generator=torch.Generator().manual_seed(0))[:200]] = float("-inf")
     packed = replace(layer.packed, bias=every_ops.pack_linear(torch.zeros(300, 48), without).bias)

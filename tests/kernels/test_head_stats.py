@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_cases import NATIVE, TRITON, WEIGHT_DTYPES, random_layer, random_rows, unfiltered_stats
+from kernel_cases import NATIVE, TRITON, WEIGHT_DTYPES, random_layer, random_rows, unfiltered_stats, width_of
 
 from specengine.kernels import reference
 from specengine.kernels.types.rows import SamplingRows
@@ -23,7 +23,7 @@ def temperatures(num_rows: int) -> SamplingRows:
 
 def check_head_stats(ops: Backend, vocab_size: int, dtype: torch.dtype, op=None) -> None:
     layer = random_layer(WIDTH, vocab_size + 5, dtype, has_bias=False, ops=ops)
-    hidden, rows = random_rows(NUM_ROWS, WIDTH), temperatures(NUM_ROWS)
+    hidden, rows = random_rows(NUM_ROWS, width_of(WIDTH, dtype)), temperatures(NUM_ROWS)
     logits, stats = (op or ops.head_stats)(hidden, layer.norm, layer.packed, vocab_size, rows)
     assert torch.equal(logits, ops.head(hidden, layer.norm, layer.packed, vocab_size))
     assert torch.equal(stats, unfiltered_stats(logits, rows.temperature, ops))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_cases import (
     DTYPES,
+    GROUPED,
     NATIVE,
     TRITON,
     Layer,
@@ -16,6 +17,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    width_of,
 )
 from torch import Tensor
 
@@ -70,7 +72,7 @@ def check_norm_qkv(
     ops: Backend, heads: Heads, weight_dtype: torch.dtype, kv_dtype: torch.dtype, op=None
 ) -> None:
     layer, rotary, head_norm = layer_of(heads, weight_dtype, ops), rotary_of(heads), head_norm_of(heads)
-    hidden = random_rows(9, WIDTH)
+    hidden = random_rows(9, width_of(WIDTH, weight_dtype))
     positions = torch.tensor([0, 1, 2, 3, 49, 7, 8, 30, 31], dtype=torch.int32)
     kv_slots = torch.randperm(NUM_BLOCKS * BLOCK_SIZE, generator=torch.Generator().manual_seed(5))[:9]
     kv_slots[4] = -1
@@ -93,7 +95,7 @@ def check_norm_qkv(
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("kv_dtype", DTYPES)
 def test_queries_and_cache(every_ops: Backend, heads: Heads, kv_dtype: torch.dtype) -> None:
-    for weight_dtype in (torch.float32, torch.bfloat16, torch.int8):
+    for weight_dtype in (torch.float32, torch.bfloat16, torch.int8, *GROUPED):
         check_norm_qkv(every_ops, heads, weight_dtype, kv_dtype)
 
 

@@ -16,6 +16,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    width_of,
 )
 from torch import Tensor
 
@@ -35,7 +36,8 @@ def layers(shape: tuple[int, int, int, int], dtype: torch.dtype, ops: Backend) -
 def check_parallel_linear_residual(
     ops: Backend, shape: tuple[int, int, int, int], dtype: torch.dtype, op=None
 ) -> None:
-    num_rows, width, mlp_width, columns = shape
+    num_rows, columns = shape[0], shape[3]
+    width, mlp_width = width_of(shape[1], dtype), width_of(shape[2], dtype)
     one, two = layers(shape, dtype, ops)
     attended, expanded = random_rows(num_rows, width), random_rows(num_rows, mlp_width, seed=2)
     residual = random_rows(num_rows, columns, seed=3)

@@ -14,6 +14,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    width_of,
 )
 from torch import Tensor
 
@@ -52,7 +53,7 @@ def empty_cache(num_rows: int = 32) -> Tensor:
 
 
 def check_parallel_norm_linear(ops: Backend, dtype: torch.dtype, op=None) -> None:
-    hidden, norms = random_rows(21, WIDTH), layers(dtype, ops)
+    hidden, norms = random_rows(21, width_of(WIDTH, dtype)), layers(dtype, ops)
     results = run(op or ops.parallel_norm_linear, hidden, norms, "packed", empty_cache())
     one, two = norms
     cache = empty_cache()
