@@ -20,7 +20,7 @@ from measure import append_rows, machine_name
 from specengine import Engine, SamplingParams, bundled
 
 ROOT = Path(__file__).resolve().parent.parent
-WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "int8")
+WEIGHT_DTYPES = ("float32", "bfloat16", "float16", "int8", "int8_group", "int4_min", "int4")
 
 
 @dataclass(frozen=True)

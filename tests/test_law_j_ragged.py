@@ -176,7 +176,7 @@ def test_every_row_with_a_draft_model_is_what_it_is_alone(
     tally.check()
 
 
-@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8", "int4", "int8_group"])
 def test_up_to_64_rows_at_once_are_what_they_are_alone(
     weight_dtype: str,
     checkpoint: CheckpointFactory,

@@ -39,6 +39,8 @@ PRECISIONS = [
     {"weight_dtype": "float16", "kv_dtype": "float16"},
     {"weight_dtype": "int8", "kv_dtype": "float32"},
     {"weight_dtype": "int8", "dtype": "bfloat16", "kv_dtype": "auto"},
+    {"weight_dtype": "int8_group", "dtype": "bfloat16", "kv_dtype": "auto"},
+    {"weight_dtype": "int4_min", "kv_dtype": "float32"},
 ]
 MODES: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 9, "acceptance": "coupled", "top_p": 0.95}]
 
@@ -83,7 +85,8 @@ def test_speculation_gives_plains_bits(
     tally: Tally,
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
-    engine = build_engine(checkpoint(model_type, seed=8), drafter, **precision)
+    sizes = {"intermediate_size": 64} if precision["weight_dtype"] in ("int8_group", "int4_min") else {}
+    engine = build_engine(checkpoint(model_type, seed=8, **sizes), drafter, **precision)
     check_bits(engine, drafter, ks=range(1, 17) if model_type == "gpt2" else range(1, 17, 5))
     tally.check()
 
@@ -94,6 +97,8 @@ ODD_SHAPES: list[dict[str, Any]] = [
     {"hidden_size": 144, "num_heads": 3, "intermediate_size": 576, "vocab_size": 257, "num_layers": 2},
     {"hidden_size": 130, "num_heads": 2, "intermediate_size": 259, "vocab_size": 129, "num_layers": 1},
 ]
+# The odd widths that weights by group may have.
+IN_GROUPS = {"hidden_size": 96, "num_heads": 3, "intermediate_size": 288, "vocab_size": 129, "num_layers": 1}
 
 
 @pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "int8"])
@@ -120,7 +125,7 @@ def test_odd_shapes_give_plains_bits(
     tally.check()
 
 
-@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8"])
+@pytest.mark.parametrize("weight_dtype", ["float32", "bfloat16", "float16", "int8", "int4", "int4_min"])
 def test_every_instruction_set_gives_plains_bits(
     weight_dtype: str,
     instruction_set: str,
@@ -128,7 +133,7 @@ def test_every_instruction_set_gives_plains_bits(
     build_engine: EngineFactory,
     tally: Tally,
 ) -> None:
-    shape = ODD_SHAPES[1]
+    shape = IN_GROUPS if weight_dtype in ("int4", "int4_min") else ODD_SHAPES[1]
     drafter = ScriptedDrafter(vocab_size=shape["vocab_size"])
     engine = build_engine(checkpoint("gpt2", seed=8, **shape), drafter, weight_dtype=weight_dtype)
     check_bits(engine, drafter, ks=range(1, 17, 5), vocab_size=shape["vocab_size"])
@@ -136,7 +141,7 @@ def test_every_instruction_set_gives_plains_bits(
     tally.check()
 
 
-@pytest.mark.parametrize("draft_weight_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("draft_weight_dtype", ["float32", "bfloat16", "int8", "int4"])
 def test_a_draft_of_another_precision_gives_plains_bits(
     draft_weight_dtype: str, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
