@@ -21,7 +21,7 @@ from conftest import EngineFactory
 from specengine.kernels.types.grouped import GroupedWeight
 from specengine.models.checkpoints import open_checkpoint
 from specengine.models.checkpoints.gguf_header import TENSOR_TYPES
-from specengine.models.checkpoints.gguf_types import CONVERTED, FLOATS, GROUPED, quantize_to_int8, read_tensor
+from specengine.models.checkpoints.gguf_types import CONVERTED, FLOATS, GROUPED, read_tensor
 from specengine.models.describe import describe_model
 
 MODEL_TYPES = list(gguf_files.ARCHITECTURES)
@@ -111,18 +111,6 @@ def test_each_type_holds_what_the_file_says(type: str) -> None:
         assert (error <= steps * 2**-11 * 1.01).all()
     else:
         assert (error <= groups * (0.5 / 127 + 2**-11)).all()
-
-
-def test_conversion_to_eight_bits_is_ggmls() -> None:
-    weight = torch.randn(5, 96, generator=torch.Generator().manual_seed(2))
-    weight[0, :32] = 0
-    weight[1, 0] = 127.0
-    weight[1, 1:32] = torch.arange(31) + 0.5
-    expected = gguf.quants.quantize(weight.numpy(), GGMLQuantizationType.Q8_0)
-    found, stored = quantize_to_int8(weight), read_tensor(expected.reshape(-1), "Q8_0", (5, 96))
-    assert isinstance(stored, GroupedWeight)
-    assert torch.equal(found.codes, stored.codes)
-    assert torch.equal(found.scale, stored.scale)
 
 
 def test_every_type_that_gguf_can_read_is_read() -> None:

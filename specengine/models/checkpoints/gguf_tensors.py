@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specengine.errors import ModelLoadError
 from specengine.json_file import shorten
-from specengine.kernels.types.grouped import GroupedWeight
+from specengine.kernels.types.grouped import GroupedWeight, numbers
 from specengine.models.checkpoints.gguf_header import GgufTensor
 from specengine.models.checkpoints.gguf_metadata import ROPE_FACTORS
 from specengine.models.checkpoints.gguf_types import CONVERTED, FLOATS, GROUPED, read_tensor
@@ -82,20 +82,15 @@ class GgufSource:
                 self._add(name, tensor, architecture, config)
         self._converted = {tensor.type for tensor in self._stored.values()} & CONVERTED.keys()
 
-    def load(self, name: str) -> Tensor:
-        weight = self.load_as_stored(name)
-        # To be the weight itself once linear layers are packed from groups.
-        return weight.dequantize() if isinstance(weight, GroupedWeight) else weight
-
-    def load_as_stored(self, name: str) -> Tensor | GroupedWeight:
+    def load(self, name: str) -> Tensor | GroupedWeight:
         """The tensor in the format that the file has, or in one that holds it: groups stay groups."""
         self._warn_of_conversions()
         tensor = self._stored[name]
         weight = read_tensor(map_tensor(Path(self.origin), tensor), tensor.type, tensor.shape)
         if name in self._orders:
-            weight = _take_rows(weight, self._orders[name]())
+            weight = weight[self._orders[name]()]
         if name in self._transposed:
-            return (weight.dequantize() if isinstance(weight, GroupedWeight) else weight).t()
+            return numbers(weight).t()
         return weight
 
     def _add(self, stored_name: str, tensor: GgufTensor, architecture: str, config: Any) -> None:
@@ -154,10 +149,3 @@ def _row_order(architecture: str, part: str, config: Any) -> Callable[[], Tensor
         width, heads = config.hidden_size, config.num_attention_heads
         return lambda: torch.arange(3 * width).view(3, heads, -1).transpose(0, 1).flatten()
     return None
-
-
-def _take_rows(weight: Tensor | GroupedWeight, rows: Tensor) -> Tensor | GroupedWeight:
-    if isinstance(weight, Tensor):
-        return weight[rows]
-    minimum = None if weight.minimum is None else weight.minimum[rows]
-    return GroupedWeight(weight.codes[rows], weight.scale[rows], minimum, weight.bits)

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from specengine.kernels.types.grouped import GROUP_SIZE, GroupedWeight
+from specengine.kernels import reference
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.models.checkpoints.gguf_header import TENSOR_TYPES
 
 # Stored as they are.
@@ -92,7 +93,7 @@ def _convert(blocks: np.ndarray, type: str) -> GroupedWeight:
     if type == "Q4_K":
         return _q4_k(blocks)
     numbers = quants.dequantize(blocks.reshape(len(blocks), -1), GGMLQuantizationType[type])
-    return quantize_to_int8(torch.from_numpy(numbers))
+    return reference.quantize_groups(torch.from_numpy(numbers), bits=8, has_minimum=False)
 
 
 def _q4_k(blocks: np.ndarray) -> GroupedWeight:
@@ -111,14 +112,3 @@ def _q4_k(blocks: np.ndarray) -> GroupedWeight:
         (-minimum_factor * torch.from_numpy(minimum).view(shape)).half().flatten(1),
         4,
     )
-
-
-def quantize_to_int8(weight: Tensor) -> GroupedWeight:
-    """Symmetric 8 bits in groups: Q8_0, as ggml's reference rounds it. weight: `[N, K]` fp32."""
-    groups = weight.unflatten(1, (-1, GROUP_SIZE))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    scaled = groups * torch.where(scale == 0, 0, 1 / scale)
-    size = scaled.abs()
-    whole = size.floor()
-    codes = torch.sign(scaled) * (whole + (2 * (size - whole)).floor())  # halves away from zero
-    return GroupedWeight(codes.to(torch.int8).flatten(1), scale.squeeze(-1).half(), None, 8)
