@@ -86,6 +86,8 @@ def test_speculation_gives_plains_bits(
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
     sizes = {"intermediate_size": 64} if precision["weight_dtype"] in ("int8_group", "int4_min") else {}
+    if sizes and model_type == "qwen3":
+        sizes["head_dim"] = 16
     engine = build_engine(checkpoint(model_type, seed=8, **sizes), drafter, **precision)
     check_bits(engine, drafter, ks=range(1, 17) if model_type == "gpt2" else range(1, 17, 5))
     tally.check()
