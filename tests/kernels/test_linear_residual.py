@@ -66,7 +66,7 @@ def test_a_row_keeps_its_bits_whatever_is_computed_with_it(every_ops: Backend, d
 def test_groups_of_a_prompts_rows_are_as_alone(dtype: torch.dtype, num_threads: int) -> None:
     """403 rows of 1100 numbers are two groups (int8) or three, of unequal sizes; five panels are unequal parts."""
     layer = random_layer(1100, 290, dtype, ops=NATIVE)
-    x, residual = random_rows(403, 1100), random_rows(403, 290, seed=9)
+    x, residual = random_rows(403, width_of(1100, dtype)), random_rows(403, 290, seed=9)
     before = NATIVE.num_threads
     NATIVE.set_num_threads(num_threads)
     together = NATIVE.linear_residual(x, layer.packed, residual)
