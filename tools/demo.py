@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     with Engine(subject.model, subject.draft, **device) as engine:
         console.print(
             f"target [b]{subject.model.name}[/b], draft [b]{Path(subject.draft).name}[/b], "
-            f"{engine.dtype}, {engine.device.type}, backend {engine.backend_name}"
+            f"{engine.weight_dtype}, {engine.device.type}, backend {engine.backend_name}"
         )
         cases = build_cases(engine, subject, options.max_new_tokens)
         warm_up(engine, cases[0])

@@ -143,6 +143,7 @@ class Engine:
         self.tokenizer: Tokenizer | None = target.tokenizer
         self.vocab_size = vocab_size
         self.weight_dtype = target.weight_dtype
+        self.kv_dtype = str(kv_cache.tensors[0].dtype).removeprefix("torch.")
         self._kv_cache = kv_cache
         self._state = BatchState(
             num_slots=self.config.max_batch_size,

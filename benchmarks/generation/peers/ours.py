@@ -34,8 +34,7 @@ class Ours:
             enable_prefix_cache=False,  # every repetition pays for its prompt
             **setup.engine,
         )
-        dtype = str(self._engine.dtype).removeprefix("torch.")
-        self.settings = f"{self._engine.backend_name}, keys and values in {dtype}"
+        self.settings = f"{self._engine.backend_name}, keys and values in {self._engine.kv_dtype}"
         self.settings += "".join(f", {name}={value}" for name, value in setup.engine.items())
 
     def generate(self, task: Task) -> Answer:
