@@ -117,7 +117,7 @@ inline F16 nibble(U16 words) {
   return {_mm512_permutexvar_ps(shift_right<4 * kIndex>(words).v, kIsSigned ? both : low)};
 }
 // Vectors of columns that a block of rows takes at a time of weights by group.
-constexpr int grouped_vectors(int num_rows) { return num_rows <= 3 ? 4 : 2; }
+constexpr int grouped_vectors(int num_rows) { return num_rows <= 4 ? 4 : 2; }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 
 inline D16 zero_d() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
