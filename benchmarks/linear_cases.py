@@ -16,19 +16,22 @@ from torch import Tensor
 
 from specengine.kernels import reference
 from specengine.kernels.reference.norm_qkv import rotate
+from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.ops.backend import Backend
-from specengine.weight_formats import INT8
+from specengine.weight_formats import GROUPED_FORMATS, INT8
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+# Weights by group, beside what PyTorch has instead: the numbers that they mean, in fp32.
+GROUPED = {format.name: format for format in GROUPED_FORMATS}
+# In what a PyTorch model computes, and keeps its cache, that has weights of a dtype.
+MODEL_DTYPE = {**DTYPES, "int8": torch.float16, **dict.fromkeys(GROUPED, torch.float32)}
 CPU_ROWS = (1, 2, 4, 6, 8, 9, 16, 64)
 GPU_ROWS = (1, 4, 9, 16, 64)
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 50257, 50304
 HEAD_SHAPE = (PADDED_VOCAB_SIZE, 1024)
 # Of the root mean square of the output: what rounding weights and activations to the dtype may cost.
 RELATIVE_ERROR = {"fp32": 1e-5, "bf16": 5e-3, "fp16": 1e-3, "int8": 0.02}
-# In what a PyTorch model computes, and keeps its cache, that has weights of a dtype.
-MODEL_DTYPE = {**DTYPES, "int8": torch.float16}
 NORM_EPS = 1e-5
 BLOCK_SIZE = 16
 
@@ -37,8 +40,8 @@ BLOCK_SIZE = 16
 class Layers:
     """Copies of a linear layer, and the norm before it.
 
-    dtype:   a name of DTYPES
-    plain:   before packing and quantization, for the reference
+    dtype:   a name of DTYPES or GROUPED
+    plain:   before packing and quantization, for the reference; of GROUPED the numbers that the groups mean
     packed:  ours
     pytorch: PyTorch's, as the builder makes them
     """
@@ -56,7 +59,7 @@ class Layers:
     @property
     def num_bytes(self) -> int:
         """Of one copy's weights."""
-        return self.plain.weight.numel() * DTYPES[self.dtype].itemsize
+        return round(self.plain.weight.numel() * bytes_a_weight(self.dtype))
 
     def packed_at(self, turn: int) -> PackedLinear:
         return self.packed[turn % len(self.packed)]
@@ -69,9 +72,19 @@ class Layers:
         return tuple(tensor.to(MODEL_DTYPE[self.dtype]) for tensor in tensors)
 
 
+def bytes_a_weight(dtype: str) -> float:
+    """Of weights by group with the fp16 scale, and minimum, of their group."""
+    if dtype in DTYPES:
+        return DTYPES[dtype].itemsize
+    format = GROUPED[dtype]
+    assert format.group_size, "these have groups"
+    return format.bits / 8 + 2 * (1 + format.has_minimum) / format.group_size
+
+
 def over_layers(fixture: str, shapes: list[tuple[int, int]]) -> pytest.MarkDecorator:
     """A test of every layer in every dtype; `fixture` is "native_layers" or "gpu_layers"."""
-    cases = [(shape, dtype) for dtype in DTYPES for shape in shapes]
+    dtypes = [*DTYPES, *(GROUPED if fixture == "native_layers" else ())]
+    cases = [(shape, dtype) for dtype in dtypes for shape in shapes]
     names = [f"{dtype}-{shape[0]}x{shape[1]}" for shape, dtype in cases]
     return pytest.mark.parametrize(fixture, cases, ids=names, indirect=True)
 
@@ -141,13 +154,19 @@ def _build(
     out_features, in_features = shape
     weight = torch.randn(shape, generator=generator) * in_features**-0.5
     norm_weight = 1 + 0.1 * torch.randn(in_features, generator=generator)
-    weight = weight.to(device, torch.float32 if dtype == "int8" else DTYPES[dtype])
+    stored: Tensor | GroupedWeight
+    if dtype in GROUPED:
+        format = GROUPED[dtype]
+        stored = reference.quantize_groups(weight, bits=format.bits, has_minimum=format.has_minimum)
+        weight = stored.dequantize()
+    else:
+        stored = weight = weight.to(device, torch.float32 if dtype == "int8" else DTYPES[dtype])
     norm = Norm(norm_weight.to(device), torch.zeros(in_features, device=device), NORM_EPS)
     layers = Layers(dtype, norm, PackedLinear(weight, bias, in_features, out_features), [], [])
-    format = INT8 if dtype == "int8" else None
     for _ in range(num_copies(layers.num_bytes)):
         copy = weight.clone()
-        layers.packed.append(ops.pack_linear(copy, bias, format))
+        packed = stored if dtype in GROUPED else copy
+        layers.packed.append(ops.pack_linear(packed, bias, INT8 if dtype == "int8" else None))
         layers.pytorch.append(for_pytorch(copy))
     return layers
 
