@@ -44,7 +44,7 @@ def open_checkpoint(
         )
     path = Path(source).expanduser()
     if source in KNOWN_MODELS and not path.exists():
-        return open_checkpoint(require_fetched(source))
+        return GgufCheckpoint(require_fetched(source), name=source)
     if path.is_dir():
         return DirectoryCheckpoint(path, name=os.fspath(source), allow_pickle=allow_pickle)
     if path.suffix == SUFFIX:
