@@ -111,13 +111,17 @@ def drafted(checkpoint: CheckpointFactory, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="session")
 def oracle() -> Callable[..., GreedyOracle]:
-    """oracle("gpt2", seed=1, …): `transformers` on the model that `checkpoint` makes of the same arguments."""
+    """oracle("gpt2", seed=1, …): `transformers` on the model that `checkpoint` makes of the same arguments.
+
+    weight_dtype: that of an engine with weights by group, whose numbers the model then has
+    """
     made: dict[str, GreedyOracle] = {}
 
-    def make(model_type: str = "gpt2", **build: Any) -> GreedyOracle:
-        key = repr((model_type, sorted(build.items())))
+    def make(model_type: str = "gpt2", *, weight_dtype: str | None = None, **build: Any) -> GreedyOracle:
+        key = repr((model_type, weight_dtype, sorted(build.items())))
         if key not in made:
-            made[key] = GreedyOracle(tiny_models.build_model(model_type, **build))
+            model = tiny_models.build_model(model_type, **build)
+            made[key] = GreedyOracle(tiny_models.rounded(model, weight_dtype) if weight_dtype else model)
         return made[key]
 
     return make

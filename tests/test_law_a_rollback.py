@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from law_helpers import (
     TOLERANCE,
@@ -170,6 +171,44 @@ def test_every_accept_count_at_every_block_edge_gives_plains_bits(
     tally.check()
 
 
+BY_GROUP = [
+    ("llama", "int4", 5),
+    ("qwen3", "int4_min", 4),
+    ("gpt2", "int8_group", 8),
+    ("llama", "int4_min", 3),
+]
+
+
+@pytest.mark.parametrize(("model_type", "weight_dtype", "length"), BY_GROUP)
+def test_every_accept_count_gives_plains_bits_with_weights_by_group(
+    model_type: str,
+    weight_dtype: str,
+    length: int,
+    checkpoint: CheckpointFactory,
+    oracle: Callable[..., GreedyOracle],
+    build_engine: EngineFactory,
+    scripted: ScriptedDrafter,
+    tally: Tally,
+) -> None:
+    """The oracle has the numbers that the groups mean."""
+    build = {"seed": 1, **tiny_models.IN_GROUPS.get(model_type, {})}
+    engine = build_engine(checkpoint(model_type, **build), scripted, weight_dtype=weight_dtype)
+    for sampling, judge in (
+        (GREEDY, oracle(model_type, weight_dtype=weight_dtype, **build)),
+        (COUPLED, None),
+    ):
+        check_rollback(
+            engine,
+            scripted,
+            length=length,
+            ks=(1, 4, 5),
+            counts=lambda k: range(k + 1),
+            sampling=sampling,
+            oracle=judge,
+        )
+    tally.check()
+
+
 @pytest.mark.parametrize(("model_type", "length"), [("opt", 3), ("gpt_neox", 4), ("gpt2", 5), ("gpt2", 8)])
 def test_every_accept_count_gives_plains_bits_when_sampling_is_coupled(
     model_type: str,
@@ -257,14 +296,16 @@ def check_repeats_after_others(engine: Engine, num_others: int = 50) -> None:
     assert_idle(engine, num_free)
 
 
-@pytest.mark.parametrize("enable_prefix_cache", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"enable_prefix_cache": False}, {"weight_dtype": "int4"}],
+    ids=["cached", "not-cached", "int4"],
+)
 def test_the_same_request_after_fifty_others_gives_the_same_bits(
-    enable_prefix_cache: bool, checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
+    options: dict[str, Any], checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally
 ) -> None:
     drafter = ScriptedDrafter(vocab_size=VOCAB)
-    engine = build_engine(
-        checkpoint("gpt2", seed=1), drafter, num_blocks=40, enable_prefix_cache=enable_prefix_cache
-    )
+    engine = build_engine(checkpoint("gpt2", seed=1), drafter, num_blocks=40, **options)
     check_repeats_after_others(engine)
     tally.check()
 
@@ -291,6 +332,7 @@ def check_drafts_are_fresh(
 ) -> None:
     """Whatever was rolled back before, a draft model proposes what it would propose from scratch."""
     target, draft = pair
+    draft_weights = config.get("draft_weight_dtype", "auto")
     engine = build_engine(target, draft, **config)
     poison(engine, 3.0)
     asked: list[tuple[list[int], list[int]]] = []
@@ -322,7 +364,7 @@ def check_drafts_are_fresh(
             result, plain(engine, prompt, max_new_tokens=len(result.token_ids), **params_of(params[0]))
         )
     assert 0 < first < len(asked)
-    alone = build_engine(draft, enable_prefix_cache=False)
+    alone = build_engine(draft, enable_prefix_cache=False, weight_dtype=draft_weights)
     fresh = alone.generate(
         [committed for committed, _ in asked],
         [SamplingParams(max_new_tokens=len(tokens), ignore_eos=True) for _, tokens in asked],
@@ -340,15 +382,23 @@ def pair(checkpoint: CheckpointFactory) -> tuple[Path, Path]:
     return checkpoint("gpt2", seed=1), checkpoint("gpt2", seed=1, noise=0.3)
 
 
-@pytest.mark.parametrize("prefill_chunk_size", [512, 3])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"prefill_chunk_size": 512},
+        {"prefill_chunk_size": 3},
+        {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"},
+    ],
+    ids=lambda options: "-".join(map(str, options.values())),
+)
 def test_a_draft_model_proposes_what_it_would_from_scratch(
-    prefill_chunk_size: int,
+    options: dict[str, Any],
     pair: tuple[Path, Path],
     build_engine: EngineFactory,
     monkeypatch: pytest.MonkeyPatch,
     tally: Tally,
 ) -> None:
-    check_drafts_are_fresh(build_engine, pair, monkeypatch, prefill_chunk_size=prefill_chunk_size)
+    check_drafts_are_fresh(build_engine, pair, monkeypatch, **options)
     tally.check()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_models
 from law_helpers import (
     CheckpointFactory,
     DraftedFactory,
@@ -96,6 +97,28 @@ def test_every_architecture_and_dtype_is_always_accepted(
     path = checkpoint(model_type, seed=4)
     engine = build_engine(path, path, dtype=dtype)
     check_everything_is_accepted(engine, [3, 4, 8], [GREEDY, COUPLED, REJECTION], num_tokens=70)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("llama", {"weight_dtype": "int4"}),
+        ("llama", {"weight_dtype": "int8_group", "dtype": "bfloat16"}),
+        ("qwen3", {"weight_dtype": "int4_min"}),
+        ("gpt2", {"weight_dtype": "int4_min", "dtype": "bfloat16"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+)
+def test_a_draft_with_the_targets_groups_is_always_accepted(
+    model_type: str, options: dict[str, str], checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    path = checkpoint(model_type, seed=4, **tiny_models.IN_GROUPS.get(model_type, {}))
+    modes = [GREEDY, COUPLED, REJECTION, BLOCK, FILTERED]
+    engine = build_engine(path, path, **options, draft_weight_dtype=options["weight_dtype"])
+    results = check_everything_is_accepted(engine, [3, 4, 8, 5, 2], modes, num_tokens=70)
+    for mode, result in list(zip(modes, results, strict=True))[:2]:
+        params = {**mode, "max_new_tokens": len(result.token_ids), "ignore_eos": True}
+        assert_same(result, plain(engine, result.prompt_token_ids, **params))
 
 
 @pytest.mark.parametrize(

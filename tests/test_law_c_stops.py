@@ -146,11 +146,16 @@ def check_statistics(drafter: KnowingDrafter, result: GenerationResult, k: int) 
     assert counts.num_trimmed_tokens == trimmed
 
 
-def save_readable(directory: Path, eos_token_id: int = 0, model_type: str = "gpt2") -> Path:
+def save_readable(directory: Path, eos_token_id: int = 0, model_type: str = "gpt2", **sizes: int) -> Path:
     """A model that writes printable ASCII, longer tokens preferred: text in which strings can be found."""
     tokenizer = tiny_models.build_tokenizer(VOCAB)
     model = tiny_models.build_model(
-        model_type, vocab_size=VOCAB, seed=5, tie_word_embeddings=False, eos_token_id=eos_token_id
+        model_type,
+        vocab_size=VOCAB,
+        seed=5,
+        tie_word_embeddings=False,
+        eos_token_id=eos_token_id,
+        **sizes,
     )
     with torch.no_grad():
         make_first_feature_constant(model)
@@ -219,6 +224,27 @@ def test_every_stop_of_an_architecture_without_biases(
     engine = build_engine(save_readable(tmp_path, model_type=model_type), drafter, max_batch_size=32)
     check_stops(Lab(engine, drafter, COUPLED), ks=(2, 4), indices=range(0, NUM_TOKENS, 3))
     tally.check()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "weight_dtype", "wrong_at"),
+    [("llama", "int4", 2), ("qwen3", "int4_min", 1), ("gpt2", "int8_group", None)],
+)
+def test_every_stop_of_a_model_with_weights_by_group(
+    model_type: str,
+    weight_dtype: str,
+    wrong_at: int | None,
+    tmp_path: Path,
+    build_engine: EngineFactory,
+    tally: Tally,
+) -> None:
+    drafter = PerfectDrafter(vocab_size=VOCAB)
+    if wrong_at is not None:
+        drafter = AdversarialDrafter(vocab_size=VOCAB, wrong_at=wrong_at)
+    path = save_readable(tmp_path, model_type=model_type, **tiny_models.IN_GROUPS.get(model_type, {}))
+    lab = Lab(build_engine(path, drafter, max_batch_size=32, weight_dtype=weight_dtype), drafter, COUPLED)
+    check_stops(lab, ks=(2, 4), indices=range(0, NUM_TOKENS, 3))
+    tally.check(rejected=wrong_at is not None)
 
 
 @pytest.mark.slow

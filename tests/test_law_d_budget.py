@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_models
 import vocabulary_pairs
 from law_helpers import (
     CheckpointFactory,
@@ -88,11 +89,19 @@ def check_one_budget(engine: Engine, prompts: list[list[int]], room: list[int], 
         assert len(result.token_ids) == 1 + counts.num_accepted_draft_tokens + counts.num_rounds
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "opt", "gpt_neox", "llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("model_type", "weight_dtype"),
+    [
+        *[(name, "auto") for name in ("gpt2", "opt", "gpt_neox", "llama", "qwen3")],
+        ("llama", "int4"),
+        ("qwen3", "int4_min"),
+    ],
+)
 @pytest.mark.parametrize("make_drafter", [PerfectDrafter, ScriptedDrafter])
 def test_the_budget_is_exact_up_to_the_last_position(
     make_drafter: type[KnowingDrafter],
     model_type: str,
+    weight_dtype: str,
     checkpoint: CheckpointFactory,
     build_engine: EngineFactory,
     highest_position: Callable[[int], int],
@@ -101,33 +110,40 @@ def test_the_budget_is_exact_up_to_the_last_position(
     drafter = make_drafter(vocab_size=VOCAB)
     if isinstance(drafter, ScriptedDrafter):
         drafter.counts = (1, 0, 2, 7)
-    engine = build_engine(checkpoint(model_type, seed=1, max_positions=CONTEXT), drafter)
+    sizes = {} if weight_dtype == "auto" else tiny_models.IN_GROUPS[model_type]
+    path = checkpoint(model_type, seed=1, max_positions=CONTEXT, **sizes)
+    engine = build_engine(path, drafter, weight_dtype=weight_dtype)
     check_budget(engine, drafter)
     assert highest_position(CONTEXT) == CONTEXT - 2, "the last token is never fed"
     tally.check(rejected=isinstance(drafter, ScriptedDrafter))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "draft_context"),
+    ("model_type", "draft_context", "weights"),
     [
-        *[("gpt2", context) for context in (CONTEXT, CONTEXT - 1, CONTEXT - 4, CONTEXT // 2, 2)],
-        ("opt", CONTEXT - 4),
-        ("gpt_neox", CONTEXT - 4),
+        *[("gpt2", context, {}) for context in (CONTEXT, CONTEXT - 1, CONTEXT - 4, CONTEXT // 2, 2)],
+        ("opt", CONTEXT - 4, {}),
+        ("gpt_neox", CONTEXT - 4, {}),
+        ("llama", CONTEXT - 4, {"draft_weight_dtype": "int4"}),
+        ("gpt2", CONTEXT // 2, {"weight_dtype": "int4_min", "draft_weight_dtype": "int8_group"}),
     ],
+    ids=lambda value: "-".join(value.values()) or "auto" if isinstance(value, dict) else str(value),
 )
 def test_a_draft_with_a_smaller_context_degrades_to_plain_decoding(
     draft_context: int,
     model_type: str,
+    weights: dict[str, str],
     checkpoint: CheckpointFactory,
     build_engine: EngineFactory,
     highest_position: Callable[[int], int],
     tally: Tally,
 ) -> None:
-    target = checkpoint(model_type, seed=1, max_positions=CONTEXT)
-    draft = checkpoint(model_type, seed=1, max_positions=CONTEXT, noise=0.1)
+    sizes = tiny_models.IN_GROUPS.get(model_type, {})
+    target = checkpoint(model_type, seed=1, max_positions=CONTEXT, **sizes)
+    draft = checkpoint(model_type, seed=1, max_positions=CONTEXT, noise=0.1, **sizes)
     if draft_context < CONTEXT:
-        draft = checkpoint(model_type, seed=1, max_positions=draft_context)
-    engine = build_engine(target, draft)
+        draft = checkpoint(model_type, seed=1, max_positions=draft_context, **sizes)
+    engine = build_engine(target, draft, **weights)
     check_budget(engine, None, ks=(1, 4))
     check_growing_past_the_draft(engine, draft_context)
     if draft_context > 2:

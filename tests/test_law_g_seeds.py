@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from law_helpers import Tally, assert_same, make_prompt, plain, spec
 from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter, RandomDrafter
 
@@ -31,14 +33,24 @@ COUPLED = {**REJECTION, "acceptance": "coupled"}
 
 
 @pytest.fixture
-def engine(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
-    return build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.3))
+def models(
+    checkpoint: CheckpointFactory, request: pytest.FixtureRequest
+) -> tuple[list[Path], dict[str, str]]:
+    """A target and its draft, and how an engine has their weights."""
+    model_type, weights = getattr(request, "param", ("gpt2", {}))
+    build = {"seed": 1, **(tiny_models.IN_GROUPS.get(model_type, {}) if weights else {})}
+    return [checkpoint(model_type, **build), checkpoint(model_type, **build, noise=0.3)], weights
 
 
 @pytest.fixture
-def tight_engine(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> Engine:
+def engine(models: tuple[list[Path], dict[str, str]], build_engine: EngineFactory) -> Engine:
+    return build_engine(*models[0], **models[1])
+
+
+@pytest.fixture
+def tight_engine(models: tuple[list[Path], dict[str, str]], build_engine: EngineFactory) -> Engine:
     """Blocks for one and a half of the requests below."""
-    return build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.3), num_blocks=13)
+    return build_engine(*models[0], **models[1], num_blocks=13)
 
 
 def other_requests(count: int, first: int) -> Iterator[tuple[list[int], SamplingParams]]:
@@ -81,6 +93,16 @@ def check_alone_is_everywhere(engine: Engine, tight_engine: Engine, sampling: di
         assert_same(preempted, alone)
 
 
+@pytest.mark.parametrize(
+    "models",
+    [
+        ("gpt2", {}),
+        ("llama", {"weight_dtype": "int4"}),
+        ("qwen3", {"weight_dtype": "int4_min", "draft_weight_dtype": "int8_group"}),
+    ],
+    ids=["gpt2", "llama-int4", "qwen3-int4_min"],
+    indirect=True,
+)
 @pytest.mark.parametrize("sampling", [REJECTION, COUPLED], ids=["rejection", "coupled"])
 def test_a_seeded_text_is_the_same_everywhere(
     engine: Engine, tight_engine: Engine, tally: Tally, sampling: dict[str, Any]
@@ -217,6 +239,35 @@ def test_coupled_text_is_plains_for_a_draft_model(
 ) -> None:
     engine = build_engine(checkpoint(model_type, seed=1), checkpoint(model_type, seed=1, noise=noise))
     check_coupled_equals_plain(engine, None, (1, 2, 3, 4, 5, 8, 16))
+    tally.check()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "weights"),
+    [
+        ("llama", {"draft_weight_dtype": "int4"}),
+        ("qwen3", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
+        ("gpt2", {"weight_dtype": "bfloat16", "draft_weight_dtype": "int4_min"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+)
+def test_text_is_plains_where_the_draft_is_the_target_with_fewer_bits(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tally: Tally,
+    model_type: str,
+    weights: dict[str, str],
+) -> None:
+    """One checkpoint: the draft's groups alone make it disagree now and then."""
+    path = checkpoint(model_type, seed=1, **tiny_models.IN_GROUPS.get(model_type, {}))
+    engine = build_engine(path, path, **weights)
+    check_coupled_equals_plain(engine, None, (1, 3, 4, 8))
+    greedy: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "logprobs": 2}
+    prompts = [make_prompt(5, seed=seed) for seed in range(4)]
+    for result, truth in zip(
+        spec(engine, prompts, 4, **greedy), plain(engine, prompts, **greedy), strict=True
+    ):
+        assert_same(result, truth)
     tally.check()
 
 

@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {
     "max_new_tokens": NUM_TOKENS,
     "num_speculative_tokens": K,
 }
+WITHOUT_DRAFTS = {key: value for key, value in COMMON.items() if key != "num_speculative_tokens"}
 PROMPTS = [make_prompt(length, seed=60) for length in (1, 6, 11)]
 
 
@@ -134,6 +135,41 @@ def test_accepted_recovered_and_bonus_tokens_carry_the_targets_logprobs(
     tally.check()
 
 
+@pytest.mark.parametrize(
+    ("model_type", "weights"),
+    [
+        ("llama", {"weight_dtype": "int4"}),
+        ("qwen3", {"weight_dtype": "int4_min"}),
+        ("gpt2", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+)
+def test_logprobs_are_those_of_the_numbers_that_groups_mean(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tally: Tally,
+    model_type: str,
+    weights: dict[str, str],
+) -> None:
+    build = {"seed": 3, **tiny_models.IN_GROUPS.get(model_type, {})}
+    engine = build_engine(
+        checkpoint(model_type, **build), checkpoint(model_type, **build, noise=0.3), **weights
+    )
+    model = tiny_models.build_model(model_type, **build)
+    teacher = TeacherForcing(tiny_models.rounded(model, weights["weight_dtype"]))
+    for mode in MODES.values():
+        kinds = check_kinds(engine, teacher, mode)
+        assert min(kinds[kind] for kind in ("first", "accepted", "recovered", "bonus")) > 0, kinds
+        expected = plain(engine, PROMPTS[1], **{**WITHOUT_DRAFTS, **mode}, prompt_logprobs=NUM_TOP)
+        check_prompt(expected, teacher, NUM_TOP)
+        if mode.get("acceptance") != "rejection":
+            result = engine.generate(PROMPTS[1], **COMMON, **mode, prompt_logprobs=NUM_TOP)
+            assert_same(result, expected)
+    tally.check()
+    with pytest.raises(AssertionError):
+        check_kinds(engine, TeacherForcing(model), MODES["greedy"])
+
+
 @pytest.mark.parametrize("model_type", ["opt", "gpt_neox", "qwen2"])
 def test_logprobs_of_every_architecture(
     checkpoint: CheckpointFactory, build_engine: EngineFactory, tally: Tally, model_type: str
@@ -212,9 +248,8 @@ def test_prompt_logprobs_are_teacher_forcings_however_the_prompt_is_cut(
 
 
 def test_logprobs_are_plains_bits(engine: Engine, tally: Tally) -> None:
-    sampling = {key: value for key, value in COMMON.items() if key != "num_speculative_tokens"}
     for prompt in PROMPTS:
-        expected = plain(engine, prompt, **sampling, prompt_logprobs=2)
+        expected = plain(engine, prompt, **WITHOUT_DRAFTS, prompt_logprobs=2)
         assert_same(engine.generate(prompt, **COMMON, prompt_logprobs=2), expected)
     tally.check()
 

@@ -3,6 +3,7 @@
 model = build_model("opt", vocab_size=8, seed=3)                          # a transformers model
 path = save_checkpoint(tmp_path / "m", "gpt2", tokenizer=build_tokenizer(320))
 draft = perturbed(model, noise=0.05, seed=1)                              # agrees with it now and then
+meant = rounded(model, "int4")                                           # what an engine with these weights computes
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ import tokenizers
 import torch
 import transformers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
+from transformers.pytorch_utils import Conv1D
 
+from specengine.kernels.reference import quantize_groups
 from specengine.models.registry import ARCHITECTURES
+from specengine.weight_formats import WEIGHT_FORMATS
 
 MODEL_TYPES = tuple(ARCHITECTURES)
 END_OF_TEXT = "<|endoftext|>"
@@ -40,6 +44,13 @@ _OTHER_SIZES = {
         "activation": "activation_function",
     },
     "opt": {"intermediate_size": "ffn_dim", "activation": "activation_function"},
+}
+
+# The sizes with which a tiny model's linear layers are wide enough for weights by group: multiples of 32.
+IN_GROUPS: dict[str, dict[str, int]] = {
+    "llama": {"intermediate_size": 64},
+    "qwen2": {"intermediate_size": 64},
+    "qwen3": {"intermediate_size": 64, "head_dim": 16},
 }
 
 _CORPUS = [
@@ -111,6 +122,22 @@ def perturbed(
             if parameter.ndim == 2:
                 step = torch.randn(parameter.shape, generator=generator) * parameter.float().std()
                 parameter.add_((noise * step).to(parameter.dtype))
+    return result
+
+
+def rounded(model: transformers.PreTrainedModel, weight_dtype: str) -> transformers.PreTrainedModel:
+    """A copy whose linear layers hold what an engine with weights by group computes with: "int4", "int4_min" or
+    "int8_group". A head that was tied to the table of embeddings no longer is: the table stays as it was."""
+    form = WEIGHT_FORMATS[weight_dtype]
+    assert form.is_grouped, weight_dtype
+    result = copy.deepcopy(model)
+    head = result.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    for module in result.modules():
+        if isinstance(module, torch.nn.Linear | Conv1D):
+            rows = module.weight.data.T if isinstance(module, Conv1D) else module.weight.data
+            codes = quantize_groups(rows.contiguous(), bits=form.bits, has_minimum=form.has_minimum)
+            rows.copy_(codes.dequantize())
     return result
 
 
