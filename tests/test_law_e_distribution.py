@@ -222,16 +222,8 @@ def target() -> torch.nn.Module:
 
 
 def build_tiny(seed: int, model_type: str = "gpt2", **sizes: int) -> torch.nn.Module:
-    return tiny_models.build_model(
-        model_type,
-        vocab_size=VOCAB,
-        seed=seed,
-        num_layers=1,
-        hidden_size=16,
-        num_heads=2,
-        max_positions=16,
-        **sizes,
-    )
+    same = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "max_positions": 16}
+    return tiny_models.build_model(model_type, vocab_size=VOCAB, seed=seed, **{**same, **sizes})
 
 
 def build_engine(target: torch.nn.Module, draft: str) -> Engine:
@@ -243,7 +235,7 @@ def build_engine(target: torch.nn.Module, draft: str) -> Engine:
     return build_pair(target, drafters[draft])
 
 
-def build_pair(target: torch.nn.Module | Path, drafter: Any) -> Engine:
+def build_pair(target: torch.nn.Module | Path, drafter: Any, **weights: str) -> Engine:
     return Engine(
         target,
         drafter,
@@ -251,6 +243,7 @@ def build_pair(target: torch.nn.Module | Path, drafter: Any) -> Engine:
         max_batch_size=BATCH,
         block_size=8,
         prefill_chunk_size=BATCH * len(PROMPT),
+        **weights,
     )
 
 
@@ -484,6 +477,38 @@ def test_gated_architectures_sample_the_targets_law(model_type: str, heads: dict
         samples = sample_rounds(engine, filters, "rejection", NUM_SAMPLES // 4)
     check_tally(samples)
     check_distribution(samples, exact_law(target, filters))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "acceptance", "weights"),
+    [
+        ("llama", "rejection", {"weight_dtype": "int4"}),
+        ("qwen3", "block", {"weight_dtype": "int4_min", "draft_weight_dtype": "int8_group"}),
+        ("gpt2", "coupled", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+)
+def test_weights_by_group_sample_the_law_of_the_numbers_that_they_mean(
+    model_type: str, acceptance: str, weights: dict[str, str]
+) -> None:
+    sizes = {"hidden_size": 32, **tiny_models.IN_GROUPS.get(model_type, {})}
+    if model_type != "gpt2":
+        sizes["num_key_value_heads"] = 1
+    target, draft = (build_tiny(seed, model_type, **sizes) for seed in (1, 2))
+    filters = Filters(1.3, 6, 0.9, 0.05)
+    with build_pair(target, draft, **weights) as engine:
+        samples = sample_rounds(engine, filters, acceptance, NUM_SAMPLES // 10)
+    check_tally(samples)
+    check_distribution(samples, exact_law(tiny_models.rounded(target, weights["weight_dtype"]), filters))
+
+
+@pytest.mark.parametrize("weight_dtype", ["int4"])
+def test_the_law_of_unrounded_weights_is_noticed(weight_dtype: str) -> None:
+    target, draft = (build_tiny(seed, "llama", hidden_size=32, intermediate_size=64) for seed in (1, 2))
+    with build_pair(target, draft, weight_dtype=weight_dtype) as engine:
+        samples = sample_rounds(engine, Filters(), "rejection", NUM_SAMPLES // 10)
+    with pytest.raises(AssertionError, match="chi-square"):
+        check_distribution(samples, exact_law(target, Filters()))
 
 
 @pytest.mark.parametrize("acceptance", ["rejection", "coupled"])
