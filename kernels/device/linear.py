@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.rounding import as_operand, round_to
-from specengine.kernels.types.grouped import GROUP_SIZE, LARGEST_OFFSET_SCALE, GroupedWeight
+from specengine.kernels.types.grouped import GROUP_SIZE, GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 
 # Columns at a time in which a norm's mean and variance are found.
@@ -51,14 +51,12 @@ def pack_groups(weight: GroupedWeight, bias: Tensor | None) -> PackedLinear:
     A row is its codes, its scales in fp16 and, of 4 bits, its minima in fp16. 4 bits without a minimum get one, -8
     scales, or where that is beyond fp16 8 bits: the same numbers. 4 bits are 16 bytes a group, k and k + 16 in each.
     """
-    codes, scale, minimum = weight.codes, weight.scale, weight.minimum
-    parts = [scale]
-    if weight.bits == 4 and minimum is None and bool((scale.abs() <= LARGEST_OFFSET_SCALE).all()):
-        codes, minimum = codes + 8, scale * -8
-    if minimum is not None:
-        low, high = codes.unflatten(1, (-1, 2, GROUP_SIZE // 2)).unbind(2)
+    above = weight.above_minimum() if weight.bits == 4 else None
+    codes, parts = weight.codes, [weight.scale]
+    if above is not None and above.minimum is not None:
+        low, high = above.codes.unflatten(1, (-1, 2, GROUP_SIZE // 2)).unbind(2)
         codes = (low | high << 4).flatten(1)
-        parts.append(minimum)
+        parts.append(above.minimum)
     rows = torch.cat([part.contiguous().view(torch.uint8) for part in (codes, *parts)], dim=1)
     rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % ROW_MULTIPLE)).contiguous()
     packed_bias = None if bias is None else bias.float().contiguous()

@@ -11,8 +11,7 @@ from torch import Tensor
 from specengine.weight_formats import INT4, INT4_MIN, INT8_GROUP, WeightFormat
 
 GROUP_SIZE = 32
-# Of fp16: up to this scale codes of 4 bits without a minimum are codes + 8 above a minimum of -8 scales, exactly.
-LARGEST_OFFSET_SCALE = 65504 / 8
+_LARGEST_OFFSET_SCALE = 65504 / 8  # of which eight are an fp16 number
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,15 @@ class GroupedWeight:
     def _each(self, change: Callable[[Tensor], Tensor]) -> GroupedWeight:
         minimum = None if self.minimum is None else change(self.minimum)
         return GroupedWeight(change(self.codes), change(self.scale), minimum, self.bits)
+
+    def above_minimum(self) -> GroupedWeight | None:
+        """The same numbers of 4 bits with a minimum: codes + 8 above -8 scales. None where that is beyond fp16."""
+        assert self.bits == 4, self.bits
+        if self.minimum is not None:
+            return self
+        if not bool((self.scale.abs() <= _LARGEST_OFFSET_SCALE).all()):
+            return None
+        return GroupedWeight(self.codes + 8, self.scale, self.scale * -8, bits=4)
 
     def dequantize(self) -> Tensor:
         """The numbers themselves, `[N, K]` fp32."""

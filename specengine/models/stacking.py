@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from specengine.kernels import reference
-from specengine.kernels.types.grouped import LARGEST_OFFSET_SCALE, GroupedWeight, numbers
+from specengine.kernels.types.grouped import GroupedWeight, numbers
 from specengine.models.architecture import LinearTensors, Weight
 from specengine.weight_formats import INT4, INT8_GROUP
 
@@ -46,7 +46,7 @@ def _of_one_format(parts: Sequence[Weight]) -> list[GroupedWeight] | None:
     if formats == {INT4, INT8_GROUP}:
         return [GroupedWeight(part.codes, part.scale, None, bits=8) for part in grouped]
     if INT8_GROUP not in formats:
-        above = [_above_minimum(part) for part in grouped]
+        above = [part.above_minimum() for part in grouped]
         if all(part is not None for part in above):
             return [part for part in above if part is not None]
     names = ", ".join(sorted(format.name for format in formats))
@@ -55,15 +55,6 @@ def _of_one_format(parts: Sequence[Weight]) -> list[GroupedWeight] | None:
         stacklevel=2,
     )
     return [_rounded(part) for part in grouped]
-
-
-def _above_minimum(weight: GroupedWeight) -> GroupedWeight | None:
-    """The same numbers as int4_min, None where a minimum would be too large."""
-    if weight.minimum is not None:
-        return weight
-    if not bool((weight.scale.abs() <= LARGEST_OFFSET_SCALE).all()):
-        return None
-    return GroupedWeight(weight.codes + 8, weight.scale, weight.scale * -8, bits=4)
 
 
 def _rounded(weight: GroupedWeight) -> GroupedWeight:
