@@ -157,6 +157,17 @@ class GatedConfig(ArchitectureConfig):
         )
 
 
+class QwenConfig(GatedConfig):
+    """Those of Qwen2, Qwen3: a sliding window counts only where it is switched on."""
+
+    use_sliding_window: bool = False
+    sliding_window: NumPositions | None = None
+
+    @property
+    def window(self) -> int | None:
+        return self.sliding_window if self.use_sliding_window else None
+
+
 def read_outer(read: TensorReader, config: GatedConfig) -> OuterTensors:
     """The token table, the final norm and the head."""
     table, head = read.table_and_head(

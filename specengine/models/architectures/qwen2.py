@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from specengine.models.architecture import LayerTensors, NumPositions, TensorReader
+from specengine.models.architecture import LayerTensors, TensorReader
 from specengine.models.decoder import DecoderSpec
-from specengine.models.gated import PREFIXES, GatedConfig, read_outer
+from specengine.models.gated import PREFIXES, read_outer
+from specengine.models.gated import QwenConfig as Config
 from specengine.models.gated import read_layer as read_gated_layer
 
 __all__ = ["MODEL_TYPE", "PREFIXES", "TINY", "Config", "read_layer", "read_outer", "spec"]
@@ -22,17 +23,6 @@ TINY = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
-
-
-class Config(GatedConfig):
-    """The keys of `config.json` that mean something here."""
-
-    use_sliding_window: bool = False
-    sliding_window: NumPositions | None = None
-
-    @property
-    def window(self) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
 
 
 def spec(config: Config) -> DecoderSpec:

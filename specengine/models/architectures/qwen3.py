@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from specengine.models.architecture import LayerTensors, NumPositions, TensorReader
+from specengine.models.architecture import LayerTensors, TensorReader
 from specengine.models.decoder import DecoderSpec
-from specengine.models.gated import PREFIXES, GatedConfig, read_outer
+from specengine.models.gated import PREFIXES, QwenConfig, read_outer
 from specengine.models.gated import read_layer as read_gated_layer
 
 __all__ = ["MODEL_TYPE", "PREFIXES", "TINY", "Config", "read_layer", "read_outer", "spec"]
@@ -25,16 +25,10 @@ TINY = {
 }
 
 
-class Config(GatedConfig):
+class Config(QwenConfig):
     """The keys of `config.json` that mean something here."""
 
     attention_bias: bool = False
-    use_sliding_window: bool = False
-    sliding_window: NumPositions | None = None
-
-    @property
-    def window(self) -> int | None:
-        return self.sliding_window if self.use_sliding_window else None
 
 
 def spec(config: Config) -> DecoderSpec:
