@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from specengine.fetched import find_fetched
 from specengine.ops.backend import Backend
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Shells start what is in the background so, and programs inherit it; tests press Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if kernel_cases.DEVICE.type == "cpu":
     patch_once_a_launch()
 markers.watch_launches()

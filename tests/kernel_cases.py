@@ -150,9 +150,13 @@ def assert_row_invariant(op: Callable[[Tensor], Tensor], rows: Tensor, *, is_tho
 def as_multiplied(x: Tensor, weight_dtype: WeightDtype, ops: Backend = NATIVE) -> Tensor:
     """Rows as a backend's linear multiplies them: with int8 weights rounded to 127ths of the largest value of each
     128; with 16-bit weights to the weights' type in Triton, and in C++ where the processor has that product; with
-    weights by group not at all."""
+    weights by group to 23 bits of the largest value of each 32, in Triton not at all."""
     if isinstance(weight_dtype, str):
-        return x
+        if ops.name == "triton":
+            return x
+        groups = x.double().unflatten(1, (-1, GROUP_SIZE))
+        unit = groups.abs().amax(dim=-1, keepdim=True).clamp_min(1e-37) / 0x3F7F7F
+        return ((groups / unit).round() * unit).flatten(1).to(x.dtype)
     if weight_dtype == torch.int8:
         chunks = x.split(128, dim=1)
         largest = [chunk.abs().amax(dim=1, keepdim=True).clamp_min(1e-37) for chunk in chunks]

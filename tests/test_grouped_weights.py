@@ -127,10 +127,14 @@ def logits_of(checkpoint: Checkpoint, **options: Any) -> tuple[Tensor, loader.Lo
     return model.decoder.forward(batch, cache, spec.vocab_size), model
 
 
+def assert_near(logits: Tensor, expected: Tensor) -> None:
+    """As near as the rounding of rows that meet weights by group allows."""
+    assert torch.equal(logits.isinf(), expected.isinf())
+    assert (logits - expected).nan_to_num(0.0).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
-def test_a_model_stored_by_group_has_the_bits_of_the_floats_that_it_means(
-    is_tied: bool, tmp_path: Path
-) -> None:
+def test_a_model_stored_by_group_is_that_of_the_floats_that_it_means(is_tied: bool, tmp_path: Path) -> None:
     """q, k, v and gate, up in formats that differ, the table in 8 bits: the head of a tied one stays so, the table
     is of `dtype`."""
     path = tiny_models.save_checkpoint(
@@ -138,14 +142,14 @@ def test_a_model_stored_by_group_has_the_bits_of_the_floats_that_it_means(
     )
     given, meant = stored_by_group(path, INT4, INT4_MIN)
     (logits, model), (expected, _) = (logits_of(each, dtype=torch.float32) for each in (given, meant))
-    assert torch.equal(logits, expected)
+    assert_near(logits, expected)
     assert ("int8_group" in model.weight_dtype) == is_tied
     assert "int4_min" in model.weight_dtype
     assert model.decoder.weights.token_table.dtype == torch.float32
     assert all(layer.qkv.weight.dtype == torch.uint8 for layer in model.decoder.weights.layers)
     rounded, model = logits_of(given, dtype=torch.float32, weight_dtype="int4_min")
     assert model.weight_dtype == "int4_min"
-    assert not torch.equal(rounded, expected)
+    assert (rounded - expected).nan_to_num(0.0).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("format", [INT4, INT8_GROUP], ids=lambda format: format.name)
@@ -157,7 +161,7 @@ def test_another_vocabulary_takes_rows_of_a_head_by_group(format: WeightFormat, 
     vocab_size = given.spec.vocab_size
     translation = Translation((None, *reversed(range(1, vocab_size))), {0: (1, 2)})
     results = [logits_of(each, dtype=torch.float32, translation=translation) for each in (given, meant)]
-    assert torch.equal(results[0][0], results[1][0])
+    assert_near(results[0][0], results[1][0])
     assert results[0][1].decoder.weights.head.weight.dtype == torch.uint8
 
 
@@ -180,7 +184,7 @@ def test_floats_are_rounded_layer_by_layer_to_what_the_reference_says(tmp_path: 
             warnings.simplefilter("ignore")  # that the head differs from the table
             expected, _ = logits_of(meant, dtype=torch.float32)
         given, model = logits_of(open_checkpoint(path), dtype=torch.float32, weight_dtype=format.name)
-        assert torch.equal(given, expected)
+        assert_near(given, expected)
         assert model.weight_dtype == format.name
 
 

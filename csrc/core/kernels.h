@@ -21,10 +21,11 @@ constexpr int depth_of(DType dtype) {
 // Weights by group (specengine.kernels.types.grouped) share a scale, and kInt4Min a minimum, in
 // groups of kGroupK along K. A panel is its groups one after the other, each 64 fp16 scales, for
 // kInt4Min 64 fp16 minima, and codes:
-//   4 bits [kGroupK / 8, 64] words of eight k of a column, the first in the lowest bits; kInt4 in
-//          two's complement
-//   8 bits [kGroupK, 64] int8
-// Their products and sums are those of the fp32 weights scale * code (+ minimum).
+//   4 bits [kGroupK / 8, 64, 4] bytes, of eight k of a column the first four in the low halves and
+//          the others in the high ones; kInt4 with 8 added
+//   8 bits [kGroupK / 4, 64, 4] bytes with 128 added
+// Rows meet them as integers of 23 bits, with a scale for each group of kGroupK: a group's sum is
+// then exact.
 constexpr int kGroupK = 32;
 constexpr bool is_grouped(DType dtype) { return dtype > DType::kInt8; }
 constexpr int64_t group_header_bytes(DType dtype) {
@@ -39,8 +40,9 @@ constexpr int64_t panel_bytes(int64_t k, DType dtype) {
   const int64_t depth = depth_of(dtype);
   return (k + depth - 1) / depth * depth * kPanelColumns * element_size(dtype);
 }
-// An output element is the sum, in order, of sequential sums over K chunks of this length. Rows
-// that meet int8 weights are rounded to int8 chunk by chunk; the sum over a chunk is then exact.
+// An output element is the sum, in order, of sequential sums over K chunks of this length, or over
+// groups of weights by group. Rows that meet int8 weights are rounded to int8 chunk by chunk; the
+// sum over a chunk is then exact.
 constexpr int kChunkK = 128;
 // Rows that share one pass over a panel.
 constexpr int kMaxPassRows = 256;

@@ -14,8 +14,9 @@ namespace {
 constexpr int64_t kMinParallelWork = int64_t{1} << 17;
 // The same for numbers to normalise or round.
 constexpr int64_t kMinParallelRows = int64_t{1} << 14;
-// Weight bytes per task: small enough to share evenly, large enough that claiming costs nothing.
-constexpr int64_t kTaskBytes = int64_t{1} << 17;
+// Weight bytes per task: small enough to share evenly, large enough that a thread reads on where it
+// stopped, as the processor expects when it reads ahead.
+constexpr int64_t kTaskBytes = int64_t{1} << 19;
 
 // Packed rows that stay in a core's second cache while one panel after the other meets them.
 constexpr int64_t kGroupBytes = int64_t{384} << 10;

@@ -52,14 +52,14 @@ void gather_columns(const WeightView& weight, int64_t first, int64_t columns, fl
 
 // One column's group of codes where the panel has it.
 void place_codes(const int8_t* codes, int64_t column, DType dtype, char* out) {
-  if (dtype == DType::kInt8Group) {
-    for (int64_t i = 0; i < kGroupK; ++i) out[i * kPanelColumns + column] = codes[i];
-    return;
-  }
-  for (int64_t i = 0; i < kGroupK; i += 8) {
-    uint32_t word = 0;
-    for (int j = 0; j < 8; ++j) word |= (static_cast<uint32_t>(codes[i + j]) & 15) << (4 * j);
-    std::memcpy(out + (i / 8 * kPanelColumns + column) * 4, &word, 4);
+  const bool is_byte = dtype == DType::kInt8Group;
+  const int offset = is_byte ? 128 : dtype == DType::kInt4 ? 8 : 0;
+  const auto code = [&](int64_t i) { return static_cast<uint8_t>(codes[i] + offset); };
+  for (int64_t i = 0; i < kGroupK; i += is_byte ? 4 : 8, out += 4 * kPanelColumns) {
+    for (int64_t j = 0; j < 4; ++j) {
+      out[4 * column + j] =
+          static_cast<char>(is_byte ? code(i + j) : code(i + j) | code(i + 4 + j) << 4);
+    }
   }
 }
 

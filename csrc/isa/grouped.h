@@ -1,128 +1,193 @@
-// Products with weights by group, whose numbers are made in registers as they are needed. Included
-// inside an instruction set's namespace.
+// Products with weights by group: rows meet them as fixed-point numbers of 23 bits with a scale for
+// each kGroupK, and a group's sum is one exact integer. Included inside an instruction set's
+// namespace.
 
-// A group's scales and minima of 16 C columns.
-template <int C, DType W>
-struct GroupScales {
-  F16 scale[C], minimum[C];
-
-  GroupScales(const char* group, int column) {
-    const auto* halves = reinterpret_cast<const uint16_t*>(group) + column;
-    for (int c = 0; c < C; ++c) {
-      scale[c] = load_fp16(halves + 16 * c);
-      minimum[c] = W == DType::kInt4Min ? load_fp16(halves + kPanelColumns + 16 * c) : scale[c];
-    }
-  }
-
-  // The weights themselves: the product is exact, and with a minimum the sum is rounded once.
-  F16 weight(int c, F16 code) const {
-    return W == DType::kInt4Min ? fma(code, scale[c], minimum[c]) : code * scale[c];
-  }
+// A group of a row: kDigits times kGroupK signed bytes, four to a word, a number being the sum of
+// digit i times 256^i; then what follows them.
+constexpr int kDigits = 3;
+constexpr int kDigitWords = kGroupK / 4;
+enum FixedWord {
+  kFixedScale = kDigits * kDigitWords,  // float: what an integer stands for
+  kFixedSum,                            // float: the sum of the group
+  kFixedStart,  // kDigits integers in which the codes' offset is already subtracted
+  kFixedWords = 32,
 };
+constexpr int kFixedRowWords = kChunkK / kGroupK * kFixedWords;
+// The largest whose digits are bytes (0x7f7f7f) and that round_nearest knows on every processor.
+constexpr float kLargestFixed = 0x3f7f7f;
 
-// Calls use(i, c, weights of 16 columns) for eight k and C vectors of columns, k by k; `codes` are
-// those of the first k and column.
-template <DType W, int C, class Use, int... I>
-[[gnu::always_inline]] inline void expand_eight(const char* codes, const GroupScales<C, W>& scales,
-                                                const Use& use, std::integer_sequence<int, I...>) {
-  if constexpr (W == DType::kInt8Group) {
-    const auto* bytes = reinterpret_cast<const int8_t*>(codes);
-    const auto step = [&](int i) __attribute__((always_inline)) {
-      for (int c = 0; c < C; ++c) {
-        use(i, c, scales.weight(c, load_int8(bytes + i * kPanelColumns + 16 * c)));
-      }
-    };
-    (step(I), ...);
-  } else {
-    U16 words[C];
-    for (int c = 0; c < C; ++c) words[c] = load_words(codes + 64 * c);
-    constexpr bool kIsSigned = W == DType::kInt4;
-    const auto step = [&]<int kIndex>() __attribute__((always_inline)) {
-      for (int c = 0; c < C; ++c) {
-        use(kIndex, c, scales.weight(c, nibble<kIndex, kIsSigned>(words[c])));
-      }
-    };
-    (step.template operator()<I>(), ...);
+// Codes are stored with this added, so that none has a sign. kInt4Min's are centred as they are,
+// where the minimum grows by as many scales.
+constexpr int code_offset(DType weights) { return weights == DType::kInt8Group ? 128 : 8; }
+
+inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
+  const F16 values[2] = {load(x), load(x + 16)};
+  F16 largest = set1(0.0f), poison = set1(0.0f);
+  for (const F16 v : values) {
+    largest = maximum(largest, maximum(v, set1(0.0f) - v));
+    poison = fma(v, set1(0.0f), poison);
+  }
+  const float size = reduce_max(largest);
+  const float scale = size / kLargestFixed + reduce_add(poison);
+  const bool is_usable = scale > 0.0f;  // neither zeros nor with a NaN or infinity
+  const F16 divisor = set1(is_usable ? size : 1.0f);
+  const F16 factor = set1(is_usable ? kLargestFixed : 0.0f);
+  auto* bytes = reinterpret_cast<int8_t*>(out);
+  U16 total = set1_u(0);
+  for (int i = 0; i < 2; ++i) {
+    const F16 v = is_usable ? values[i] : set1(0.0f);
+    const U16 number = to_int(round_nearest(v / divisor * factor));
+    total = total + number;
+    // A number plus 128 in each digit has the digits plus 128, none of them negative.
+    const U16 digits = (number + set1_u(0x808080)) ^ set1_u(0x808080);
+    store_bytes(bytes + 16 * i, digits);
+    store_bytes(bytes + kGroupK + 16 * i, shift_right<8>(digits));
+    store_bytes(bytes + 2 * kGroupK + 16 * i, shift_right<16>(digits));
+  }
+  alignas(64) int32_t lanes[16];
+  store(reinterpret_cast<uint32_t*>(lanes), total);
+  int64_t sum = 0;
+  for (const int32_t lane : lanes) sum += lane;
+  const float float_sum = static_cast<float>(sum) * scale;
+  __builtin_memcpy(out + kFixedScale, &scale, sizeof(scale));
+  __builtin_memcpy(out + kFixedSum, &float_sum, sizeof(float_sum));
+  int64_t start = -code_offset(weights) * sum;
+  for (int digit = 0; digit < kDigits - 1; ++digit) {
+    const auto low = static_cast<int8_t>(start);
+    out[kFixedStart + digit] = static_cast<uint32_t>(low);
+    start = (start - low) / 256;
+  }
+  out[kFixedStart + kDigits - 1] = static_cast<uint32_t>(start);
+}
+
+inline void pack_fixed(const float* x, int num_k, DType weights, uint32_t* out) {
+  for (int begin = 0; begin < num_k; begin += kGroupK, out += kFixedWords) {
+    pack_fixed_group(x + begin, weights, out);
   }
 }
 
-// Of a group: use(k, c, weights of 16 columns) for 16 C columns from `column` on, k by k.
-template <DType W, int C, class Use>
-[[gnu::always_inline]] inline void expand_group(const char* group, int column, const Use& use) {
-  constexpr int64_t kEightBytes = 8 * kPanelColumns / (W == DType::kInt8Group ? 1 : 2);
-  const GroupScales<C, W> scales(group, column);
-  const char* codes = group + group_header_bytes(W) + column * (W == DType::kInt8Group ? 1 : 4);
-  for (int64_t k = 0; k < kGroupK; k += 8, codes += kEightBytes) {
-    expand_eight<W, C>(
-        codes, scales,
-        [&](int i, int c, F16 weights) __attribute__((always_inline)) { use(k + i, c, weights); },
-        std::make_integer_sequence<int, 8>{});
-  }
+// The compiler forgets what it loaded from here: registers are for the sums.
+template <class T>
+inline T* forget(T* p) {
+  asm volatile("" : "+r"(p));
+  return p;
 }
 
-// totals[r][·] += one chunk's sums, as multiply_block has them for fp32 weights, in R rows and 16 C
-// columns from `column` on.
-template <int R, int C, DType W>
-inline void multiply_grouped_block(const char* groups, int column, const float* x, int num_k,
-                                   float* totals) {
-  F16 sums[R][C];
+// How far ahead of the arithmetic the first rows that meet a group ask for another, across panels:
+// they follow each other.
+constexpr int64_t kPrefetchedGroups = 4;
+
+template <DType W>
+using CodeSumOf = CodeSum<W == DType::kInt8Group ? 8 : 4>;
+
+// totals[r][·] += a group's sums, in R rows and 16 C columns from `column` on.
+template <int R, int C, DType W, bool kIsAsking>
+inline void multiply_group(const char* group, int column, const float* x, float* totals) {
+  constexpr bool kIsByte = W == DType::kInt8Group;
+  constexpr int kStepWords = kIsByte ? 1 : 2;  // of a row that a vector of codes meets
+  const char* codes = group + group_header_bytes(W) + 4 * column;
+  const auto* words = reinterpret_cast<const uint32_t*>(x);
+  CodeSumOf<W> sums[R][kDigits][C];
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) sums[r][c] = set1(0.0f);
+    for (int digit = 0; digit < kDigits; ++digit) {
+      const uint32_t start = words[r * kFixedRowWords + kFixedStart + digit];
+      for (int c = 0; c < C; ++c) sums[r][digit][c].start(start);
+    }
   }
-  for (int64_t begin = 0; begin < num_k; begin += kGroupK, groups += group_bytes(W)) {
-    expand_group<W, C>(
-        groups, column, [&](int64_t k, int c, F16 weights) __attribute__((always_inline)) {
-          for (int r = 0; r < R; ++r) {
-            sums[r][c] = multiply_add(sums[r][c], weights, set1(x[r * kChunkK + begin + k]));
-          }
-        });
-  }
-  for (int r = 0; r < R; ++r) {
+  for (int step = 0; step < kDigitWords; step += kStepWords, codes += 4 * kPanelColumns) {
+    U16 packed[C];
     for (int c = 0; c < C; ++c) {
-      float* total = totals + r * kPanelColumns + column + 16 * c;
-      store(total, load(total) + sums[r][c]);
+      if (kIsAsking) __builtin_prefetch(codes + 64 * c + kPrefetchedGroups * group_bytes(W));
+      packed[c] = load_words(codes + 64 * c);
+    }
+    for (int i = 0; i < kStepWords; ++i) {
+      U16 quads[C];
+      for (int c = 0; c < C; ++c) {
+        const U16 shifted = i == 0 ? packed[c] : shift_right<4>(packed[c]);
+        quads[c] = kIsByte ? packed[c] : shifted & set1_u(0x0f0f0f0f);
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int digit = 0; digit < kDigits; ++digit) {
+          const U16 factor = set1_u(words[r * kFixedRowWords + digit * kDigitWords + step + i]);
+          for (int c = 0; c < C; ++c) sums[r][digit][c].add(quads[c], factor);
+        }
+      }
+    }
+  }
+  const auto* scales = reinterpret_cast<const uint16_t*>(group) + column;
+  for (int c = 0; c < C; ++c) {
+    const F16 scale = load_fp16(scales + 16 * c);
+    F16 centre = scale;
+    if (W == DType::kInt4Min) {
+      centre = fma(scale, set1(8.0f), load_fp16(scales + kPanelColumns + 16 * c));
+    }
+    for (int r = 0; r < R; ++r) {
+      const float* row = x + r * kFixedRowWords;
+      const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
+      F16 value = from_int(sums[r][kDigits - 1][c].total(start[kDigits - 1]));
+      for (int digit = kDigits - 2; digit >= 0; --digit) {
+        value = fma(value, set1(256.0f), from_int(sums[r][digit][c].total(start[digit])));
+      }
+      float* at = totals + r * kPanelColumns + column + 16 * c;
+      F16 total = fma(scale, value * set1(row[kFixedScale]), load(at));
+      if (W == DType::kInt4Min) total = fma(centre, set1(row[kFixedSum]), total);
+      store(at, total);
     }
   }
 }
 
-// One chunk of a panel for at most kMaxBlockRows rows.
+// Register blocks: up to block_rows rows by block_vectors vectors of columns.
 template <DType W>
-inline void multiply_grouped_rows(int num_rows, const char* groups, const float* x, int num_k,
-                                  float* totals) {
-#define SPECENGINE_BLOCK(R)                                                       \
-  case R:                                                                         \
-    if constexpr (R <= kMaxBlockRows) {                                           \
-      constexpr int kVectors = grouped_vectors(R);                                \
-      for (int column = 0; column < kPanelColumns; column += 16 * kVectors) {     \
-        multiply_grouped_block<R, kVectors, W>(groups, column, x, num_k, totals); \
-      }                                                                           \
-    }                                                                             \
+constexpr int block_rows() {
+  return CodeSumOf<W>::kMaxSums < 4 ? CodeSumOf<W>::kMaxSums : 4;
+}
+template <DType W>
+constexpr int block_vectors(int num_rows) {
+  constexpr int kMaxSums = CodeSumOf<W>::kMaxSums;
+  return kMaxSums < 4 ? 1 : num_rows == 1 ? 4 : kMaxSums / 4;
+}
+
+// One group of a panel for at most block_rows rows.
+template <DType W, bool kIsAsking>
+inline void multiply_group_rows(int num_rows, const char* group, const float* x, float* totals) {
+#define SPECENGINE_BLOCK(R)                                                          \
+  case R:                                                                            \
+    if constexpr (R <= block_rows<W>()) {                                            \
+      constexpr int kVectors = block_vectors<W>(R);                                  \
+      for (int column = 0; column < kPanelColumns; column += 16 * kVectors) {        \
+        multiply_group<R, kVectors, W, kIsAsking>(group, column, forget(x), totals); \
+      }                                                                              \
+    }                                                                                \
     break;
   switch (num_rows) {
     SPECENGINE_BLOCK(1)
     SPECENGINE_BLOCK(2)
     SPECENGINE_BLOCK(3)
     SPECENGINE_BLOCK(4)
-    SPECENGINE_BLOCK(5)
-    SPECENGINE_BLOCK(6)
   }
 #undef SPECENGINE_BLOCK
 }
 
-// A chunk's weights as a panel of fp32 weights has them, asking for the next chunk (or null).
+// One chunk of a panel for every row, in blocks of rows.
 template <DType W>
-inline void expand_chunk(const char* groups, const char* next, int num_k, float* out) {
-  for (int begin = 0; begin < num_k; begin += kGroupK, groups += group_bytes(W)) {
-    for (int64_t at = 0; next != nullptr && at < group_bytes(W); at += 64) {
-      __builtin_prefetch(next + at, 0, 2);
-    }
-    if (next != nullptr) next += group_bytes(W);
-    for (int column = 0; column < kPanelColumns; column += 16) {
-      float* first = out + begin * kPanelColumns + column;
-      expand_group<W, 1>(groups, column,
-                         [&](int64_t k, int, F16 weights) __attribute__((always_inline)) {
-                           store(first + k * kPanelColumns, weights);
-                         });
+inline void add_grouped_chunk(int num_rows, const char* chunk, const float* x, int num_k,
+                              float* totals) {
+  const int num_blocks = (num_rows + block_rows<W>() - 1) / block_rows<W>();
+  for (int block = 0; block < num_blocks; ++block) {
+    const int row = num_rows * block / num_blocks;
+    const int count = num_rows * (block + 1) / num_blocks - row;
+    const float* rows = x + row * kFixedRowWords;
+    float* sums = totals + row * kPanelColumns;
+    const char* group = chunk;
+    for (int k = 0; k < num_k; k += kGroupK, group += group_bytes(W), rows += kFixedWords) {
+      if (block == 0) {
+        for (int64_t at = 0; at < group_header_bytes(W); at += 64) {
+          __builtin_prefetch(group + at + kPrefetchedGroups * group_bytes(W));
+        }
+        multiply_group_rows<W, true>(count, group, rows, sums);
+      } else {
+        multiply_group_rows<W, false>(count, group, rows, sums);
+      }
     }
   }
 }

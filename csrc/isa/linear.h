@@ -60,6 +60,7 @@ inline void norm_row(const float* x, const float* weight, const float* bias, flo
 
 // Words that hold a chunk of a row as weights of a type multiply it; see pack_row.
 constexpr int row_words(DType weights) {
+  if (is_grouped(weights)) return kFixedRowWords;
   if (weights == DType::kInt8) return kChunkK / 4 + 2;
   return kHasBf16Dot && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
 }
@@ -116,19 +117,14 @@ inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64
     const int num_k = k - begin < kChunkK ? static_cast<int>(k - begin) : kChunkK;
     if (weights == DType::kInt8) {
       pack_int8(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
+    } else if (is_grouped(weights)) {
+      pack_fixed(x + begin, num_k, weights, reinterpret_cast<uint32_t*>(out));
     } else if (kHasBf16Dot && weights == DType::kBFloat16) {
       pack_bf16(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else {
       pack_floats(x + begin, num_k, out);
     }
   }
-}
-
-// The compiler forgets what it loaded from here: registers are for the sums.
-template <class T>
-inline T* forget(T* p) {
-  asm volatile("" : "+r"(p));
-  return p;
 }
 
 alignas(64) inline constexpr uint32_t kHighHalves[16] = {
@@ -345,19 +341,6 @@ inline void add_chunk(int num_rows, const char* chunk, const char* next, const f
   }
 }
 
-// The same for weights by group.
-template <DType W>
-inline void add_grouped_chunk(int num_rows, const char* chunk, const char* next, const float* x,
-                              int num_k, float* totals) {
-  if (num_rows <= kMaxBlockRows) {
-    return multiply_grouped_rows<W>(num_rows, chunk, x, num_k, totals);
-  }
-  alignas(64) float weights[kChunkK * kPanelColumns];
-  expand_chunk<W>(chunk, next, num_k, weights);
-  add_chunk<DType::kFloat32>(num_rows, reinterpret_cast<const char*>(weights), nullptr, x, num_k,
-                             totals);
-}
-
 template <DType W>
 inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
   const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
@@ -370,10 +353,10 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
     for (int64_t begin = 0; begin < args.k; begin += kChunkK, x += args.num_rows * row_words(W)) {
       const int num_k = args.k - begin < kChunkK ? static_cast<int>(args.k - begin) : kChunkK;
       const char* chunk = weights + panel_bytes(begin, W);
-      const char* next = begin + kChunkK < args.k ? chunk + panel_bytes(kChunkK, W) : nullptr;
       if constexpr (is_grouped(W)) {
-        add_grouped_chunk<W>(num_rows, chunk, next, x, num_k, totals);
+        add_grouped_chunk<W>(num_rows, chunk, x, num_k, totals);
       } else {
+        const char* next = begin + kChunkK < args.k ? chunk + panel_bytes(kChunkK, W) : nullptr;
         add_chunk<W>(num_rows, chunk, next, x, num_k, totals);
       }
     }

@@ -170,20 +170,21 @@ inline U16 load_words(const void* p) {
   const auto* words = static_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(words), _mm256_loadu_si256(words + 1)};
 }
-inline __m256i narrow(U16 x) {
-  return _mm256_permute4x64_epi64(_mm256_packs_epi32(x.lo, x.hi), 0xD8);
+// The low bits of each word that `mask` has, 16 at most.
+inline __m256i narrow(U16 x, int mask) {
+  const __m256i bits = _mm256_set1_epi32(mask);
+  const __m256i halves =
+      _mm256_packus_epi32(_mm256_and_si256(x.lo, bits), _mm256_and_si256(x.hi, bits));
+  return _mm256_permute4x64_epi64(halves, 0xD8);
 }
 inline void store_halves(uint16_t* p, U16 x) {
-  const __m256i mask = _mm256_set1_epi32(0xffff);
-  const __m256i halves =
-      _mm256_packus_epi32(_mm256_and_si256(x.lo, mask), _mm256_and_si256(x.hi, mask));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(halves, 0xD8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, 0xffff));
 }
 inline void store_bytes(int8_t* p, U16 x) {
-  const __m256i halves = narrow(x);
+  const __m256i halves = narrow(x, 0xff);
   _mm_storeu_si128(
       reinterpret_cast<__m128i*>(p),
-      _mm_packs_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
+      _mm_packus_epi16(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1)));
 }
 constexpr bool kHasOffsetDot = false;
 // Products of |w| and sign(w) x: neither they nor their sums in pairs leave 16 bits.
@@ -199,18 +200,24 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
   asm volatile("vpaddd %1, %0, %0" : "+x"(sum.hi) : "x"(products.hi));
   return sum;
 }
-inline F16 load_int8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
-template <int kIndex, bool kIsSigned>
-inline F16 nibble(U16 words) {
-  if constexpr (!kIsSigned) return from_int(shift_right<4 * kIndex>(words) & set1_u(15));
-  const U16 high = shift_left<28 - 4 * kIndex>(words);
-  return from_int({_mm256_srai_epi32(high.lo, 28), _mm256_srai_epi32(high.hi, 28)});
-}
-constexpr int grouped_vectors(int num_rows) { return num_rows == 1 ? 2 : 1; }
+// The sum over a group of products of quads of numbers of 4 bits without sign, and of int8: in
+// pairs, of which 16 bits hold a whole group's (16 * 15 * 128).
+struct NibbleSum {
+  static constexpr int kMaxSums = 2;
+  __m256i lo, hi;
+  void start() { lo = hi = _mm256_setzero_si256(); }
+  void add(U16 codes, U16 x) {
+    const __m256i products_lo = _mm256_maddubs_epi16(codes.lo, x.lo);
+    const __m256i products_hi = _mm256_maddubs_epi16(codes.hi, x.hi);
+    asm volatile("vpaddw %1, %0, %0" : "+x"(lo) : "x"(products_lo));
+    asm volatile("vpaddw %1, %0, %0" : "+x"(hi) : "x"(products_hi));
+  }
+  U16 total() const {
+    const __m256i ones = _mm256_set1_epi16(1);
+    return {_mm256_madd_epi16(lo, ones), _mm256_madd_epi16(hi, ones)};
+  }
+};
+#include "isa/nibble_sums.h"
 inline F16 multiply_add(F16 sum, F16 a, F16 b) {
   asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.lo) : "x"(a.lo), "x"(b.lo));
   asm volatile("vfmadd231ps %1, %2, %0" : "+x"(sum.hi) : "x"(a.hi), "x"(b.hi));

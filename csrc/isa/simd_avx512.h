@@ -105,19 +105,6 @@ inline void store_halves(uint16_t* p, U16 x) {
 inline void store_bytes(int8_t* p, U16 x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x.v));
 }
-inline F16 load_int8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
-}
-// Of each word's eight numbers of 4 bits the kIndex-th, from the lowest bits on.
-template <int kIndex, bool kIsSigned>
-inline F16 nibble(U16 words) {
-  const __m512 low = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const __m512 both = _mm512_set_ps(-1, -2, -3, -4, -5, -6, -7, -8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return {_mm512_permutexvar_ps(shift_right<4 * kIndex>(words).v, kIsSigned ? both : low)};
-}
-// Vectors of columns that a block of rows takes at a time of weights by group.
-constexpr int grouped_vectors(int num_rows) { return num_rows <= 4 ? 4 : 2; }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 
 inline D16 zero_d() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }

@@ -130,6 +130,23 @@ template <int kByte>
 inline Int16Lanes signed_byte(U16 x) {
   return reinterpret_cast<Int16Lanes>(x.v << (24 - 8 * kByte)) >> 24;
 }
+// See simd_avx2.h.
+template <int kBits>
+struct CodeSum {
+  static constexpr int kMaxSums = 1;
+  U16 sum;
+  void start(uint32_t start) { sum = set1_u(start); }
+  void add(U16 codes, U16 x) {
+    const auto product = [&]<int kByte>() {
+      return reinterpret_cast<Int16Lanes>((codes.v >> (8 * kByte)) & 0xff) * signed_byte<kByte>(x);
+    };
+    const Int16Lanes products = product.template operator()<0>() +
+                                product.template operator()<1>() +
+                                product.template operator()<2>() + product.template operator()<3>();
+    sum.v += reinterpret_cast<Uint16Lanes>(products);
+  }
+  U16 total(uint32_t) const { return sum; }
+};
 inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
   const U16 w = offset_weights ^ set1_u(0x80808080);
   const Int16Lanes products =
@@ -137,17 +154,6 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
       signed_byte<2>(w) * signed_byte<2>(x) + signed_byte<3>(w) * signed_byte<3>(x);
   return {sum.v + reinterpret_cast<Uint16Lanes>(products)};
 }
-inline F16 load_int8(const int8_t* p) {
-  F16 r;
-  for (int i = 0; i < 16; ++i) r.v[i] = p[i];
-  return r;
-}
-template <int kIndex, bool kIsSigned>
-inline F16 nibble(U16 words) {
-  const U16 code = shift_right<4 * kIndex>(words) & set1_u(15);
-  return kIsSigned ? from_int((code ^ set1_u(8)) - set1_u(8)) : from_int(code);
-}
-constexpr int grouped_vectors(int) { return 1; }
 inline F16 multiply_add(F16 sum, F16 a, F16 b) { return fma(a, b, sum); }
 inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }
 

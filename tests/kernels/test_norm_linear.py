@@ -14,6 +14,7 @@ from kernel_cases import (
     NATIVE,
     TRITON,
     WEIGHT_DTYPES,
+    WeightDtype,
     as_multiplied,
     assert_earned,
     assert_row_invariant,
@@ -22,6 +23,7 @@ from kernel_cases import (
     random_rows,
     width_of,
 )
+from torch import Tensor
 
 from specengine.kernels import reference
 from specengine.kernels.reference.norm_linear import apply_activation
@@ -288,32 +290,80 @@ def test_a_fault_in_int8_weights_is_noticed(ops: Backend, fault: str) -> None:
 # -- by group ------------------------------------------------------------------------------------------------------
 
 
+def fused(a: Tensor, b: Tensor, c: Tensor, is_fused: bool) -> Tensor:
+    """a * b + c in fp32, rounded once; where there is no such instruction twice."""
+    product = a.double() * b.double()
+    return (product if is_fused else product.float()).add(c.double()).float()
+
+
+def grouped_product(x: Tensor, weight: GroupedWeight, is_fused: bool) -> Tensor:
+    """`[R, N]`: x W^T as C++ is specified to round it. A group of a row becomes integers of 23 bits with one scale;
+    their products with the codes are summed exactly, in three parts by the integers' digits in base 256, from
+    -(what is added to the codes so that they have no sign) * (sum of the integers) on."""
+    offset = 128 if weight.bits == 8 else 8
+    codes = weight.codes.long() + (0 if weight.minimum is not None else offset)
+    total = torch.zeros(x.shape[0], weight.shape[0])
+    for group in range(x.shape[1] // 32):
+        columns = slice(32 * group, 32 * group + 32)
+        values = x[:, columns]
+        largest = values.abs().amax(dim=1, keepdim=True)
+        whole = (values / largest * 0x3F7F7F).round().long()
+        scale, sums = largest / 0x3F7F7F, whole.sum(dim=1, keepdim=True)
+        start, digits = -offset * sums, whole + 0x808080
+        parts = []
+        for position in range(3):
+            digit = (digits >> 8 * position & 255) - 128
+            low = (start + 128 & 255) - 128 if position < 2 else start
+            start = start - low >> 8
+            parts.append((digit @ codes[:, columns].t() + low).float())
+        value = parts[2]
+        for part in (parts[1], parts[0]):
+            value = fused(value, torch.tensor(256.0), part, is_fused)
+        factor = weight.scale[:, group].float()
+        total = fused(factor, value * scale, total, is_fused)
+        if weight.minimum is not None:
+            centre = fused(factor, torch.tensor(8.0), weight.minimum[:, group], is_fused)
+            total = fused(centre, sums.float() * scale, total, is_fused)
+    return total
+
+
 def check_grouped_bits(
-    format: WeightFormat, fault: Callable[[GroupedWeight], GroupedWeight] | None = None
+    instructions: str, format: WeightFormat, fault: Callable[[GroupedWeight], GroupedWeight] | None = None
 ) -> None:
-    """Weights by group give the bits of the fp32 weights that they mean, for every block of rows and with several
-    chunks, a ragged last panel and a ragged last chunk."""
+    """For every block of rows, with several chunks, a ragged last panel and a ragged last chunk."""
     for width, num_columns in ((32, 2), (96, 130), (480, 66)):
         layer = random_layer(width, num_columns, format.name)
         weight = GroupedWeight(layer.plain.weight, layer.plain.scale, layer.plain.minimum, format.bits)
-        given = NATIVE.pack_linear(weight if fault is None else fault(weight), layer.plain.bias)
-        meant = NATIVE.pack_linear(weight.dequantize(), layer.plain.bias)
+        packed = NATIVE.pack_linear(weight if fault is None else fault(weight), None)
         for num_rows in (1, 2, 3, 4, 5, 6, 7, 40):
             hidden = random_rows(num_rows, width)
-            results = [NATIVE.norm_linear(hidden, layer.norm, packed, "swiglu") for packed in (given, meant)]
-            assert torch.equal(*results), f"{num_rows} rows of {width}"
+            result = NATIVE.linear_residual(hidden, packed, torch.zeros(num_rows, num_columns))
+            expected = grouped_product(hidden, weight, is_fused=instructions != "portable")
+            assert torch.equal(result, expected), f"{num_rows} rows of {width}"
 
 
 @pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
-@pytest.mark.parametrize("instructions", INSTRUCTION_SETS)
-def test_groups_have_the_bits_of_the_numbers_that_they_mean(instructions: str, format: WeightFormat) -> None:
-    from specengine import _C
+def test_groups_have_the_bits_that_are_specified(instruction_set: str, format: WeightFormat) -> None:
+    check_grouped_bits(instruction_set, format)
 
-    _C.set_instruction_set(instructions)
-    try:
-        check_grouped_bits(format)
-    finally:
-        _C.set_instruction_set("auto")
+
+@pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
+def test_every_code_and_the_largest_numbers_are_summed_exactly(
+    instruction_set: str, format: WeightFormat
+) -> None:
+    """Sums at the limits of what 16 and 32 bits hold: every code of a type against rows of one value."""
+    lowest, highest = {"int4": (-8, 7), "int4_min": (0, 15), "int8_group": (-128, 127)}[format.name]
+    codes = torch.arange(lowest, highest + 1, dtype=torch.int8)[:, None].expand(-1, 64)
+    scale = torch.ones(len(codes), 2, dtype=torch.float16)
+    minimum = torch.zeros_like(scale) if format.has_minimum else None
+    packed = NATIVE.pack_linear(GroupedWeight(codes, scale, minimum, format.bits), None)
+    for largest in (0x3F7F7F, -0x3F7F7F):
+        for value in (largest, 0x80, -0x80, 0x7F80, -0x7F80):
+            rows = torch.full((5, 64), float(value))
+            rows[:, ::32] = largest
+            out = NATIVE.linear_residual(rows, packed, torch.zeros(5, len(codes)))
+            exact = (rows[0].double() @ codes.double().t()).expand(5, -1)
+            assert (out - exact).abs().max() <= 2**-23 * exact.abs().max()
 
 
 @pytest.mark.parametrize("format", GROUPED_FORMATS, ids=lambda format: format.name)
@@ -324,7 +374,23 @@ def test_one_code_of_another_value_is_noticed(format: WeightFormat) -> None:
         return replace(weight, codes=codes)
 
     with pytest.raises(AssertionError, match="rows of 32"):
-        check_grouped_bits(format, faulty)
+        check_grouped_bits("auto", format, faulty)
+
+
+@pytest.mark.parametrize("dtype", [format.name for format in GROUPED_FORMATS])
+def test_grouped_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend, dtype: WeightDtype) -> None:
+    layer = random_layer(128, 70, dtype, ops=every_ops)
+    rows = random_rows(8, 128)
+    rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, 1e-36, 1e34
+    rows[5, 127], rows[6, 0] = float("nan"), float("inf")
+    residual = torch.zeros(8, 70)
+    out = every_ops.linear_residual(rows, layer.packed, residual)
+    finite = [0, 1, 2, 3, 4, 7]
+    expected = reference.linear_residual(rows[finite].double(), layer.plain, residual[:6].double())
+    assert torch.equal(out[1], layer.packed.bias)
+    assert not out[5:7].isfinite().any()
+    error = (out[finite].double() - expected).abs().amax(dim=1)
+    assert (error <= 1e-5 * expected.abs().amax(dim=1)).all()
 
 
 GGUF_TYPES = {"int4": "Q4_0", "int4_min": "Q4_1", "int8_group": "Q8_0"}
