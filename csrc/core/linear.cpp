@@ -14,9 +14,8 @@ namespace {
 constexpr int64_t kMinParallelWork = int64_t{1} << 17;
 // The same for numbers to normalise or round.
 constexpr int64_t kMinParallelRows = int64_t{1} << 14;
-// Weight bytes per task: small enough to share evenly, large enough that a thread reads on where it
-// stopped, as the processor expects when it reads ahead.
-constexpr int64_t kTaskBytes = int64_t{1} << 19;
+// Weight bytes per task: small enough to share evenly, large enough that claiming costs nothing.
+constexpr int64_t kTaskBytes = int64_t{1} << 17;
 
 // Packed rows that stay in a core's second cache while one panel after the other meets them.
 constexpr int64_t kGroupBytes = int64_t{384} << 10;
@@ -93,14 +92,30 @@ class PackedRows {
   int64_t num_groups_;
 };
 
-// Even parts of the panels, as many for each thread: of about kTaskBytes, and fewer where many rows
-// make a panel more work.
-int64_t num_panel_parts(const LinearArgs& args, int64_t panels) {
-  const int64_t work = panel_bytes(args.k, args.dtype) * args.num_rows;
-  const int64_t per_part = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, work));
-  const int64_t at_once = per_part * num_threads();
-  return std::min(panels, (panels + at_once - 1) / at_once * num_threads());
-}
+// A weight's panels in parts: most of them in one for each thread, which so reads on where it
+// stopped, as the processor expects when it reads ahead; the rest, for who comes first, in parts of
+// about kTaskBytes, or less where many rows make a panel more work.
+class PanelParts {
+ public:
+  PanelParts(const LinearArgs& args, int64_t panels)
+      : panels_(panels), num_long_(num_threads()), long_panels_(panels * 3 / 4 / num_long_) {
+    if (long_panels_ == 0) num_long_ = 0;
+    const int64_t work = panel_bytes(args.k, args.dtype) * args.num_rows;
+    const int64_t per_part = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, work));
+    num_short_ = (panels - num_long_ * long_panels_ + per_part - 1) / per_part;
+  }
+
+  int64_t count() const { return num_long_ + num_short_; }
+
+  int64_t begin(int64_t part) const {
+    if (part <= num_long_) return part * long_panels_;
+    const int64_t rest = num_long_ * long_panels_;
+    return rest + part_begin(panels_ - rest, num_short_, part - num_long_);
+  }
+
+ private:
+  int64_t panels_, num_long_, long_panels_, num_short_;
+};
 
 bool is_worth_sharing(const LinearCall& call) {
   return call.num_rows * call.num_columns * call.weight->in_features >= kMinParallelWork;
@@ -149,13 +164,12 @@ void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows,
 
 void linear(const LinearCall& call) {
   const PackedRows rows(call, true);
-  const int64_t panels = num_panels(call.num_columns);
-  const int64_t parts = num_panel_parts(rows.args(0), panels);
+  const PanelParts parts(rows.args(0), num_panels(call.num_columns));
   const Kernels& isa = kernels();
-  parallel_for(rows.num_groups() * parts, is_worth_sharing(call), [&](int64_t task) {
-    const LinearArgs args = rows.args(task / parts);
-    const int64_t end = part_begin(panels, parts, task % parts + 1);
-    for (int64_t panel = part_begin(panels, parts, task % parts); panel < end; ++panel) {
+  parallel_for(rows.num_groups() * parts.count(), is_worth_sharing(call), [&](int64_t task) {
+    const LinearArgs args = rows.args(task / parts.count());
+    const int64_t part = task % parts.count(), end = parts.begin(part + 1);
+    for (int64_t panel = parts.begin(part); panel < end; ++panel) {
       isa.linear_panel(args, panel);
     }
   });
