@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 from law_helpers import CheckpointFactory
 from typer.testing import CliRunner
 
 from specengine import Engine
 from specengine.cli import app
-from specengine.measure import runs
+from specengine.cli.tune import read_precisions
+from specengine.config import EngineConfig
+from specengine.measure import runs, tune
 from specengine.measure.predictions import MOST_DRAFTS, merge_rounds, summarize_rounds
 from specengine.measure.records import read_records
 from specengine.measure.theory import expected_tokens
@@ -213,6 +216,19 @@ def test_what_changes_the_model_is_tried_only_if_it_is_allowed() -> None:
     profile = changed.profile()
     assert profile.recommendation.weight_dtype == "int8"
     assert profile.drafters[0].rounds[0].seconds == pytest.approx(PLAIN_SECONDS / 1.5, rel=0.03)
+
+
+def test_how_weights_may_be_stored(checkpoint: CheckpointFactory, tmp_path: Path) -> None:
+    """A draft's in 4 bits too, where its widths are whole groups; a target's as it is asked for."""
+    config = EngineConfig()
+    whole = str(checkpoint(hidden_size=64, seed=1))
+    ragged = tiny_models.save_checkpoint(tmp_path / "m", "llama", hidden_size=64, intermediate_size=100)
+    assert {"auto", "int8", "int4"} <= set(tune.draft_dtypes(whole, config))
+    assert "int4" not in tune.draft_dtypes(str(ragged), config)
+    assert tune.draft_dtypes("suffix", config) == ["auto"]
+    assert tune.draft_dtypes(whole, EngineConfig(draft_weight_dtype="int8")) == ["int8"]
+    asked = read_precisions(["int4", "int8_group", "float16"], config)
+    assert asked == [("auto", "int4"), ("auto", "int8_group"), ("float16", "auto")]
 
 
 def test_of_equals_the_mean_and_of_rounds_the_median() -> None:

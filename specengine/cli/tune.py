@@ -15,6 +15,7 @@ from specengine.cli.measuring import NumPrompts, Out, Prompts, Repeats, all_opti
 from specengine.cli.options import AsJson, takes
 from specengine.cli.output import print_json
 from specengine.config import EngineConfig, ModelOptions, SamplingParams
+from specengine.weight_formats import WEIGHT_FORMATS
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +55,7 @@ def tune(
         typer.Option(
             "--try-dtype",
             metavar="NAME",
-            help="of the target, int8 too: try it besides, though it changes what the model says slightly (repeatable)",
+            help="of the target, int8 and int4 too: try it besides, though it changes what the model says (repeatable)",
         ),
     ] = None,
     write: Annotated[
@@ -84,7 +85,7 @@ def tune(
 
     tuner = build_tuner(
         call,
-        precisions=_read_precisions(try_dtypes or [], call.config),
+        precisions=read_precisions(try_dtypes or [], call.config),
         drafters=drafters or [],
         repeats=repeats,
         batch_size=batch_size,
@@ -130,14 +131,15 @@ def _check_new(path: Path, *, force: bool) -> None:
         raise ValueError(f"--write {str(path)!r}: no such directory")
 
 
-def _read_precisions(names: Sequence[str], config: EngineConfig) -> list[tuple[str, str]]:
+def read_precisions(names: Sequence[str], config: EngineConfig) -> list[tuple[str, str]]:
     """(dtype, weight_dtype) of the target."""
     from specengine.config import declaration
 
     field = EngineConfig.__dataclass_fields__["weight_dtype"]
     kind = declaration(field).kind
     checked = [kind.check("--try-dtype", name) for name in names]
-    return [(config.dtype, name) if name == "int8" else (name, config.weight_dtype) for name in checked]
+    has_scales = {name for name, format in WEIGHT_FORMATS.items() if format.has_scales}
+    return [(config.dtype, name) if name in has_scales else (name, config.weight_dtype) for name in checked]
 
 
 def _table(scores: Sequence[Score]) -> Table:

@@ -5,7 +5,8 @@
 2. A duel: those that promise most, and plain decoding, take turns on all prompts, beginning with another one each time.
    After `FIRST_REPEATS` the best `NUM_BEST` go on. What is recommended rests on these measured pairs alone.
 
-Nothing that changes what the target says is tried unless it is asked for: another dtype, weights in int8, a lossy mode.
+Nothing that changes what the target says is tried unless it is asked for: another dtype, weights of 8 or 4 bits, a
+lossy mode.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from specengine.measure.runs import Case, EngineCase, Run, Shares, generate, mea
 from specengine.measure.statistics import ratio_interval
 from specengine.measure.summary import seconds_a_token
 from specengine.models.checkpoints import open_checkpoint
-from specengine.models.loader import has_native_bf16, main_dtype
+from specengine.models.loader import has_native_bf16, main_dtype, ungrouped_width
 from specengine.outputs import GenerationResult
 from specengine.profiles import (
     BUNDLED,
@@ -43,6 +44,7 @@ from specengine.profiles import (
 )
 from specengine.profiles import Round as KnownRound
 from specengine.prompt import Prompt
+from specengine.weight_formats import INT4
 
 # Those that draft from the text alone.
 LOOKUPS = tuple(lookups())
@@ -469,7 +471,7 @@ def build_tuner(
     setups = [
         Setup(source, dtype, **base)
         for source in dict.fromkeys([*sources, *LOOKUPS])
-        for dtype in _draft_dtypes(source, config)
+        for dtype in draft_dtypes(source, config)
     ]
     modes = ["block"] if call.params.rule == "rejection" and call.params.acceptance == "auto" else []
     return Tuner(
@@ -485,18 +487,23 @@ def build_tuner(
     )
 
 
-def _draft_dtypes(source: str, config: EngineConfig) -> list[str]:
+def draft_dtypes(source: str, config: EngineConfig) -> list[str]:
     """How a draft's weights may be stored: as asked for; where nothing was, also in what reads fewer bytes."""
     asked = config.draft_weight_dtype
     is_native = config.device in (AUTO, "cpu") and config.backend in (AUTO, "native")
     if names_a_drafter(source) or asked != AUTO or not is_native:
         return [asked]
     path = resolve_source(source, is_draft=True)
-    stored = main_dtype(
-        open_checkpoint(path, revision=config.revision, allow_pickle=config.allow_pickle).tensors
+    checkpoint = open_checkpoint(path, revision=config.revision, allow_pickle=config.allow_pickle)
+    is_fp32 = config.dtype == "float32" or (
+        config.dtype == AUTO and main_dtype(checkpoint.tensors).itemsize > 2
     )
-    is_fp32 = config.dtype == "float32" or (config.dtype == AUTO and stored.itemsize > 2)
-    return [AUTO, "int8", *(["bfloat16"] if is_fp32 and has_native_bf16() else [])]
+    return [
+        AUTO,
+        "int8",
+        *([INT4.name] if ungrouped_width(checkpoint.spec, INT4) is None else []),
+        *(["bfloat16"] if is_fp32 and has_native_bf16() else []),
+    ]
 
 
 def name_source(source: Any) -> str:

@@ -76,7 +76,12 @@ def load_model(
         dtype = named.dtype
     chosen = choose_dtype(dtype, checkpoint_dtype, device, backend)
     if named is not None and named.is_grouped:
-        _check_groups(model.spec, named, checkpoint.name)
+        width = ungrouped_width(model.spec, named)
+        if width is not None:
+            raise ValueError(
+                f"weight_dtype={named.name!r}: {checkpoint.name} has linear layers with {width} inputs, which are no "
+                f"groups of {named.group_size}; int8 has none"
+            )
     weights, stored = read_weights(
         model,
         checkpoint.tensors,
@@ -92,14 +97,11 @@ def load_model(
     return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, stored)
 
 
-def _check_groups(spec: DecoderSpec, format: WeightFormat, name: str) -> None:
+def ungrouped_width(spec: DecoderSpec, format: WeightFormat) -> int | None:
+    """The inputs of a linear layer that are no whole groups, if there is one."""
     assert format.group_size
-    for width in (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size):
-        if width % format.group_size:
-            raise ValueError(
-                f"weight_dtype={format.name!r}: {name} has linear layers with {width} inputs, which are no groups of "
-                f"{format.group_size}; int8 has none"
-            )
+    widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
+    return next((width for width in widths if width % format.group_size), None)
 
 
 def choose_dtype(
