@@ -112,7 +112,12 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
         default=joined(defaults.peer_k),
         help="the peers' draft lengths",
     )
-    add("--draft-dtype", choices=["int8", "same"], default="int8", help="the draft's, where it can be chosen")
+    add(
+        "--draft-dtype",
+        choices=["int8", "int4", "same"],
+        default="int8",
+        help="the draft's, where it can be chosen",
+    )
     add("--prompts", type=between(1, 1000), default=defaults.num_prompts, metavar="N", help="how many")
     add(
         "--max-new-tokens",

@@ -24,7 +24,7 @@ PAUSE_SECONDS = 0.25
 WARM_UP_TOKENS = 8
 # A worker that waits for its turn should use nothing; more than this is told.
 IDLE_SHARE = 0.02
-SOURCE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.bfloat16}
+SOURCE_DTYPES = {"float32": torch.float32}  # of the checkpoint that is written; else bf16
 
 Say = Callable[[str], None]
 
@@ -188,7 +188,7 @@ def run(
 ) -> list[Row]:
     """The rows of one pair in one dtype. Raises `NotExactError`; leaves no process behind, whatever happens."""
     say(f"{pair}, {dtype}: writing and loading models")
-    target, draft = build_pair(pair.target, pair.draft, cache, SOURCE_DTYPES[dtype])
+    target, draft = build_pair(pair.target, pair.draft, cache, SOURCE_DTYPES.get(dtype, torch.bfloat16))
     setups = {name: build_setup(name, target, draft, dtype, options, cache) for name in options.contestants}
     with ExitStack() as stack:
         workers, reasons = start(list(setups.values()), stack, say)

@@ -15,8 +15,8 @@ from generation.protocol import MODULES, Task
 
 OURS = "ours"
 PROMPT_LENGTH, PREFILL_LENGTH, BATCH_SIZE = 100, 256, 8
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8"}
-BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0}
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
+BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 18 / 32}
 Q8_0_BYTES = 34 / 32  # llama.cpp's 8 bits: an fp16 scale for 32 weights
 DRAFT_ROOM = 64
 MODES = ("plain", "batch", "speculative", "prefill")
@@ -38,7 +38,7 @@ PAIRS = (Pair("distilgpt2", "gpt2-medium"), Pair("gpt2", "gpt2-medium"), Pair("g
 
 @dataclass(frozen=True)
 class Options:
-    """What is measured; dtypes are "float32", "bfloat16" and "int8".
+    """What is measured; dtypes are "float32", "bfloat16", "int8" and "int4".
 
     k:           draft lengths of ours
     peer_k:      draft lengths of the peers

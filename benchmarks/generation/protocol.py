@@ -29,7 +29,7 @@ class Setup:
     """What a contestant loads.
 
     target, draft: Hugging Face directories; the target may be a GGUF file, the draft a drafter's name
-    dtype:         "float32", "bfloat16" or "int8": how the target's matrices are stored; "auto" is as in the file
+    dtype:         of the target's matrices: "float32", "bfloat16", "int8", "int4"; "auto" is as in the file
     draft_dtype:   the same for the draft's
     speculates:    whether any task will speculate
     cache:         where `prepare` may leave files

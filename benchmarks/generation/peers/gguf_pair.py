@@ -19,11 +19,13 @@ TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "int8": gguf.GGMLQuantizationType.Q8_0,
+    "int4": gguf.GGMLQuantizationType.Q4_0,
 }
 FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
     "int8": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "int4": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
 OUTER_NAMES = {
     "wte.weight": "token_embd.weight",

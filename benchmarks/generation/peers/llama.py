@@ -15,7 +15,7 @@ from generation.peers.gguf_pair import write_gguf
 from generation.protocol import Answer, Arrivals, Counts, Setup, Task, UnavailableError, answer_one_by_one
 
 DISTRIBUTIONS = ("llama-cpp-python", "gguf")
-TYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0"}
+TYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 GREEDY = {"temp": 0.0, "repeat_penalty": 1.0}
 
 

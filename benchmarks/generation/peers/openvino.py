@@ -12,7 +12,7 @@ import openvino as ov
 import openvino_genai as genai
 
 from generation.files import cached
-from generation.protocol import Answer, Arrivals, Counts, Setup, Task, answer_one_by_one
+from generation.protocol import Answer, Arrivals, Counts, Setup, Task, UnavailableError, answer_one_by_one
 
 DISTRIBUTIONS = ("openvino-genai", "openvino", "optimum-intel", "nncf")
 # Weights of 8 bits are decompressed or multiplied as such; the rest runs in what is this processor's default.
@@ -58,6 +58,9 @@ def exported(directory: str, dtype: str, cache: str) -> Path:
 
 
 def prepare(setup: Setup) -> None:
+    for dtype in (setup.dtype, setup.draft_dtype if setup.speculates else setup.dtype):
+        if dtype not in PRECISIONS:
+            raise UnavailableError(f"not measured in {dtype}")
     exported(setup.target, setup.dtype, setup.cache)
     if setup.speculates:
         exported(setup.draft, setup.draft_dtype, setup.cache)

@@ -20,11 +20,10 @@ class Ours:
     """One engine; drafting is chosen a task."""
 
     def __init__(self, setup: Setup) -> None:
-        is_int8 = setup.dtype == "int8"
         self._engine = Engine(
             setup.target,
             setup.draft if setup.speculates else None,
-            dtype="bfloat16" if is_int8 else setup.dtype,
+            dtype="bfloat16" if setup.dtype in ("int8", "int4") else setup.dtype,
             weight_dtype=setup.dtype,
             draft_weight_dtype=setup.draft_dtype,
             max_batch_size=setup.max_batch_size,
