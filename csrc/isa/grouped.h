@@ -9,7 +9,8 @@ constexpr int kDigitWords = kGroupK / 4;
 enum FixedWord {
   kFixedScale = kDigits * kDigitWords,  // float: what an integer stands for
   kFixedSum,                            // float: the sum of the group
-  kFixedStart,  // kDigits integers in which the codes' offset is already subtracted
+  kFixedStart,  // what sums of the lowest digits, and of the next, start from: together, with the
+                // place of their digits, -code_offset times the sum of the integers
   kFixedWords = 32,
 };
 constexpr int kFixedRowWords = kChunkK / kGroupK * kFixedWords;
@@ -51,13 +52,10 @@ inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
   const float float_sum = static_cast<float>(sum) * scale;
   __builtin_memcpy(out + kFixedScale, &scale, sizeof(scale));
   __builtin_memcpy(out + kFixedSum, &float_sum, sizeof(float_sum));
-  int64_t start = -code_offset(weights) * sum;
-  for (int digit = 0; digit < kDigits - 1; ++digit) {
-    const auto low = static_cast<int8_t>(start);
-    out[kFixedStart + digit] = static_cast<uint32_t>(low);
-    start = (start - low) / 256;
-  }
-  out[kFixedStart + kDigits - 1] = static_cast<uint32_t>(start);
+  const int64_t start = -code_offset(weights) * sum;
+  const auto low = static_cast<int8_t>(start);
+  out[kFixedStart] = static_cast<uint32_t>(low);
+  out[kFixedStart + 1] = static_cast<uint32_t>((start - low) / 256);
 }
 
 inline void pack_fixed(const float* x, int num_k, DType weights, uint32_t* out) {
@@ -89,9 +87,11 @@ inline void multiply_group(const char* group, int column, const float* x, float*
   const auto* words = reinterpret_cast<const uint32_t*>(x);
   CodeSumOf<W> sums[R][kDigits][C];
   for (int r = 0; r < R; ++r) {
-    for (int digit = 0; digit < kDigits; ++digit) {
-      const uint32_t start = words[r * kFixedRowWords + kFixedStart + digit];
-      for (int c = 0; c < C; ++c) sums[r][digit][c].start(start);
+    const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
+    for (int c = 0; c < C; ++c) {
+      sums[r][0][c].start(start[0]);
+      sums[r][1][c].start(start[1]);
+      sums[r][2][c].start(0);
     }
   }
   for (int step = 0; step < kDigitWords; step += kStepWords, codes += 4 * kPanelColumns) {
@@ -124,10 +124,11 @@ inline void multiply_group(const char* group, int column, const float* x, float*
     for (int r = 0; r < R; ++r) {
       const float* row = x + r * kFixedRowWords;
       const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
-      F16 value = from_int(sums[r][kDigits - 1][c].total(start[kDigits - 1]));
-      for (int digit = kDigits - 2; digit >= 0; --digit) {
-        value = fma(value, set1(256.0f), from_int(sums[r][digit][c].total(start[digit])));
-      }
+      const U16 low = sums[r][0][c].total(start[0]);
+      const U16 high = shift_left<8>(sums[r][2][c].total(0)) + sums[r][1][c].total(start[1]);
+      // With codes of 4 bits the whole sum has 31 bits.
+      const F16 value = kIsByte ? fma(from_int(high), set1(256.0f), from_int(low))
+                                : from_int(shift_left<8>(high) + low);
       float* at = totals + r * kPanelColumns + column + 16 * c;
       F16 total = fma(scale, value * set1(row[kFixedScale]), load(at));
       if (W == DType::kInt4Min) total = fma(centre, set1(row[kFixedSum]), total);

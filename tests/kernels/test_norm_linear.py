@@ -298,8 +298,9 @@ def fused(a: Tensor, b: Tensor, c: Tensor, is_fused: bool) -> Tensor:
 
 def grouped_product(x: Tensor, weight: GroupedWeight, is_fused: bool) -> Tensor:
     """`[R, N]`: x W^T as C++ is specified to round it. A group of a row becomes integers of 23 bits with one scale;
-    their products with the codes are summed exactly, in three parts by the integers' digits in base 256, from
-    -(what is added to the codes so that they have no sign) * (sum of the integers) on."""
+    their products with the codes are summed exactly: in two parts, the products with the integers' last 8 bits and
+    with the rest, each from its part of -(what is added to the codes so that they have no sign) * (sum of the
+    integers) on."""
     offset = 128 if weight.bits == 8 else 8
     codes = weight.codes.long() + (0 if weight.minimum is not None else offset)
     total = torch.zeros(x.shape[0], weight.shape[0])
@@ -309,16 +310,18 @@ def grouped_product(x: Tensor, weight: GroupedWeight, is_fused: bool) -> Tensor:
         largest = values.abs().amax(dim=1, keepdim=True)
         whole = (values / largest * 0x3F7F7F).round().long()
         scale, sums = largest / 0x3F7F7F, whole.sum(dim=1, keepdim=True)
-        start, digits = -offset * sums, whole + 0x808080
         parts = []
-        for position in range(3):
-            digit = (digits >> 8 * position & 255) - 128
-            low = (start + 128 & 255) - 128 if position < 2 else start
-            start = start - low >> 8
-            parts.append((digit @ codes[:, columns].t() + low).float())
-        value = parts[2]
-        for part in (parts[1], parts[0]):
-            value = fused(value, torch.tensor(256.0), part, is_fused)
+        for numbers in (whole, -offset * sums):
+            low = (numbers + 128 & 255) - 128
+            parts += [low, numbers - low >> 8]
+        low, high, low_start, high_start = parts
+        low_sum, high_sum = ((part @ codes[:, columns].t()) for part in (low, high))
+        value = fused(
+            (high_sum + high_start).float(),
+            torch.tensor(256.0),
+            (low_sum + low_start).float(),
+            is_fused,
+        )
         factor = weight.scale[:, group].float()
         total = fused(factor, value * scale, total, is_fused)
         if weight.minimum is not None:
