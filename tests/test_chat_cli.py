@@ -54,8 +54,8 @@ def test_lines_from_a_pipe_are_turns(model: Path) -> None:
     assert code == 0
     assert out == "".join(f"{text}\n" for text in answers(model, "Hi!", "And now?"))
     assert re.fullmatch(
-        r"6 tokens; \d+\.\d tokens/s; .*prompt of \d+ tokens, 0 of them reused; first token after \d+\.\d\d s.*\n"
-        r"6 tokens; \d+\.\d tokens/s; .*prompt of \d+ tokens, [1-9]\d* of them reused.*\n",
+        r"6 tokens; first token after \d+\.\d\d s, then \d+ tokens/s; .*prompt of \d+ tokens, 0 of them reused.*\n"
+        r"6 tokens; first token .*prompt of \d+ tokens, [1-9]\d* of them reused.*\n",
         err,
     )
 

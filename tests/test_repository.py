@@ -37,11 +37,19 @@ SELF_EXPLANATORY = {
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
+def page_without_transcripts(page: str) -> str:
+    """What is between lines of ~~~ is what a model said, blocks of code included."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.sub(
+        r"^~~~.*?^~~~$", lambda match: "\n" * match[0].count("\n"), text, flags=re.DOTALL | re.MULTILINE
+    )
+
+
 def python_blocks() -> list[Any]:
     """Every Python block of the pages, with a name that says where it is."""
     blocks = []
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
+        text = page_without_transcripts(page)
         for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
             line = text.count("\n", 0, match.start()) + 1
             blocks.append(pytest.param(match.group(1), id=f"{page}:{line}"))
@@ -230,7 +238,7 @@ def test_python_on_the_pages_runs(code: str, capsys: pytest.CaptureFixture[str])
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_of_code_says_what_it_is(page: str) -> None:
     """So that none escapes the test above: Python that cannot run here, for want of a model, is marked `py`."""
-    text = (ROOT / page).read_text(encoding="utf-8")
+    text = page_without_transcripts(page)
     assert set(re.findall(r"^ *```(.*)\n(?:.*\n)*? *```$", text, re.MULTILINE)) <= {
         "python",
         "py",

@@ -313,12 +313,14 @@ def describe(result: GenerationResult) -> str:
     """What an answer took, in a line."""
     metrics, output = result.metrics, result.outputs[0]
     speculation = metrics.speculative_decoding
-    parts = [f"{metrics.num_generated_tokens} tokens", f"{metrics.tokens_per_second:.1f} tokens/s"]
+    speed = f"first token after {metrics.time_to_first_token:.2f} s"
+    if metrics.num_generated_tokens > 1 and metrics.decode_time > 0:
+        speed += f", then {(metrics.num_generated_tokens - 1) / metrics.decode_time:.0f} tokens/s"
+    parts = [f"{metrics.num_generated_tokens} tokens", speed]
     if speculation.num_draft_tokens:
         share = f"{speculation.draft_acceptance_rate:.0%} of {speculation.num_draft_tokens} drafts accepted"
         parts.append(f"{share}, {speculation.mean_acceptance_length:.2f} tokens a round")
     parts.append(f"prompt of {metrics.num_prompt_tokens} tokens, {metrics.num_cached_tokens} of them reused")
-    parts.append(f"first token after {metrics.time_to_first_token:.2f} s")
     if output.finish_reason == "length":
         parts.append("cut: --max-new-tokens allows more, or the context is full")
     return "; ".join(parts)
