@@ -92,29 +92,33 @@ class PackedRows {
   int64_t num_groups_;
 };
 
-// A weight's panels in parts: most of them in one for each thread, which so reads on where it
-// stopped, as the processor expects when it reads ahead; the rest, for who comes first, in parts of
-// about kTaskBytes, or less where many rows make a panel more work.
-class PanelParts {
+// Pieces of a weight, panels or tiles, that follow each other in memory, in parts: most of them in
+// one part for each thread, which so reads on where it stopped, as the processor expects when it
+// reads ahead; the rest, for who comes first, in parts of about kTaskBytes, or less where many rows
+// make a piece more work.
+class Parts {
  public:
-  PanelParts(const LinearArgs& args, int64_t panels)
-      : panels_(panels), num_long_(num_threads()), long_panels_(panels * 3 / 4 / num_long_) {
-    if (long_panels_ == 0) num_long_ = 0;
-    const int64_t work = panel_bytes(args.k, args.dtype) * args.num_rows;
-    const int64_t per_part = std::max<int64_t>(1, kTaskBytes / std::max<int64_t>(1, work));
-    num_short_ = (panels - num_long_ * long_panels_ + per_part - 1) / per_part;
+  // piece_bytes: weight bytes of a piece, for each row that meets them
+  Parts(int64_t num_pieces, int64_t piece_bytes, int64_t num_rows)
+      : num_pieces_(num_pieces),
+        num_long_(num_threads()),
+        long_size_(num_pieces * 3 / 4 / num_long_) {
+    if (long_size_ == 0) num_long_ = 0;
+    const int64_t work = std::max<int64_t>(1, piece_bytes * num_rows);
+    const int64_t short_size = std::max<int64_t>(1, kTaskBytes / work);
+    num_short_ = (num_pieces - num_long_ * long_size_ + short_size - 1) / short_size;
   }
 
   int64_t count() const { return num_long_ + num_short_; }
 
   int64_t begin(int64_t part) const {
-    if (part <= num_long_) return part * long_panels_;
-    const int64_t rest = num_long_ * long_panels_;
-    return rest + part_begin(panels_ - rest, num_short_, part - num_long_);
+    if (part <= num_long_) return part * long_size_;
+    const int64_t first = num_long_ * long_size_;
+    return first + part_begin(num_pieces_ - first, num_short_, part - num_long_);
   }
 
  private:
-  int64_t panels_, num_long_, long_panels_, num_short_;
+  int64_t num_pieces_, num_long_, long_size_, num_short_;
 };
 
 bool is_worth_sharing(const LinearCall& call) {
@@ -164,7 +168,8 @@ void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows,
 
 void linear(const LinearCall& call) {
   const PackedRows rows(call, true);
-  const PanelParts parts(rows.args(0), num_panels(call.num_columns));
+  const int64_t bytes = panel_bytes(call.weight->in_features, call.weight->dtype);
+  const Parts parts(num_panels(call.num_columns), bytes, rows.args(0).num_rows);
   const Kernels& isa = kernels();
   parallel_for(rows.num_groups() * parts.count(), is_worth_sharing(call), [&](int64_t task) {
     const LinearArgs args = rows.args(task / parts.count());
@@ -177,20 +182,23 @@ void linear(const LinearCall& call) {
 
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
   const LinearArgs whole = PackedRows(call, false).args(0);
+  constexpr int64_t kTilePanels = kTileColumns / kPanelColumns;
   const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
+  const Parts parts(num_tiles, kTilePanels * panel_bytes(whole.k, whole.dtype), call.num_rows);
   const Kernels& isa = kernels();
-  parallel_for(num_tiles, is_worth_sharing(call), [&](int64_t index) {
+  parallel_for(parts.count(), is_worth_sharing(call), [&](int64_t part) {
     static thread_local Scratch<float> tile_scratch;
     LinearArgs args = whole;
     args.residual = nullptr;
     args.out = tile_scratch.reserve(call.num_rows * kTileColumns);
     args.out_stride = kTileColumns;
-    args.first_column = index * kTileColumns;
-    args.num_columns = std::min(args.first_column + kTileColumns, call.num_columns);
-    constexpr int64_t kTilePanels = kTileColumns / kPanelColumns;
-    const int64_t end = num_panels(args.num_columns);
-    for (int64_t panel = index * kTilePanels; panel < end; ++panel) isa.linear_panel(args, panel);
-    consume(context, args.first_column, args.num_columns - args.first_column, args.out);
+    for (int64_t tile = parts.begin(part); tile < parts.begin(part + 1); ++tile) {
+      args.first_column = tile * kTileColumns;
+      args.num_columns = std::min(args.first_column + kTileColumns, call.num_columns);
+      const int64_t end = num_panels(args.num_columns);
+      for (int64_t panel = tile * kTilePanels; panel < end; ++panel) isa.linear_panel(args, panel);
+      consume(context, args.first_column, args.num_columns - args.first_column, args.out);
+    }
   });
 }
 
