@@ -368,6 +368,19 @@ class EngineConfig:
         "storage of the draft's weights",
         "int8 or int4 change nothing there but speed; auto is dtype, and for self:<layers> the target's own weights",
     )
+    head_dtype: str = option(
+        AUTO,
+        DtypeName(WEIGHT_DTYPE_NAMES),
+        "storage of the target's head, the layer with a row for every token",
+        "in a small model a quarter of what a token reads; int8 or int4 there, with the rest as it is, makes a model "
+        "between the two; auto is weight_dtype",
+    )
+    draft_head_dtype: str = option(
+        AUTO,
+        DtypeName(WEIGHT_DTYPE_NAMES),
+        "storage of the draft's head",
+        "auto is draft_weight_dtype",
+    )
     kv_dtype: str = option(
         AUTO,
         DtypeName(DTYPE_NAMES),

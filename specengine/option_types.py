@@ -98,6 +98,10 @@ class EngineOptions(TypedDict, total=False):
     """storage of the target's weights. Default: 'auto'."""
     draft_weight_dtype: Any
     """storage of the draft's weights. Default: 'auto'."""
+    head_dtype: Any
+    """storage of the target's head, the layer with a row for every token. Default: 'auto'."""
+    draft_head_dtype: Any
+    """storage of the draft's head. Default: 'auto'."""
     kv_dtype: Any
     """storage of keys and values; auto is the weights' dtype. Default: 'auto'."""
     backend: str

@@ -41,6 +41,8 @@ PRECISIONS = [
     {"weight_dtype": "int8", "dtype": "bfloat16", "kv_dtype": "auto"},
     {"weight_dtype": "int8_group", "dtype": "bfloat16", "kv_dtype": "auto"},
     {"weight_dtype": "int4_min", "kv_dtype": "float32"},
+    {"weight_dtype": "bfloat16", "head_dtype": "int8"},
+    {"weight_dtype": "int8", "head_dtype": "int4"},
 ]
 MODES: list[dict[str, Any]] = [{}, {"temperature": 0.8, "seed": 9, "acceptance": "coupled", "top_p": 0.95}]
 

@@ -185,6 +185,12 @@ def cut(tmp_path: Path) -> Callable[..., Path]:
         {"draft_weight_dtype": "int8"},
         {"weight_dtype": "int8", "draft_weight_dtype": "float32"},
         {"dtype": "bfloat16", "draft_weight_dtype": "int8"},
+        {
+            "weight_dtype": "int8",
+            "head_dtype": "float32",
+            "draft_weight_dtype": "int8",
+            "draft_head_dtype": "int8",
+        },
     ],
     ids=lambda dtypes: "-".join(dtypes.values()) or "float32",
 )
@@ -200,7 +206,10 @@ def test_it_drafts_what_a_model_of_these_layers_drafts(
 ) -> None:
     """Every mode, in one batch; with the target's weights on its cache, with others on a cache of its own."""
     engine = build(2, model_type, **dtypes)
-    own_weights = dtypes.get("draft_weight_dtype", "auto") not in ("auto", dtypes.get("weight_dtype"))
+    own_weights = "draft_head_dtype" in dtypes or dtypes.get("draft_weight_dtype", "auto") not in (
+        "auto",
+        dtypes.get("weight_dtype"),
+    )
     assert len(engine._kv_cache.tensors) == len(engine.weights) == (2 if own_weights else 1)
     assert isinstance(engine._drafter, SelfDrafter) == (not own_weights)
     assert engine.draft_name == "self:2"

@@ -173,6 +173,7 @@ def load(
     config: EngineConfig,
     *,
     weight_dtype: str,
+    head_dtype: str,
     device: torch.device,
     backend: Backend,
     progress: Callable[[int, int], None],
@@ -185,6 +186,7 @@ def load(
         checkpoint,
         dtype="auto" if config.dtype == AUTO else getattr(torch, config.dtype),
         weight_dtype=weight_dtype,
+        head_dtype=head_dtype,
         device=device,
         backend=backend,
         progress=progress,
@@ -268,21 +270,29 @@ class DraftLoader:
 
     def __call__(self, source: Model) -> LoadedModel:
         """From a directory, a file, a Hub name or memory."""
-        return self._load(open_model(source, self.config), None, None)
+        return self._load(open_model(source, self.config), self.config.draft_weight_dtype)
 
     def first_layers(self, num_layers: int) -> LoadedModel | None:
-        """See `LoadModel`; `draft_weight_dtype="auto"` is how the target has them."""
-        if self.config.draft_weight_dtype in (AUTO, self.target.weight_dtype):
+        """See `LoadModel`; "auto" is how the target has them."""
+        config = self.config
+        has_its_weights = config.draft_weight_dtype in (AUTO, self.target.weight_dtype)
+        if has_its_weights and config.draft_head_dtype in (AUTO, config.head_dtype):
             return None
-        return self._load(self.checkpoint, self.target.tokenizer, num_layers)
+        weight_dtype = config.weight_dtype if has_its_weights else config.draft_weight_dtype
+        return self._load(self.checkpoint, weight_dtype, self.target.tokenizer, num_layers)
 
     def _load(
-        self, checkpoint: Checkpoint, tokenizer: Tokenizer | None, num_layers: int | None
+        self,
+        checkpoint: Checkpoint,
+        weight_dtype: str,
+        tokenizer: Tokenizer | None = None,
+        num_layers: int | None = None,
     ) -> LoadedModel:
         return load(
             checkpoint,
             self.config,
-            weight_dtype=self.config.draft_weight_dtype,
+            weight_dtype=weight_dtype,
+            head_dtype=self.config.draft_head_dtype,
             device=self.device,
             backend=self.backend,
             progress=self.progress,

@@ -229,6 +229,7 @@ class Engine:
             def load(
                 checkpoint: Checkpoint,
                 weight_dtype: str,
+                head_dtype: str,
                 tokenizer: Tokenizer | None = None,
                 translation: Translation | None = None,
             ) -> LoadedModel:
@@ -236,6 +237,7 @@ class Engine:
                     checkpoint,
                     config,
                     weight_dtype=weight_dtype,
+                    head_dtype=head_dtype,
                     device=self.device,
                     backend=backend,
                     progress=update,
@@ -243,18 +245,19 @@ class Engine:
                     translation=translation,
                 )
 
-            loaded = load(target, config.weight_dtype, tokenizer)
+            loaded = load(target, config.weight_dtype, config.head_dtype, tokenizer)
             loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
             models: list[LoadedModel | None] = []
+            of_drafts = (config.draft_weight_dtype, config.draft_head_dtype)
             for drafter, draft, translation in zip(drafters, drafts, translations, strict=True):
                 if isinstance(drafter, str) and registry.names_a_drafter(drafter):
                     models.append(registry.load_draft(drafter, loaded, loader))
                 elif draft is None:
                     models.append(None)
                 elif isinstance(translation, Translation):
-                    models.append(load(draft, config.draft_weight_dtype, loaded.tokenizer, translation))
+                    models.append(load(draft, *of_drafts, loaded.tokenizer, translation))
                 else:
-                    models.append(load(draft, config.draft_weight_dtype))
+                    models.append(load(draft, *of_drafts))
             return loaded, models
 
     def _begin_with(self, profile: Profile, draft_checkpoints: Collection[Checkpoint | None]) -> None:

@@ -45,6 +45,7 @@ def load_model(
     *,
     dtype: torch.dtype | str = "auto",
     weight_dtype: str = "auto",
+    head_dtype: str = "auto",
     device: torch.device,
     backend: Backend,
     progress: Progress | None = None,
@@ -58,6 +59,7 @@ def load_model(
                   on a CPU bf16 if it has it natively and the checkpoint is 16-bit, else fp32
     weight_dtype: a name in `WEIGHT_FORMATS`, instead of `dtype`; one with scales is for linear layers, the head
                   included, and `dtype` is the tables'. "auto": `dtype`, but weights by group as they are stored
+    head_dtype:   the same for the head alone; "auto": as other linear layers
     progress:     called with (bytes read, bytes in all) after every tensor
     tokenizer:    instead of the checkpoint's, which is then not read
     num_layers:   only so many of the first layers, and what surrounds them; None: all
@@ -82,11 +84,20 @@ def load_model(
                 f"weight_dtype={named.name!r}: {checkpoint.name} has linear layers with {width} inputs, which are no "
                 f"groups of {named.group_size}; int8 has none"
             )
+    head = WEIGHT_FORMATS.get(head_dtype)
+    if head is not None and not head.has_scales:
+        choose_dtype(head.dtype, checkpoint_dtype, device, backend)
+    if head is not None and head.group_size and model.spec.hidden_size % head.group_size:
+        raise ValueError(
+            f"head_dtype={head.name!r}: {checkpoint.name} has a head with {model.spec.hidden_size} inputs, which are "
+            f"no groups of {head.group_size}; int8 has none"
+        )
     weights, stored = read_weights(
         model,
         checkpoint.tensors,
         dtype=chosen,
         format=named,
+        head_format=head,
         device=device,
         backend=backend,
         progress=progress,

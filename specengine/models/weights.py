@@ -36,6 +36,7 @@ def read_weights(
     *,
     dtype: torch.dtype,
     format: WeightFormat | None,
+    head_format: WeightFormat | None = None,
     device: torch.device,
     backend: Backend,
     progress: Progress | None,
@@ -44,6 +45,7 @@ def read_weights(
     """Converts and packs a checkpoint: linear layers to `format`, tables to `dtype`.
 
     format:      None: `dtype` for floats, and weights by group stay as they are stored
+    head_format: of the head; None: as other linear layers
     translation: gives token table and head the ids of another vocabulary
 
     No more than one layer is ever held twice. Returns the weights, and what linear layers were packed as by the names
@@ -57,7 +59,8 @@ def read_weights(
         model.architecture.read_layer(rehearsal, model.config, index)
     read = _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress)
     pack = _Packer(model.spec, dtype, format, device, backend)
-    return _build(model, read, pack, translation), "+".join(sorted(pack.formats))
+    weights = _build(model, read, pack, translation, head_format or format)
+    return weights, "+".join(sorted(pack.formats))
 
 
 class CheckpointReader:
@@ -176,7 +179,11 @@ class _LoadingReader(CheckpointReader):
 
 
 def _build(
-    model: ConfiguredModel, read: CheckpointReader, pack: _Packer, translation: Translation | None
+    model: ConfiguredModel,
+    read: CheckpointReader,
+    pack: _Packer,
+    translation: Translation | None,
+    head_format: WeightFormat | None,
 ) -> DecoderWeights:
     outer = model.architecture.read_outer(read, model.config)
     head_bias = None if translation is None else translation.head_bias()
@@ -184,12 +191,14 @@ def _build(
         outer = _renumbered(outer, translation)
     token_table = pack.table(numbers(outer.token_table))
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
-    if outer.head is None and pack.is_float(outer.token_table):
+    if outer.head is None and pack.is_table(outer.token_table, head_format):
         # A tied head is the very tensor of the table: a backend that packs by reference keeps one copy.
+        pack.formats.add(float_format(token_table.dtype).name)
         bias = None if head_bias is None else head_bias.to(token_table.device)
         head = pack.backend.pack_linear(token_table, bias)
     else:
-        head = pack.linear(LinearTensors(outer.token_table if outer.head is None else outer.head, head_bias))
+        weight = outer.token_table if outer.head is None else outer.head
+        head = pack.linear(LinearTensors(weight, head_bias), head_format)
     final_norm = pack.norm(outer.final_norm)
     del outer
     layers = tuple(
@@ -231,35 +240,36 @@ class _Packer:
     def layer(self, tensors: LayerTensors) -> LayerWeights:
         return LayerWeights(
             attention_norm=self.norm(tensors.attention_norm),
-            qkv=self.linear(tensors.qkv),
-            attention_output=self.linear(tensors.attention_output),
+            qkv=self.linear(tensors.qkv, self._format),
+            attention_output=self.linear(tensors.attention_output, self._format),
             mlp_norm=self.norm(tensors.mlp_norm),
-            mlp_up=self.linear(tensors.mlp_up),
-            mlp_down=self.linear(tensors.mlp_down),
+            mlp_up=self.linear(tensors.mlp_up, self._format),
+            mlp_down=self.linear(tensors.mlp_down, self._format),
             head_norm=None if tensors.head_norm is None else self._copy(tensors.head_norm, torch.float32),
         )
 
-    def linear(self, tensors: LinearTensors) -> PackedLinear:
+    def linear(self, tensors: LinearTensors, format: WeightFormat | None) -> PackedLinear:
+        """format: None: weights by group as they are, and floats to the tables' dtype"""
         bias = None if tensors.bias is None else self._copy(tensors.bias, torch.float32)
         # Packed from where the checkpoint has it, without a copy in between.
         weight = tensors.weight.to(self._device)
         if isinstance(weight, GroupedWeight):
-            if self._format in (None, weight.format):
+            if format in (None, weight.format):
                 self.formats.add(weight.format.name)
                 return self.backend.pack_linear(weight, bias)
             weight = weight.dequantize()
         weight = weight.float() if weight.dtype == torch.float64 else weight
-        if self._format is None or not self._format.has_scales:
-            self._check_range(weight)
-        format = self._format or float_format(self._dtype)
+        format = format or float_format(self._dtype)
+        if not format.has_scales:
+            self._check_range(weight, format.dtype)
         self.formats.add(format.name)
         return self.backend.pack_linear(weight, bias, format)
 
-    def is_float(self, weight: Weight) -> bool:
-        """Whether it is packed as floats, of the tables' dtype."""
-        if self._format is None:
+    def is_table(self, weight: Weight, format: WeightFormat | None) -> bool:
+        """Whether it is packed as the tables are."""
+        if format is None:
             return isinstance(weight, Tensor)
-        return not self._format.has_scales
+        return not format.has_scales and format.dtype == self._dtype
 
     def norm(self, tensors: NormTensors) -> Norm:
         weight, bias = tensors.weight, tensors.bias
@@ -271,11 +281,11 @@ class _Packer:
         return Norm(weight, self._copy(bias, torch.float32), self._spec.norm_eps)
 
     def table(self, tensor: Tensor) -> Tensor:
-        self._check_range(tensor)
+        self._check_range(tensor, self._dtype)
         return self._copy(tensor, self._dtype)
 
-    def _check_range(self, tensor: Tensor) -> None:
-        if self._dtype != torch.float16 or tensor.dtype == torch.float16 or tensor.is_meta:
+    def _check_range(self, tensor: Tensor, dtype: torch.dtype) -> None:
+        if dtype != torch.float16 or tensor.dtype == torch.float16 or tensor.is_meta:
             return
         low, high = torch.aminmax(tensor)
         if not (low > -_FLOAT16_OVERFLOW and high < _FLOAT16_OVERFLOW):
