@@ -380,6 +380,8 @@ def test_everything_is_reached_by_keyboard(made: Path, chromium: Any, records: l
     recovered = next(at for at, token in enumerate(tokens) if token["rejected"])
     page.locator(f"#token-{recovered}").click()
     assert json.dumps(tokens[recovered]["rejected"][0]["text"])[1:-1] in told.inner_text()
+    page.evaluate("() => { document.querySelector('.detail span').textContent = 'four    spaces' }")
+    assert "four    spaces" in told.inner_text()
     assert not page.locator("del").first.is_visible()
     page.locator(".token-view input").check()
     assert page.locator("del").first.is_visible()
