@@ -30,14 +30,15 @@ inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
   }
   const float size = reduce_max(largest);
   const float scale = size / kLargestFixed + reduce_add(poison);
-  const bool is_usable = scale > 0.0f;  // neither zeros nor with a NaN or infinity
-  const F16 divisor = set1(is_usable ? size : 1.0f);
-  const F16 factor = set1(is_usable ? kLargestFixed : 0.0f);
+  // Neither with a NaN or infinity, nor zeros or what is so small that a sum of it counts for
+  // nothing.
+  const bool is_usable = size > 1e-30f && scale > 0.0f;
+  const F16 factor = set1(is_usable ? kLargestFixed / size : 0.0f);
   auto* bytes = reinterpret_cast<int8_t*>(out);
   U16 total = set1_u(0);
   for (int i = 0; i < 2; ++i) {
     const F16 v = is_usable ? values[i] : set1(0.0f);
-    const U16 number = to_int(round_nearest(v / divisor * factor));
+    const U16 number = to_int(round_nearest(v * factor));
     total = total + number;
     // A number plus 128 in each digit has the digits plus 128, none of them negative.
     const U16 digits = (number + set1_u(0x808080)) ^ set1_u(0x808080);
@@ -45,10 +46,7 @@ inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
     store_bytes(bytes + kGroupK + 16 * i, shift_right<8>(digits));
     store_bytes(bytes + 2 * kGroupK + 16 * i, shift_right<16>(digits));
   }
-  alignas(64) int32_t lanes[16];
-  store(reinterpret_cast<uint32_t*>(lanes), total);
-  int64_t sum = 0;
-  for (const int32_t lane : lanes) sum += lane;
+  const int64_t sum = reduce_add(total);
   const float float_sum = static_cast<float>(sum) * scale;
   __builtin_memcpy(out + kFixedScale, &scale, sizeof(scale));
   __builtin_memcpy(out + kFixedSum, &float_sum, sizeof(float_sum));

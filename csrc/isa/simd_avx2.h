@@ -281,6 +281,12 @@ inline F16 reduce_add_each(const F16 (&rows)[16]) {
   for (int i = 0; i < 16; ++i) lanes[i] = reduce_add(rows[i]);
   return load(lanes);
 }
+inline int32_t reduce_add(U16 a) {
+  const __m256i v8 = _mm256_add_epi32(a.lo, a.hi);
+  const __m128i v4 = _mm_add_epi32(_mm256_castsi256_si128(v8), _mm256_extracti128_si256(v8, 1));
+  const __m128i v2 = _mm_add_epi32(v4, _mm_unpackhi_epi64(v4, v4));
+  return _mm_cvtsi128_si32(_mm_add_epi32(v2, _mm_shuffle_epi32(v2, 1)));
+}
 inline float reduce_max(F16 a) {
   const __m256 v8 = _mm256_max_ps(a.lo, a.hi);
   const __m128 v4 = _mm_max_ps(_mm256_castps256_ps128(v8), _mm256_extractf128_ps(v8, 1));

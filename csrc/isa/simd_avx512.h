@@ -166,6 +166,7 @@ inline F16 reduce_add_each(const F16 (&rows)[16]) {
   const __m512i order = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
   return {_mm512_permutexvar_ps(order, sums)};
 }
+inline int32_t reduce_add(U16 a) { return _mm512_reduce_add_epi32(a.v); }
 inline float reduce_max(F16 a) { return _mm512_reduce_max_ps(a.v); }
 inline double reduce_add(D16 a) {
   const __m512d v8 = _mm512_add_pd(a.lo, a.hi);

@@ -182,6 +182,11 @@ inline F16 reduce_add_each(const F16 (&rows)[16]) {
   for (int i = 0; i < 16; ++i) lanes[i] = reduce_add(rows[i]);
   return load(lanes);
 }
+inline int32_t reduce_add(U16 a) {
+  uint32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += a.v[i];
+  return static_cast<int32_t>(sum);
+}
 inline float reduce_max(F16 a) {
   for (int width = 8; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) a.v[i] = a.v[i] > a.v[i + width] ? a.v[i] : a.v[i + width];

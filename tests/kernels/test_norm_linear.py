@@ -308,7 +308,7 @@ def grouped_product(x: Tensor, weight: GroupedWeight, is_fused: bool) -> Tensor:
         columns = slice(32 * group, 32 * group + 32)
         values = x[:, columns]
         largest = values.abs().amax(dim=1, keepdim=True)
-        whole = (values / largest * 0x3F7F7F).round().long()
+        whole = (values * (torch.tensor(float(0x3F7F7F)) / largest)).round().long()
         scale, sums = largest / 0x3F7F7F, whole.sum(dim=1, keepdim=True)
         parts = []
         for numbers in (whole, -offset * sums):
