@@ -22,12 +22,15 @@ constexpr int depth_of(DType dtype) {
 // groups of kGroupK along K. A panel is its groups one after the other, each 64 fp16 scales, for
 // kInt4Min 64 fp16 minima, and codes:
 //   4 bits [kGroupK / 8, 64, 4] bytes, of eight k of a column the first four in the low halves and
-//          the others in the high ones; kInt4 with 8 added
-//   8 bits [kGroupK / 4, 64, 4] bytes with 128 added
+//          the others in the high ones
+//   8 bits [kGroupK / 4, 64, 4] bytes
+// Codes are stored with code_offset added, so that none has a sign. kInt4Min's are so already: as
+// many scales more in its minimum centre them.
 // Rows meet them as integers of 23 bits, with a scale for each group of kGroupK: a group's sum is
 // then exact.
 constexpr int kGroupK = 32;
 constexpr bool is_grouped(DType dtype) { return dtype > DType::kInt8; }
+constexpr int code_offset(DType dtype) { return dtype == DType::kInt8Group ? 128 : 8; }
 constexpr int64_t group_header_bytes(DType dtype) {
   return 2 * kPanelColumns * (dtype == DType::kInt4Min ? 2 : 1);
 }

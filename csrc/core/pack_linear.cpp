@@ -53,7 +53,7 @@ void gather_columns(const WeightView& weight, int64_t first, int64_t columns, fl
 // One column's group of codes where the panel has it.
 void place_codes(const int8_t* codes, int64_t column, DType dtype, char* out) {
   const bool is_byte = dtype == DType::kInt8Group;
-  const int offset = is_byte ? 128 : dtype == DType::kInt4 ? 8 : 0;
+  const int offset = dtype == DType::kInt4Min ? 0 : code_offset(dtype);
   const auto code = [&](int64_t i) { return static_cast<uint8_t>(codes[i] + offset); };
   for (int64_t i = 0; i < kGroupK; i += is_byte ? 4 : 8, out += 4 * kPanelColumns) {
     for (int64_t j = 0; j < 4; ++j) {

@@ -17,10 +17,6 @@ constexpr int kFixedRowWords = kChunkK / kGroupK * kFixedWords;
 // The largest whose digits are bytes (0x7f7f7f) and that round_nearest knows on every processor.
 constexpr float kLargestFixed = 0x3f7f7f;
 
-// Codes are stored with this added, so that none has a sign. kInt4Min's are centred as they are,
-// where the minimum grows by as many scales.
-constexpr int code_offset(DType weights) { return weights == DType::kInt8Group ? 128 : 8; }
-
 inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
   const F16 values[2] = {load(x), load(x + 16)};
   F16 largest = set1(0.0f), poison = set1(0.0f);
