@@ -30,7 +30,7 @@ from specengine.measure.runs import Case, EngineCase, Run, Shares, generate, mea
 from specengine.measure.statistics import ratio_interval
 from specengine.measure.summary import seconds_a_token
 from specengine.models.checkpoints import open_checkpoint
-from specengine.models.loader import has_native_bf16, main_dtype, ungrouped_width
+from specengine.models.loader import has_native_bf16, linear_widths, main_dtype, ungrouped_width
 from specengine.outputs import GenerationResult
 from specengine.profiles import (
     BUNDLED,
@@ -501,7 +501,7 @@ def draft_dtypes(source: str, config: EngineConfig) -> list[str]:
     return [
         AUTO,
         "int8",
-        *([INT4.name] if ungrouped_width(checkpoint.spec, INT4) is None else []),
+        *([INT4.name] if ungrouped_width(linear_widths(checkpoint.spec), INT4) is None else []),
         *(["bfloat16"] if is_fp32 and has_native_bf16() else []),
     ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -77,21 +78,19 @@ def load_model(
     if named is not None and not named.has_scales:
         dtype = named.dtype
     chosen = choose_dtype(dtype, checkpoint_dtype, device, backend)
-    if named is not None and named.is_grouped:
-        width = ungrouped_width(model.spec, named)
-        if width is not None:
-            raise ValueError(
-                f"weight_dtype={named.name!r}: {checkpoint.name} has linear layers with {width} inputs, which are no "
-                f"groups of {named.group_size}; int8 has none"
-            )
     head = WEIGHT_FORMATS.get(head_dtype)
     if head is not None and not head.has_scales:
         choose_dtype(head.dtype, checkpoint_dtype, device, backend)
-    if head is not None and head.group_size and model.spec.hidden_size % head.group_size:
-        raise ValueError(
-            f"head_dtype={head.name!r}: {checkpoint.name} has a head with {model.spec.hidden_size} inputs, which are "
-            f"no groups of {head.group_size}; int8 has none"
-        )
+    for option, format, has, widths in (
+        ("weight_dtype", named, "linear layers", linear_widths(model.spec)),
+        ("head_dtype", head, "a head", (model.spec.hidden_size,)),
+    ):
+        width = None if format is None else ungrouped_width(widths, format)
+        if format is not None and width is not None:
+            raise ValueError(
+                f"{option}={format.name!r}: {checkpoint.name} has {has} with {width} inputs, which are no groups of "
+                f"{format.group_size}; int8 has none"
+            )
     weights, stored = read_weights(
         model,
         checkpoint.tensors,
@@ -108,11 +107,15 @@ def load_model(
     return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, stored)
 
 
-def ungrouped_width(spec: DecoderSpec, format: WeightFormat) -> int | None:
-    """The inputs of a linear layer that are no whole groups, if there is one."""
-    assert format.group_size
-    widths = (spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size)
-    return next((width for width in widths if width % format.group_size), None)
+def linear_widths(spec: DecoderSpec) -> tuple[int, ...]:
+    """The inputs that linear layers have."""
+    return spec.hidden_size, spec.num_heads * spec.head_dim, spec.intermediate_size
+
+
+def ungrouped_width(widths: Iterable[int], format: WeightFormat) -> int | None:
+    """The first that is no whole number of groups; None for a format without groups."""
+    size = format.group_size
+    return next((width for width in widths if width % size), None) if size else None
 
 
 def choose_dtype(
