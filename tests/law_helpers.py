@@ -143,6 +143,11 @@ def logprob_numbers(result: GenerationResult) -> list[Any]:
     return entries
 
 
+def name_weights(value: str | dict[str, str]) -> str:
+    """Of a test's parameter: a model's type as it is, or the dtypes that an engine is asked for."""
+    return value if isinstance(value, str) else "-".join(value.values())
+
+
 def assert_same(result: GenerationResult, expected: GenerationResult, *, has_bits: bool = HAS_BITS) -> None:
     """Tokens, text, reasons, lengths, usage, and the log-probabilities' bits are equal; without `has_bits` the
     log-probabilities are near."""

@@ -15,6 +15,7 @@ from law_helpers import (
     assert_same,
     generate_with_k,
     make_prompt,
+    name_weights,
     plain,
 )
 
@@ -107,7 +108,7 @@ def test_every_architecture_and_dtype_is_always_accepted(
         ("qwen3", {"weight_dtype": "int4_min"}),
         ("gpt2", {"weight_dtype": "int4_min", "dtype": "bfloat16"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+    ids=name_weights,
 )
 def test_a_draft_with_the_targets_groups_is_always_accepted(
     model_type: str, options: dict[str, str], checkpoint: CheckpointFactory, build_engine: EngineFactory

@@ -20,6 +20,7 @@ import pytest
 import tiny_models
 import tokenizers
 import torch
+from law_helpers import name_weights
 from scipy.stats import chi2
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -486,7 +487,7 @@ def test_gated_architectures_sample_the_targets_law(model_type: str, heads: dict
         ("qwen3", "block", {"weight_dtype": "int4_min", "draft_weight_dtype": "int8_group"}),
         ("gpt2", "coupled", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+    ids=name_weights,
 )
 def test_weights_by_group_sample_the_law_of_the_numbers_that_they_mean(
     model_type: str, acceptance: str, weights: dict[str, str]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from law_helpers import Tally, assert_same, make_prompt, plain, spec
+from law_helpers import Tally, assert_same, make_prompt, name_weights, plain, spec
 from scripted_drafters import AdversarialDrafter, KnowingDrafter, PerfectDrafter, RandomDrafter
 
 from conftest import CheckpointFactory, EngineFactory
@@ -249,7 +249,7 @@ def test_coupled_text_is_plains_for_a_draft_model(
         ("qwen3", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
         ("gpt2", {"weight_dtype": "bfloat16", "draft_weight_dtype": "int4_min"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+    ids=name_weights,
 )
 def test_text_is_plains_where_the_draft_is_the_target_with_fewer_bits(
     checkpoint: CheckpointFactory,

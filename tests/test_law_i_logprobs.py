@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 import vocabulary_pairs
-from law_helpers import TOLERANCE, Tally, assert_same, make_prompt, plain
+from law_helpers import TOLERANCE, Tally, assert_same, make_prompt, name_weights, plain
 from torch import Tensor
 
 from conftest import CheckpointFactory, DraftedFactory, EngineFactory
@@ -142,7 +142,7 @@ def test_accepted_recovered_and_bonus_tokens_carry_the_targets_logprobs(
         ("qwen3", {"weight_dtype": "int4_min"}),
         ("gpt2", {"weight_dtype": "int8_group", "draft_weight_dtype": "int4"}),
     ],
-    ids=lambda value: value if isinstance(value, str) else "-".join(value.values()),
+    ids=name_weights,
 )
 def test_logprobs_are_those_of_the_numbers_that_groups_mean(
     checkpoint: CheckpointFactory,

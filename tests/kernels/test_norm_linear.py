@@ -14,6 +14,7 @@ from kernel_cases import (
     NATIVE,
     TRITON,
     WEIGHT_DTYPES,
+    Layer,
     WeightDtype,
     as_multiplied,
     assert_earned,
@@ -246,20 +247,27 @@ def test_tiny_int8_weights_are_finite() -> None:
     assert scale.isfinite().all()
 
 
+def check_unusual_rows(
+    ops: Backend, layer: Layer, tiny: float, rounds: Callable[[Tensor], Tensor], tolerance: float
+) -> Tensor:
+    """Zeros, tiny numbers and huge ones give what `rounds` makes of them, each beside its own row's largest result.
+    Returns the results of a row with a NaN and of one with an infinity."""
+    rows, residual = random_rows(8, layer.plain.in_features), torch.zeros(8, 70)
+    rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, tiny, 1e34
+    rows[5, -1], rows[6, 0] = float("nan"), float("inf")
+    out = ops.linear_residual(rows, layer.packed, residual)
+    finite = [0, 1, 2, 3, 4, 7]
+    expected = reference.linear_residual(rounds(rows[finite].double()), layer.plain, residual[:6].double())
+    assert torch.equal(out[1], layer.packed.bias)
+    error = (out[finite].double() - expected).abs().amax(dim=1)
+    assert (error <= tolerance * expected.abs().amax(dim=1)).all()
+    return out[5:7]
+
+
 def test_int8_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend) -> None:
     layer = random_layer(130, 70, torch.int8, ops=every_ops)
-    rows = random_rows(8, 130)
-    rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, 1e-38, 1e34
-    rows[5, 129], rows[6, 0] = float("nan"), float("inf")
-    residual = torch.zeros(8, 70)
-    out = every_ops.linear_residual(rows, layer.packed, residual)
-    finite = [0, 1, 2, 3, 4, 7]
-    rounded = as_multiplied(rows[finite].double(), torch.int8)
-    expected = reference.linear_residual(rounded, layer.plain, residual[:6].double())
-    assert torch.equal(out[1], layer.packed.bias)
-    assert out[5:7].isnan().all()
-    error = (out[finite].double() - expected).abs().amax(dim=1)
-    assert (error <= 1e-4 * expected.abs().amax(dim=1)).all()
+    unusable = check_unusual_rows(every_ops, layer, 1e-38, lambda rows: as_multiplied(rows, torch.int8), 1e-4)
+    assert unusable.isnan().all()
 
 
 def test_int8_has_the_same_bits_with_every_instruction_set() -> None:
@@ -383,17 +391,8 @@ def test_one_code_of_another_value_is_noticed(format: WeightFormat) -> None:
 @pytest.mark.parametrize("dtype", [format.name for format in GROUPED_FORMATS])
 def test_grouped_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend, dtype: WeightDtype) -> None:
     layer = random_layer(128, 70, dtype, ops=every_ops)
-    rows = random_rows(8, 128)
-    rows[1], rows[2], rows[3], rows[4] = 0.0, 1e-44, 1e-36, 1e34
-    rows[5, 127], rows[6, 0] = float("nan"), float("inf")
-    residual = torch.zeros(8, 70)
-    out = every_ops.linear_residual(rows, layer.packed, residual)
-    finite = [0, 1, 2, 3, 4, 7]
-    expected = reference.linear_residual(rows[finite].double(), layer.plain, residual[:6].double())
-    assert torch.equal(out[1], layer.packed.bias)
-    assert not out[5:7].isfinite().any()
-    error = (out[finite].double() - expected).abs().amax(dim=1)
-    assert (error <= 1e-5 * expected.abs().amax(dim=1)).all()
+    unusable = check_unusual_rows(every_ops, layer, 1e-36, lambda rows: rows, 1e-5)
+    assert not unusable.isfinite().any()
 
 
 GGUF_TYPES = {"int4": "Q4_0", "int4_min": "Q4_1", "int8_group": "Q8_0"}
