@@ -115,7 +115,7 @@ def test_a_planted_fault_fails(
 ) -> None:
     plant(fault, monkeypatch)
     models = law_e.build_tiny(1), law_e.build_tiny(2)
-    found = outcomes(run(*models, [PROMPT], **FILTERS, acceptance="rejection"))
+    found = outcomes(run(*models, [PROMPT], num_samples=3200, **FILTERS, acceptance="rejection"))
     assert [mode for mode, outcome in found.items() if outcome == NOT_LOSSLESS] == failing
     assert NO_POWER not in found.values()
 
