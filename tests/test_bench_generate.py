@@ -11,6 +11,7 @@ from typing import Any
 import bench_generate
 import pytest
 from generation import contest, plan, table
+from generation.peers.ours import compute_dtype
 from generation.process import Worker
 from generation.protocol import Answer, Arrivals, Counts, Setup, Task, UnavailableError, answer_one_by_one
 from generation.rows import Record, Row, Turn, bandwidth_share, build_row, equal_share
@@ -18,6 +19,7 @@ from generation.worker import reason
 from pairs import SHAPES
 
 from specengine import bundled
+from specengine.weight_formats import FLOAT_NAMES, WEIGHT_FORMATS
 
 OPTIONS = plan.Options(
     k=(2, 4), peer_k=(3,), contestants=("ours", "llama.cpp"), num_prompts=2, max_new_tokens=4
@@ -240,6 +242,11 @@ def test_our_worker_generates_the_same_in_every_way(tmp_path: Path) -> None:
     finally:
         worker.close()
     assert not Path(f"/proc/{worker._process.pid}").exists()
+
+
+@pytest.mark.parametrize("name", ["auto", *WEIGHT_FORMATS])
+def test_ours_computes_in_a_float_dtype_whatever_the_weights_are(name: str) -> None:
+    assert compute_dtype(name) == (name if name in ("auto", *FLOAT_NAMES) else "bfloat16")
 
 
 def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:

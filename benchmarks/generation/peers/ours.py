@@ -8,6 +8,7 @@ import torch  # noqa: F401 - before specengine's extension, which needs its libr
 
 from generation.protocol import Answer, Arrivals, Counts, Setup, Task, answer_one_by_one
 from specengine import Engine, GenerationResult, SamplingParams, SpecEngineError
+from specengine.weight_formats import WEIGHT_FORMATS
 
 DISTRIBUTIONS = ("specengine", "torch")
 
@@ -23,7 +24,7 @@ class Ours:
         self._engine = Engine(
             setup.target,
             setup.draft if setup.speculates else None,
-            dtype="bfloat16" if setup.dtype in ("int8", "int4") else setup.dtype,
+            dtype=compute_dtype(setup.dtype),
             weight_dtype=setup.dtype,
             draft_weight_dtype=setup.draft_dtype,
             max_batch_size=setup.max_batch_size,
@@ -75,6 +76,12 @@ class Ours:
         if errors := [result.outputs[0].error for result in results.values() if result.outputs[0].error]:
             raise SpecEngineError(errors[0])
         return arrivals, [results[index] for index in range(len(prompts))]
+
+
+def compute_dtype(weight_dtype: str) -> str:
+    """What is computed in around weights of such a format; "auto" stays."""
+    format = WEIGHT_FORMATS.get(weight_dtype)
+    return "bfloat16" if format is not None and format.has_scales else weight_dtype
 
 
 def counts(results: Sequence[GenerationResult]) -> Counts:
