@@ -27,7 +27,7 @@ from pathlib import Path
 import gguf
 import torch  # noqa: F401 - before specengine's extension, which needs its libraries
 from bench_generate import between, say
-from generation import contest, table
+from generation import contest, table, trial
 from generation.plan import OURS, Entry, Options
 from generation.process import Worker
 from generation.protocol import Setup, Task
@@ -128,7 +128,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     setups = build_setups(path, workloads, options)
     report = Report(options.threads)
     with ExitStack() as stack:
-        workers, reasons = contest.start(setups, stack, say)
+        short, long = (workload.entries[0].task.prompts[0] for workload in workloads[:2])
+        workers, reasons = contest.start(setups, stack, say, tasks=trial.tasks(short, long))
         rows = []
         for workload in workloads:
             say(f"{path.name}: {workload.title}")

@@ -13,7 +13,7 @@ import gguf
 import numpy as np
 import pytest
 from generation import contest
-from generation.protocol import Setup
+from generation.protocol import Setup, Task
 from test_bench_generate import FakeReport, FakeWorker
 
 MATRIX_BYTES = 8 * 32 * 4
@@ -55,8 +55,8 @@ class FakeMachine:
         self.setups: list[Setup] = []
         self.worker = worker
 
-    def start(self, setups: list[Setup], *_: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        self.setups = setups
+    def start(self, setups: list[Setup], *_: Any, tasks: list[Task]) -> tuple[dict[str, Any], dict[str, str]]:
+        self.setups, self.tried_with = setups, [len(task.prompts[0]) for task in tasks]
         workers = {}
         for setup in setups:
             workers[setup.contestant] = FakeWorker(self.calls, setup.contestant, **self.worker)
@@ -90,6 +90,7 @@ def test_both_do_the_same_in_turn_and_ours_drafts_in_chats(
     ours, theirs = machine.setups
     assert (ours.target, ours.draft, ours.speculates) == (str(model), "suffix", True)
     assert (theirs.contestant, theirs.target, theirs.speculates) == ("llama.cpp", str(model), False)
+    assert machine.tried_with == [100, 1000]
     assert ours.max_seq_len == theirs.max_seq_len >= 1001
     timed = [call for call in machine.calls if not call.endswith(("x8", "1x1"))]
     assert timed == [

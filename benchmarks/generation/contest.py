@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,10 +13,10 @@ import torch
 from measure import Report
 from pairs import build_pair
 
-from generation import process
+from generation import process, trial
 from generation.plan import OURS, Entry, Options, Pair, Prompts, build_entries, weight_bytes
 from generation.process import Worker
-from generation.protocol import Setup, UnavailableError
+from generation.protocol import Setup, Task, UnavailableError
 from generation.rows import Record, Row, Turn, build_row
 
 # Threads of whoever had the last turn have gone to sleep by then.
@@ -157,18 +157,20 @@ def start(
     say: Say,
     *,
     steps: tuple[Callable[[Setup], None], ...] = (process.prepare,),
+    tasks: Sequence[Task] = (),
     timeout: float = process.TIMEOUT_SECONDS,
 ) -> tuple[dict[str, Worker], dict[str, str]]:
     """(workers, reasons of those that could not be started), by contestant; everybody's files are written first.
 
     steps:   what comes before loading
-    timeout: seconds that loading, and then each answer, may take
+    tasks:   what a contestant is tried with; whoever fails does not count
+    timeout: seconds that each answer may take
     """
     workers: dict[str, Worker] = {}
     reasons: dict[str, str] = {}
 
     def load(setup: Setup) -> None:
-        workers[setup.contestant] = Worker(setup, timeout=timeout)
+        workers[setup.contestant] = trial.load(setup, tasks, timeout=timeout)
         stack.callback(workers[setup.contestant].close)
 
     for step in (*steps, load):
@@ -191,7 +193,9 @@ def run(
     target, draft = build_pair(pair.target, pair.draft, cache, SOURCE_DTYPES.get(dtype, torch.bfloat16))
     setups = {name: build_setup(name, target, draft, dtype, options, cache) for name in options.contestants}
     with ExitStack() as stack:
-        workers, reasons = start(list(setups.values()), stack, say)
+        workers, reasons = start(
+            list(setups.values()), stack, say, tasks=trial.tasks(prompts.short[0], prompts.long)
+        )
         records = [
             build_record(
                 entry, setups[entry.contestant], workers.get(entry.contestant), reasons.get(entry.contestant)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -93,7 +94,15 @@ class Worker:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        return f"its process ended with status {status}: {last}"[:200]
+        return f"its process {ending(status)}{last and ': '}{last}"[:200]
+
+
+def ending(status: int) -> str:
+    """How a process ended, by what it returned."""
+    if status >= 0:
+        return f"ended with status {status}"
+    names = {number.value: number.name for number in signal.Signals}
+    return f"was ended by {names.get(-status, f'signal {-status}')}"
 
 
 def prepare(setup: Setup) -> None:
