@@ -5,8 +5,10 @@
 
 For every pair and dtype each contestant lives in a process of its own, and every repetition gives each of them a turn
 with every prompt: plain decoding, speculative decoding with several draft lengths, a longer prompt. Prompt time
-(until the first token) and decode time are apart. A contestant that is not installed, or cannot do something, has a
-row with the reason. Ours must generate the tokens of our plain decoding however it decodes, or nothing is reported.
+(until the first token) and decode time are apart. A contestant that is not installed, does not survive a short trial,
+or cannot do something has a row with the reason. llama.cpp is built for this processor, once, in minutes
+(`generation/llama_builds.py`). Ours must generate the tokens of our plain decoding however it decodes, or nothing is
+reported.
 
 All of it takes hours on two cores, most of that the slowest contestants'; `--prompts 4 --repetitions 2` a third.
 """

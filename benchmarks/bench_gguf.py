@@ -9,8 +9,8 @@ answers copy much of the question (code to edit, a text to summarise), plain and
 (`suffix`). The chats' answers are shorter than what the model would say, so that every token timed is the model's
 answer. Ours must generate the tokens of our plain decoding however it drafts, or nothing is reported.
 
-llama.cpp counts only if it was built for what the processor has (`make bench-gguf` builds it there): the instructions
-that it says it uses stand in its rows, and it generates before anything is timed.
+llama.cpp is built for this processor (`generation/llama_builds.py`) and tried before anything is timed: the build
+and the instructions that it says it uses stand in its rows, or why it is missing.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from generation import contest, process, trial
+from generation import contest, llama_builds, process, trial
 from generation.protocol import Setup, Task, UnavailableError
 
 # A peer that does what its target is called, when it is asked for several tokens.
@@ -22,14 +23,13 @@ def prepare(setup):
     pass
 
 class Fake:
-    settings = "fake"
-
     def __init__(self, setup):
         self.setup = setup
+        self.settings = f"fake, {setup.build} build"
 
     def generate(self, task):
         does = self.setup.target if task.max_new_tokens > 1 else "works"
-        if does == "dies":
+        if does == "dies" or does == f"dies in {self.setup.build}":
             print("tile load", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGILL)
         if does == "raises":
@@ -87,7 +87,7 @@ def test_who_failed_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
     really_close = process.Worker.close
     monkeypatch.setattr(process.Worker, "close", lambda self: (workers.append(self), really_close(self)))
     with pytest.raises(UnavailableError, match="no such kernel"):
-        trial.load(setup("raises"), TASKS)
+        trial.load(setup("raises"), TASKS, print)
     [worker] = workers
     assert not Path(f"/proc/{worker._process.pid}").exists()
 
@@ -103,3 +103,105 @@ def test_who_failed_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_an_ending_has_the_name_of_its_signal(status: int, words: str) -> None:
     assert process.ending(status) == words
+
+
+# Builds of llama.cpp
+
+AVX2 = frozenset({"sse4_2", "avx", "avx2", "bmi2", "fma", "f16c"})
+AVX512 = AVX2 | {
+    "avx512f",
+    "avx512cd",
+    "avx512vl",
+    "avx512dq",
+    "avx512bw",
+    "avx512_vnni",
+    "amx_tile",
+    "amx_int8",
+}
+FIRST_FAILED = "native build: its process was ended by SIGILL: tile load"
+
+
+@pytest.fixture
+def builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The options of what was built, on a processor with AVX2."""
+    made: list[str] = []
+
+    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+        made.append(environment["CMAKE_ARGS"])
+        log.write_text("configuring\nx.cpp:1: error: no such option\nERROR: Failed\n", encoding="utf-8")
+        return int("GGML_NATIVE=ON" in environment["CMAKE_ARGS"] and (tmp_path / "no compiler").exists())
+
+    monkeypatch.setattr(llama_builds, "BUILDS", tmp_path / "builds")
+    monkeypatch.setattr(llama_builds, "read_features", lambda: AVX2)
+    monkeypatch.setattr(llama_builds.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(llama_builds, "run_quietly", run)
+    return made
+
+
+def start(does: str) -> tuple[dict[str, str], str]:
+    """(reasons, settings of llama.cpp)"""
+    with ExitStack() as stack:
+        workers, reasons = contest.start(
+            [setup(does, "llama.cpp"), setup("works", "second")], stack, print, tasks=TASKS
+        )
+        assert "second" in workers
+        return reasons, workers["llama.cpp"].about["settings"] if "llama.cpp" in workers else ""
+
+
+def test_the_first_build_that_runs_counts_and_is_made_once(builds: list[str]) -> None:
+    for _ in range(2):
+        assert start("dies in native") == ({}, f"fake, listed features build; {FIRST_FAILED}")
+    assert [options.split()[1] for options in builds] == ["-DGGML_NATIVE=ON", "-DGGML_NATIVE=OFF"]
+    assert start("works") == ({}, "fake, native build")
+    assert len(builds) == 2
+
+
+def test_where_no_build_runs_the_row_says_what_became_of_each(builds: list[str]) -> None:
+    reasons, _ = start("dies")
+    names = ["native", "listed features", "portable"]
+    died = [f"{name} build: its process was ended by SIGILL: tile load" for name in names]
+    assert reasons == {"llama.cpp": "; ".join(died)}
+    assert len(builds) == 3
+
+
+def test_a_build_that_cannot_be_made_is_passed_over(builds: list[str], tmp_path: Path) -> None:
+    (tmp_path / "no compiler").touch()
+    _, settings = start("works")
+    assert settings.startswith("fake, listed features build; native build: it could not be made (see ")
+    assert settings.endswith("x.cpp:1: error: no such option")
+    assert not list((tmp_path / "builds").glob("unfinished*"))
+
+
+def test_another_processor_has_builds_of_its_own(builds: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    native = llama_builds.find_or_make(llama_builds.ladder()[0], print)
+    monkeypatch.setattr(llama_builds, "read_features", lambda: AVX512)
+    assert llama_builds.find_or_make(llama_builds.ladder()[0], print) != native
+    assert len(builds) == 2
+
+
+def test_only_what_the_processor_has_is_listed_and_tiles_never(
+    builds: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama_builds, "read_features", lambda: AVX512)
+    _, some, none = llama_builds.ladder()
+    on = {option.removesuffix("=ON") for option in some.options if option.endswith("=ON")}
+    names = ("SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "AVX512", "AVX512_VNNI")
+    assert on == {f"GGML_{name}" for name in names}
+    assert {f"{name}=OFF" for name in llama_builds.NEVER_LISTED} < set(some.options)
+    assert all(option.endswith("=OFF") for option in none.options)
+    monkeypatch.setattr(llama_builds.platform, "machine", lambda: "aarch64")
+    assert [build.name for build in llama_builds.ladder()] == ["native", "portable"]
+
+
+def test_no_compiler_outlives_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_builds, "BUILD_SECONDS", 0.5)
+    command = ["sh", "-c", f"sleep 1000 & echo $! > {tmp_path}/pid; wait"]
+    with pytest.raises(UnavailableError, match="its build took longer"):
+        llama_builds.run_quietly(command, {}, tmp_path / "log")
+    status = Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/stat")
+    assert not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z"
+
+
+def test_the_features_are_read_from_this_machine() -> None:
+    assert llama_builds.read_features()
+    assert re.fullmatch(r"[0-9.]+", llama_builds.read_version())

@@ -170,7 +170,7 @@ def start(
     reasons: dict[str, str] = {}
 
     def load(setup: Setup) -> None:
-        workers[setup.contestant] = trial.load(setup, tasks, timeout=timeout)
+        workers[setup.contestant] = trial.load(setup, tasks, say, timeout=timeout)
         stack.callback(workers[setup.contestant].close)
 
     for step in (*steps, load):

@@ -35,6 +35,7 @@ class Setup:
     cache:         where `prepare` may leave files
     max_seq_len:   prompt and new tokens of the longest task, with room for a draft
     module:        where the contestant is, unless it is one of MODULES
+    path, build:   where its package is imported from before all others, and the name of that build
     device:        "cpu" or "cuda"
     max_batch_size, engine: of ours: prompts of the largest batch, and more options of `specengine.Engine`
     """
@@ -49,6 +50,8 @@ class Setup:
     max_seq_len: int
     cache: str
     module: str = ""
+    path: str = ""
+    build: str = ""
     device: str = "cpu"
     max_batch_size: int = 8
     engine: dict[str, Any] = field(default_factory=dict)

@@ -55,6 +55,8 @@ def answer(contestant: Contestant, task: Task) -> dict[str, Any]:
 def main() -> None:
     action, setup = sys.argv[1], Setup(**json.loads(sys.argv[2]))
     answers = private_stdout()
+    if setup.path:
+        sys.path.insert(0, setup.path)
     try:
         module = importlib.import_module(setup.module or MODULES[setup.contestant])
         if action == "prepare":

@@ -15,12 +15,15 @@ import gguf
 from numpy.typing import NDArray
 from safetensors import safe_open
 
+from generation.files import cached
+
 TYPES = {
     "float32": gguf.GGMLQuantizationType.F32,
     "bfloat16": gguf.GGMLQuantizationType.BF16,
     "int8": gguf.GGMLQuantizationType.Q8_0,
     "int4": gguf.GGMLQuantizationType.Q4_0,
 }
+TYPE_NAMES = {"float32": "f32", "bfloat16": "bf16", "int8": "q8_0", "int4": "q4_0"}
 FILE_TYPES = {
     "float32": gguf.LlamaFileType.ALL_F32,
     "bfloat16": gguf.LlamaFileType.MOSTLY_BF16,
@@ -44,6 +47,14 @@ LAYER_NAMES = {
 }
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Conv1D stores [in, out]
 KEPT_FLOAT32 = ("wpe.weight",)
+
+
+def gguf_path(directory: str, dtype: str, cache: str) -> Path:
+    """The checkpoint as GGUF: the file itself if it is one, else written where it is not there yet."""
+    if directory.endswith(".gguf"):
+        return Path(directory)
+    label = f"{TYPE_NAMES[dtype]}.gguf"
+    return cached(directory, cache, label, lambda source, path: write_gguf(source, dtype, path))
 
 
 def gguf_name(name: str) -> str:
