@@ -4,7 +4,8 @@
     python benchmarks/bench_generate.py --pairs distilgpt2:gpt2-medium --dtypes bf16 --markdown
 
 For every pair and dtype each contestant lives in a process of its own, and every repetition gives each of them a turn
-with every prompt: plain decoding, speculative decoding with several draft lengths, a longer prompt. Prompt time
+with every prompt: plain decoding, batches (ours), speculative decoding with several draft lengths, and the first
+token after longer prompts. Prompt time
 (until the first token) and decode time are apart. A contestant that is not installed, does not survive a short trial,
 or cannot do something has a row with the reason. llama.cpp is built for this processor, once, in minutes
 (`generation/llama_builds.py`). Ours must generate the tokens of our plain decoding however it decodes, or nothing is
@@ -34,6 +35,7 @@ from pairs import SHAPES
 
 CACHE = ROOT / "build" / "pairs"
 MAX_NEW_TOKENS, MAX_NUM_SPECULATIVE_TOKENS = 700, 64
+MAX_PREFILL_LENGTH = 1023  # and a new token: GPT-2 has 1,024 positions
 Item = TypeVar("Item")
 
 
@@ -55,7 +57,8 @@ def main() -> int:
 
 def run(options: Options, arguments: argparse.Namespace) -> list[Row]:
     """The rows of all pairs and dtypes; each block's are appended to `--results` when it is done."""
-    prompts, report = read_prompts(options.num_prompts), Report(options.num_threads)
+    prompts = read_prompts(options.num_prompts, options.batch_sizes, options.prefill_lengths)
+    report = Report(options.num_threads)
     arguments.cache.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     for pair in options.pairs:
@@ -120,6 +123,20 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
         default="int8",
         help="the draft's, where it can be chosen",
     )
+    add(
+        "--batch-sizes",
+        type=listed(between(1, 1000)),
+        default=joined(defaults.batch_sizes),
+        metavar="N,...",
+        help="prompts that ours decodes at once; a row each",
+    )
+    add(
+        "--prefill-lengths",
+        type=listed(between(1, MAX_PREFILL_LENGTH)),
+        default=joined(defaults.prefill_lengths),
+        metavar="N,...",
+        help="tokens of the prompts that are timed to their first token; a row each, of everybody",
+    )
     add("--prompts", type=between(1, 1000), default=defaults.num_prompts, metavar="N", help="how many")
     add(
         "--max-new-tokens",
@@ -141,7 +158,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
     add("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args(arguments)
     try:
-        read_prompts(given.prompts)
+        read_prompts(given.prompts, given.batch_sizes)
     except ValueError as error:
         parser.error(str(error))
     return build_options(given), given
@@ -155,6 +172,8 @@ def build_options(given: argparse.Namespace) -> Options:
         modes=given.modes,
         k=given.k,
         peer_k=given.peer_k,
+        batch_sizes=given.batch_sizes,
+        prefill_lengths=given.prefill_lengths,
         draft_dtype=None if given.draft_dtype == "same" else given.draft_dtype,
         num_prompts=given.prompts,
         max_new_tokens=given.max_new_tokens,

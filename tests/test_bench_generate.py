@@ -25,7 +25,9 @@ OPTIONS = plan.Options(
     k=(2, 4), peer_k=(3,), contestants=("ours", "llama.cpp"), num_prompts=2, max_new_tokens=4
 )
 PROMPTS = plan.Prompts(
-    short=[[1, 2], [3, 4]], batch=[[n, n + 1] for n in range(1, 17, 2)], long=list(range(9))
+    short=[[1, 2], [3, 4]],
+    batches=[[[n, n + 1] for n in range(1, 2 * size, 2)] for size in (8, 16)],
+    long=[list(range(9)), list(range(20))],
 )
 
 
@@ -74,29 +76,35 @@ def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_everybody_has_the_same_prompts_of_one_length() -> None:
-    prompts = plan.read_prompts(8)
+    prompts = plan.read_prompts(8, (16, 8), (1000, 256))
     assert {len(prompt) for prompt in prompts.short} == {plan.PROMPT_LENGTH}
     assert len({tuple(prompt) for prompt in prompts.short}) == 8
-    assert prompts.short == prompts.batch
-    assert len(prompts.long) == plan.PREFILL_LENGTH
-    few = plan.read_prompts(2).short
-    assert len(few) == 2
-    assert all(prompt in plan.read_prompts(2).batch for prompt in few)
+    assert [len(batch) for batch in prompts.batches] == [8, 16]
+    assert prompts.short == prompts.batches[0]
+    assert all(prompt in prompts.batches[1] for prompt in prompts.short)
+    assert [len(prompt) for prompt in prompts.long] == [256, 1000]
+    assert prompts.long[0] == prompts.long[1][:256]
+    few = plan.read_prompts(2, (8, 16))
+    assert len(few.short) == 2
+    assert all(prompt in few.batches[0] for prompt in few.short)
     with pytest.raises(ValueError, match="--prompts must be between 1 and"):
         plan.read_prompts(1000)
+    with pytest.raises(ValueError, match="--batch-sizes must be between 1 and"):
+        plan.read_prompts(1, (8, 1000))
 
 
 def test_the_entries_are_every_mode_of_every_contestant() -> None:
     modes = [(entry.contestant, entry.mode) for entry in plan.build_entries(OPTIONS, PROMPTS)]
-    ours = ["plain", "plain, batch 8", "speculative, k=2", "speculative, k=4", "prefill, 9 tokens"]
+    batches, prefills = ["plain, batch 8", "plain, batch 16"], ["prefill, 9 tokens", "prefill, 20 tokens"]
+    ours = ["plain", *batches, "speculative, k=2", "speculative, k=4", *prefills]
     assert [mode for name, mode in modes if name == "ours"] == ours
-    peers = ["plain", "speculative, k=3", "prefill, 9 tokens"]
+    peers = ["plain", "speculative, k=3", *prefills]
     assert [mode for name, mode in modes if name == "llama.cpp"] == peers
     every = plan.build_entries(replace(OPTIONS, contestants=("transformers",), peer_k=(2, 3, 4)), PROMPTS)
-    assert [entry.task.num_speculative_tokens for entry in every] == [0, None, 3, 0]
+    assert [entry.task.num_speculative_tokens for entry in every] == [0, None, 3, 0, 0]
     few = plan.build_entries(replace(OPTIONS, modes=("prefill", "plain")), PROMPTS)
     names = [(entry.contestant, entry.mode) for entry in few]
-    expected = [(name, mode) for mode in ("plain", "prefill, 9 tokens") for name in OPTIONS.contestants]
+    expected = [(name, mode) for mode in ("plain", *prefills) for name in OPTIONS.contestants]
     assert names == expected, "equal modes side by side"
 
 
@@ -115,7 +123,8 @@ def test_turns_alternate_and_go_to_and_fro() -> None:
     workers = {name: FakeWorker(calls, name) for name in OPTIONS.contestants}
     build_contest(workers).take_turns(2)
     assert calls[: len(calls) // 2] == list(reversed(calls[len(calls) // 2 :]))
-    assert calls[:4] == ["ours k=0 2x4", "llama.cpp k=0 2x4", "ours k=0 8x4", "ours k=2 2x4"]
+    first = ["ours k=0 2x4", "llama.cpp k=0 2x4", "ours k=0 8x4", "ours k=0 16x4", "ours k=2 2x4"]
+    assert calls[:5] == first
 
 
 def test_who_cannot_do_something_has_a_row_with_the_reason() -> None:
@@ -159,7 +168,7 @@ def test_a_row_has_the_numbers_of_its_turns() -> None:
     running = build_contest({name: FakeWorker([], name) for name in OPTIONS.contestants})
     running.take_turns(3)
     rows = contest.build_rows(running.records, "a→b", "bfloat16", OPTIONS)
-    plain, _, _, best = rows[:4]
+    plain, *_, best = rows[:5]
     assert plain.tokens_per_second == pytest.approx(10)
     assert plain.ratio_to_plain == pytest.approx(1)
     assert plain.prompt_ms == pytest.approx(500)
@@ -267,6 +276,9 @@ def test_a_worker_that_cannot_start_says_why(tmp_path: Path) -> None:
         (["--k", "2,x"], "'x' is not a whole number"),
         (["--k", "65"], "must be between 1 and 64, got 65"),
         (["--prompts", "999"], "--prompts must be between 1 and"),
+        (["--batch-sizes", "8,999"], "--batch-sizes must be between 1 and"),
+        (["--batch-sizes", ""], "'' is not a whole number"),
+        (["--prefill-lengths", "1024"], "must be between 1 and 1023, got 1024"),
         (["--max-new-tokens", "1"], "must be between 2 and"),
     ],
 )
@@ -290,10 +302,14 @@ def test_arguments_become_options() -> None:
             "openvino,ours",
             "--k",
             "3,3,5",
+            "--batch-sizes",
+            "16",
         ]
     )
     assert options.pairs == (plan.Pair("gpt2", "gpt2-large"),)
     assert options.dtypes == ("bfloat16", "int8")
     assert options.contestants == ("ours", "openvino")
     assert options.k == (3, 5)
+    assert (options.batch_sizes, options.prefill_lengths) == ((16,), (256, 1000))
+    assert options.max_seq_len == 1001
     assert options.draft_dtype == "int8"

@@ -136,6 +136,7 @@ def build_setup(
         speculates=bool(options.k if contestant == OURS else options.peer_k),
         num_threads=options.num_threads,
         max_seq_len=options.max_seq_len,
+        max_batch_size=max(options.batch_sizes),
         cache=str(cache),
     )
 
@@ -194,7 +195,7 @@ def run(
     setups = {name: build_setup(name, target, draft, dtype, options, cache) for name in options.contestants}
     with ExitStack() as stack:
         workers, reasons = start(
-            list(setups.values()), stack, say, tasks=trial.tasks(prompts.short[0], prompts.long)
+            list(setups.values()), stack, say, tasks=trial.tasks(prompts.short[0], prompts.long[-1])
         )
         records = [
             build_record(
@@ -213,10 +214,14 @@ def run(
 def build_rows(records: list[Record], pair: str, dtype: str, options: Options) -> list[Row]:
     """A row an entry, by contestant, prefill last; each contestant's fastest speculative one is marked."""
     plain = next((record for record in records if record.entry.is_baseline and record.turns), None)
-    prefill = next(
-        (r for r in records if r.entry.contestant == OURS and r.entry.kind == "prefill" and r.turns), None
-    )
-    rows = [build_row(record, pair, dtype, options, plain, prefill) for record in records]
+    prefills = {
+        record.entry.mode: record
+        for record in records
+        if record.entry.contestant == OURS and record.entry.kind == "prefill" and record.turns
+    }
+    rows = [
+        build_row(record, pair, dtype, options, plain, prefills.get(record.entry.mode)) for record in records
+    ]
     place = options.contestants.index
     return mark_best(sorted(rows, key=lambda row: (row.kind == "prefill", place(row.contestant))))
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from generation.protocol import MODULES, Task
 
 OURS = "ours"
-PROMPT_LENGTH, PREFILL_LENGTH, BATCH_SIZE = 100, 256, 8
+PROMPT_LENGTH = 100
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "int4"}
 BYTES_PER_WEIGHT = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0, "int8": 1.0, "int4": 18 / 32}
 Q8_0_BYTES = 34 / 32  # llama.cpp's 8 bits: an fp16 scale for 32 weights
@@ -40,9 +40,11 @@ PAIRS = (Pair("distilgpt2", "gpt2-medium"), Pair("gpt2", "gpt2-medium"), Pair("g
 class Options:
     """What is measured; dtypes are "float32", "bfloat16", "int8" and "int4".
 
-    k:           draft lengths of ours
-    peer_k:      draft lengths of the peers
-    draft_dtype: of everybody who can choose it; None is the target's
+    k:               draft lengths of ours
+    peer_k:          draft lengths of the peers
+    draft_dtype:     of everybody who can choose it; None is the target's
+    batch_sizes:     prompts that ours decodes at once
+    prefill_lengths: of the prompts after which only the first token is wanted
     """
 
     pairs: tuple[Pair, ...] = PAIRS
@@ -52,6 +54,8 @@ class Options:
     k: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
     peer_k: tuple[int, ...] = (2, 4, 6)
     draft_dtype: str | None = "int8"
+    batch_sizes: tuple[int, ...] = (8, 16)
+    prefill_lengths: tuple[int, ...] = (256, 1000)
     num_prompts: int = 8
     max_new_tokens: int = 48
     repetitions: int = 3
@@ -60,7 +64,7 @@ class Options:
     @property
     def max_seq_len(self) -> int:
         """Of the longest task, with room for drafts beyond its end."""
-        return max(PROMPT_LENGTH + self.max_new_tokens, PREFILL_LENGTH + 1) + DRAFT_ROOM
+        return max(PROMPT_LENGTH + self.max_new_tokens + DRAFT_ROOM, max(self.prefill_lengths) + 1)
 
 
 @dataclass(frozen=True)
@@ -96,11 +100,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Prompts:
-    """Token ids, the same for everybody. The smaller of `short` and `batch` is part of the other."""
+    """Token ids, the same for everybody. Of `short` and the batches, each is part of those that are larger.
+
+    batches: smaller ones first
+    long:    shorter ones first
+    """
 
     short: list[list[int]]
-    batch: list[list[int]]
-    long: list[int]
+    batches: list[list[list[int]]]
+    long: list[list[int]]
 
 
 def draft_lengths(contestant: str, options: Options) -> tuple[int | None, ...]:
@@ -124,31 +132,40 @@ def build_entries(options: Options, prompts: Prompts) -> list[Entry]:
         for name in options.contestants
         for k in draft_lengths(name, options)
     ]
-    batch = Entry(OURS, "batch", Task(prompts.batch, length, is_batch=True))
-    prefill = [Entry(name, "prefill", Task([prompts.long], 1)) for name in options.contestants]
+    batch = [Entry(OURS, "batch", Task(batch, length, is_batch=True)) for batch in prompts.batches]
+    prefill = [
+        Entry(name, "prefill", Task([prompt], 1)) for prompt in prompts.long for name in options.contestants
+    ]
     by_mode = {
         "plain": plain,
-        "batch": [batch] if OURS in options.contestants else [],
+        "batch": batch if OURS in options.contestants else [],
         "speculative": speculative,
         "prefill": prefill,
     }
     return [entry for mode in MODES if mode in options.modes for entry in by_mode[mode]]
 
 
-def read_prompts(num_prompts: int) -> Prompts:
+def read_prompts(
+    num_prompts: int, batch_sizes: Sequence[int] = (), prefill_lengths: Sequence[int] = ()
+) -> Prompts:
     """From held-out Python files: the first PROMPT_LENGTH tokens of excerpts that have as many, taken evenly over
-    the file; the long prompt is the beginning of those, one after the other. Raises `ValueError` where there are
+    the file; a long prompt is the beginning of all those, one after the other. Raises `ValueError` where there are
     too few."""
     tokenizer = Tokenizer.from_file(str(BUNDLED / "target" / "tokenizer.json"))
     with (BUNDLED / "prompts.jsonl").open(encoding="utf-8") as file:
         encoded = [tokenizer.encode(json.loads(line)["prompt"]).ids for line in file]
-    enough = [ids[:PROMPT_LENGTH] for ids in encoded if len(ids) >= PROMPT_LENGTH]
-    if not 1 <= num_prompts <= len(enough):
-        raise ValueError(f"--prompts must be between 1 and {len(enough)}, got {num_prompts}")
-    batch = spread(enough, max(BATCH_SIZE, num_prompts))
-    joined = [token for prompt in batch for token in prompt]
+    pool = enough = [ids[:PROMPT_LENGTH] for ids in encoded if len(ids) >= PROMPT_LENGTH]
+    for name, count in (("--prompts", num_prompts), *(("--batch-sizes", size) for size in batch_sizes)):
+        if not 1 <= count <= len(enough):
+            raise ValueError(f"{name} must be between 1 and {len(enough)}, got {count}")
+    nested = {}
+    for size in sorted({num_prompts, *batch_sizes}, reverse=True):
+        nested[size] = pool = spread(pool, size)
+    joined = [token for prompt in enough for token in prompt]
     return Prompts(
-        short=spread(batch, num_prompts), batch=spread(batch, BATCH_SIZE), long=joined[:PREFILL_LENGTH]
+        short=nested[num_prompts],
+        batches=[nested[size] for size in sorted(batch_sizes)],
+        long=[joined[:length] for length in sorted(prefill_lengths)],
     )
 
 

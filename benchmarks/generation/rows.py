@@ -126,7 +126,7 @@ def ratio(record: Record, baseline: Record | None, speed: Callable[[Answer], flo
 def build_row(
     record: Record, pair: str, dtype: str, options: Options, plain: Record | None, prefill: Record | None
 ) -> Row:
-    """The record's medians. `plain` and `prefill` are ours."""
+    """The record's medians. `plain` and `prefill`, of the same prompt, are ours."""
     entry, task = record.entry, record.entry.task
     known = {
         "pair": pair,
