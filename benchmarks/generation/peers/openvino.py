@@ -88,7 +88,7 @@ class OpenVINO:
         properties = {"INFERENCE_NUM_THREADS": setup.num_threads}
         target = exported(setup.target, setup.dtype, setup.cache)
         hint = {"INFERENCE_PRECISION_HINT": PRECISIONS[setup.dtype], **properties}
-        self._plain = genai.LLMPipeline(target, "CPU", scheduler_config=scheduler(), **hint)
+        self._plain = genai.LLMPipeline(target, "CPU", scheduler_config=scheduler(setup), **hint)
         self.settings = (
             f"inference precision {PRECISIONS[setup.dtype]}, paged attention, keys and values in u8"
         )
@@ -100,7 +100,7 @@ class OpenVINO:
                 **properties,
             )
             self._speculative = genai.LLMPipeline(
-                target, "CPU", scheduler_config=scheduler(), draft_model=draft, **hint
+                target, "CPU", scheduler_config=scheduler(setup), draft_model=draft, **hint
             )
             self.settings += f", draft {setup.draft_dtype}"
 
@@ -131,10 +131,12 @@ def counts(metrics: genai.SDPerModelsPerfMetrics) -> Counts:
     )
 
 
-def scheduler() -> genai.SchedulerConfig:
-    """Every repetition pays for its prompt; the pipeline's own default would keep prompts."""
+def scheduler(setup: Setup) -> genai.SchedulerConfig:
+    """As the pipeline's own default, which reads a prompt at once; but that would also keep prompts, and here every
+    repetition pays for its own."""
     config = genai.SchedulerConfig()
     config.enable_prefix_caching = False
+    config.max_num_batched_tokens = setup.max_seq_len
     config.cache_size = CACHE_GIGABYTES
     return config
 
