@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import append_rows
+from measure import append_rows, machine_name
 from pairs import build_pair
 from safetensors.torch import load_file, save_file
 
@@ -177,6 +177,7 @@ def main() -> None:
     target, draft = build_pair(target_shape, draft_shape, options.out, getattr(torch, options.dtype))
     guess = build_random(draft, draft.with_name(f"random-{draft.name}"))
     order = random.Random(1)
+    print(machine_name())
     for is_trained in (True, False):
         chosen = [name for name in options.workloads if WORKLOADS[name][1] == is_trained]
         if not chosen:

@@ -195,6 +195,7 @@ def take_turns(
             Record(
                 entry,
                 settings=about.get("settings", ""),
+                instruction_set=about.get("instruction_set", ""),
                 versions=about.get("versions", {}),
                 target_bytes=num_bytes,
                 reason=reasons.get(entry.contestant),

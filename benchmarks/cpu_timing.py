@@ -92,16 +92,23 @@ class Cpu:
         return Measured(list(benchmark.stats.stats.data), seconds)
 
 
-def machine_name(num_threads: int | None = None) -> str:
-    """Processor, instruction set and threads, by default those of an engine that is given no number."""
+def about_processor() -> dict[str, str]:
+    """What every row of every benchmark names: the processor, and which of its instruction sets our ops use."""
     names = [
         line.split(":", 1)[1].strip()
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         if line.startswith("model name")
     ]
-    num_threads = num_threads or default_num_threads()
-    instruction_set = _C.build_info()["instruction_set"]
-    return f"{(names or [platform.machine()])[0]}, {instruction_set}, {num_threads} threads"
+    return {
+        "processor": (names or [platform.machine()])[0],
+        "instruction_set": str(_C.build_info()["instruction_set"]),
+    }
+
+
+def machine_name(num_threads: int | None = None) -> str:
+    """Processor, instruction set and threads, by default those of an engine that is given no number."""
+    about = about_processor()
+    return f"{about['processor']}, {about['instruction_set']}, {num_threads or default_num_threads()} threads"
 
 
 def timed(call: Call, turn: int) -> float:

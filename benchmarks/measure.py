@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from cpu_timing import Cpu, machine_name
+from cpu_timing import Cpu, about_processor, machine_name
 from timing import Call, Timer
 
 import specengine
@@ -176,6 +176,7 @@ def append_rows(rows: Iterable[dict[str, Any]], path: Path) -> None:
     changes = _output(["git", "status", "--porcelain", "--untracked-files=no"])
     about = {
         "machine": machine_name(),
+        **about_processor(),
         "specengine": specengine.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -199,6 +200,7 @@ def as_json(row: Row) -> dict[str, Any]:
         "share": row.share,
         "notes": "; ".join(row.notes),
         **row.timer.about(),
+        **about_processor(),
     }
     return {
         name: round(x, 3) if isinstance(x, float) else x for name, x in values.items() if x not in (None, "")

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import flashinfer_rivals
@@ -17,10 +17,12 @@ import torch
 from attention_cases import build_case
 from gpu_timing import MAX_CALLS, MIN_CALLS, REPLAYS, WARM_UP_REPLAYS, DeviceClock, Gpu
 from kernel_cases import TRITON, random_layer, random_rows
-from measure import Report, Subject
+from measure import Report, Subject, append_rows
 from timing import Call
 from torch import Tensor
+from tune import Notes
 
+from specengine import _C
 from specengine.kernels import reference
 from specengine.ops.load import load_backend
 
@@ -124,6 +126,32 @@ def test_rows_say_what_was_measured_on_what(monkeypatch: pytest.MonkeyPatch, tmp
     assert columns.split()[:6] == ["op", "shape", "rows", "launches", "target", "us"]
     assert cells.split()[-1] == "10.00"
     assert notes == ["an_op: missing: ModuleNotFoundError: No module named 'rival'"]
+
+
+def test_every_row_names_the_processor_and_its_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of the native ops, of a GPU's, as pytest-benchmark keeps them, and in files, whoever writes them."""
+    monkeypatch.setattr(gpu_timing, "COPY_BYTES", 1 << 10)
+    expected = _C.build_info()["instruction_set"]
+    gpu, device, benchmark = build_gpu()
+    report = Report(1)
+    report.compare(benchmark, Subject("an_op", "1x1"), device.says("ours"), {}, timer=gpu)
+    assert benchmark.extra_info["instruction_set"] == expected
+    benchmark.stats = SimpleNamespace(stats=SimpleNamespace(data=[1.0]))  # type: ignore[attr-defined]
+    report.record(benchmark, Subject("an_op", "1x1"), calls_per_round=1)
+    heads = [line for line in report.lines() if device.name in line or f", {expected}, " in line]
+    assert len(heads) == 2, "the device's, and the processor's with its instruction set"
+    path = tmp_path / "rows.jsonl"
+    report.append_to(path)
+    append_rows([{"kind": "any"}, {"kind": "a peer's", "instruction_set": "its own"}], path)
+    Notes(tmp_path / "notes.jsonl", {}).add("copy", "tune", 1)
+    files = (path, tmp_path / "notes.jsonl")
+    rows = [json.loads(line) for each in files for line in each.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == 5
+    assert all(row["processor"] for row in rows)
+    said = [row["instruction_set"] for row in rows]
+    assert said == [expected, expected, expected, "its own", expected]
 
 
 @pytest.mark.triton

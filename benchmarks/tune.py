@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from auto_k import build_random
 from bench_strategies import write_texts
-from measure import ROOT, machine_name
+from cpu_timing import about_processor, machine_name
+from measure import ROOT
 from pairs import build_pair
 
 from specengine import bundled
@@ -147,6 +148,7 @@ class Notes:
             "stage": stage,
             "key": self._key,
             "machine": machine_name(),
+            **about_processor(),
             "value": value,
         }
         self._rows[workload, stage] = row

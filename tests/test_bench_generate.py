@@ -18,7 +18,7 @@ from generation.rows import Record, Row, Turn, bandwidth_share, build_row, equal
 from generation.worker import reason
 from pairs import SHAPES
 
-from specengine import bundled
+from specengine import _C, bundled
 from specengine.weight_formats import FLOAT_NAMES, WEIGHT_FORMATS
 
 OPTIONS = plan.Options(
@@ -61,7 +61,7 @@ class FakeWorker:
 
 def build_contest(workers: dict[str, Any]) -> contest.Contest:
     records = [
-        Record(entry, "fake", {"fake": "1"}, target_bytes=1e8, draft_bytes=1e7)
+        Record(entry, "fake", "avx2", {"fake": "1"}, target_bytes=1e8, draft_bytes=1e7)
         for entry in plan.build_entries(OPTIONS, PROMPTS)
     ]
     return contest.Contest(workers, records, FakeReport(), lambda line: None)  # type: ignore[arg-type]
@@ -206,6 +206,8 @@ def test_tables_have_bits_side_by_side() -> None:
     assert lines[0] == "a machine"
     assert "| ours, speculative | 14.0, 1.40×, k = 4 (500) | 14.0, 1.40×, k = 4 (500) |" in lines
     assert "a→b, int8" in table.text(both)
+    assert "ours: fake 1; avx2; fake" in table.text(both)
+    assert {row.to_json()["instruction_set"] for row in both} == {"avx2"}
 
 
 # Timing
@@ -244,6 +246,7 @@ def test_our_worker_generates_the_same_in_every_way(tmp_path: Path) -> None:
         assert speculative.counts.num_rounds + speculative.counts.num_accepted == 10
         with pytest.raises(UnavailableError, match="max_new_tokens"):
             worker.generate(Task(prompts, 0))
+        assert worker.about["instruction_set"] == _C.build_info()["instruction_set"]
         assert worker.about["versions"].keys() == {"specengine", "torch"}
         worker._process.kill()
         with pytest.raises(UnavailableError, match="its process was ended by SIGKILL"):

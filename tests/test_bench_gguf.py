@@ -62,6 +62,7 @@ class FakeMachine:
             workers[setup.contestant] = FakeWorker(self.calls, setup.contestant, **self.worker)
             workers[setup.contestant].about = {  # type: ignore[attr-defined]
                 "settings": "fake",
+                "instruction_set": f"of {setup.contestant}",
                 "versions": {"fake": "1"},
             }
         return workers, {}
@@ -107,7 +108,11 @@ def test_both_do_the_same_in_turn_and_ours_drafts_in_chats(
     ]
     drafted = next(row for row in rows if row.get("num_speculative_tokens") == 4)
     assert drafted["ratio_to_plain"] == 1.4, "of our plain decoding of the same chats"
-    assert all({"machine", "commit", "versions", "weights_mb", "read_bandwidth"} <= set(row) for row in rows)
+    assert {row["instruction_set"] for row in rows} == {"of ours", "of llama.cpp"}
+    assert all(
+        {"machine", "processor", "commit", "versions", "weights_mb", "read_bandwidth"} <= set(row)
+        for row in rows
+    )
 
 
 def test_drafts_that_change_a_token_are_no_result(

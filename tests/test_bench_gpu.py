@@ -28,7 +28,10 @@ from pairs import SHAPES
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = [sys.executable, str(ROOT / "benchmarks" / "gpu.py")]
 HERE = {"has_cuda": False, "machine": "a machine", "cpus": 1, "torch": "2", "commit": "abc"}
-COMMON = {"part", "rehearsal", "machine", "commit", "transformers", "torch", "specengine", "python", "date"}
+COMMON = {
+    *("part", "rehearsal", "machine", "processor", "instruction_set", "commit", "transformers", "torch"),
+    *("specengine", "python", "date"),
+}
 
 
 def settings(tmp_path: Path, **changes: Any) -> Settings:
@@ -400,7 +403,7 @@ class FakeWorker:
     """Continues every prompt with its last token, or with something else."""
 
     def __init__(self, name: str, lies: dict[str, int | None]) -> None:
-        self.about = {"settings": "fake", "versions": {"fake": "1"}}
+        self.about = {"settings": "fake", "instruction_set": "fake", "versions": {"fake": "1"}}
         self._name, self._lies = name, lies
 
     def generate(self, task: Task) -> Answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -107,6 +108,42 @@ def test_the_command_line_is_quick_to_say_no(tmp_path: Path) -> None:
     )
     output = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert output.stdout == "2 False\n", output.stderr
+
+
+# Benchmarks
+
+BENCHMARKS = ROOT / "benchmarks"
+# What prints a machine and its instruction set, or adds them to rows.
+NAMES_THE_MACHINE = re.compile(r"\b(append_rows|about_processor|machine_name)\(|\breport: Report\b")
+MEASURE_NOTHING = {"pairs.py"}
+WITH_A_TABLE_OF_THEIR_OWN = {"tune_tiles.py": '"source"'}  # tiles for a GPU, whose name the table has
+
+
+def measuring_scripts() -> list[Path]:
+    is_run = re.compile(r"^def test_|^if __name__ == ", re.MULTILINE)
+    return [
+        path
+        for path in sorted(BENCHMARKS.glob("*.py"))
+        if not path.name.startswith("test_")
+        and path.name not in MEASURE_NOTHING
+        and is_run.search(path.read_text(encoding="utf-8"))
+    ]
+
+
+@pytest.mark.parametrize("path", measuring_scripts(), ids=lambda path: path.name)
+def test_every_benchmark_names_the_instruction_set(path: Path) -> None:
+    """That those names do is tested in benchmarks/test_measure.py."""
+    source = path.read_text(encoding="utf-8")
+    known = WITH_A_TABLE_OF_THEIR_OWN.get(path.name)
+    assert NAMES_THE_MACHINE.search(source) if known is None else known in source
+
+
+@pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.jsonl")), ids=lambda path: path.name)
+def test_every_row_that_was_kept_names_its_instruction_set(path: Path) -> None:
+    known = re.compile(r"\b(portable|avx2|avx512|avx512_bf16|\w*amx\w*)\b")
+    for line in path.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        assert row.get("instruction_set") or known.search(row["machine"]), row
 
 
 # Versions

@@ -145,6 +145,7 @@ def build_record(entry: Entry, setup: Setup, worker: Worker | None, reason: str 
     return Record(
         entry,
         settings=worker.about["settings"] if worker else "",
+        instruction_set=worker.about["instruction_set"] if worker else "",
         versions=worker.about["versions"] if worker else {},
         target_bytes=weight_bytes(Path(setup.target), setup.dtype, setup.contestant),
         draft_bytes=weight_bytes(Path(setup.draft), setup.draft_dtype, setup.contestant),

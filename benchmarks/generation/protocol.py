@@ -118,9 +118,14 @@ class Answer:
 
 
 class Contestant(Protocol):
-    """A loaded engine. `settings` says in a few words how it was set up."""
+    """A loaded engine.
+
+    settings:        how it was set up, in a few words
+    instruction_set: what it computes with, by its own account
+    """
 
     settings: str
+    instruction_set: str
 
     def generate(self, task: Task) -> Answer: ...
 

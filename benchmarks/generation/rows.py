@@ -29,6 +29,7 @@ class Record:
 
     entry: Entry
     settings: str = ""
+    instruction_set: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     target_bytes: float = 0.0
     draft_bytes: float = 0.0
@@ -45,6 +46,7 @@ class Record:
 class Row:
     """One line of the table and of the results file; what was not measured is None.
 
+    instruction_set:  what the contestant computes with, by its own account
     prompt_ms:        until the first token, the median of the prompts
     tokens_per_second: decoding only, the first token not counted
     ratio_to_plain:   to our plain decoding, of the same repetition (for a prefill: of its time)
@@ -59,6 +61,7 @@ class Row:
     kind: str
     mode: str
     settings: str
+    instruction_set: str
     num_speculative_tokens: int | None
     batch_size: int
     num_prompts: int
@@ -135,6 +138,7 @@ def build_row(
         "kind": entry.kind,
         "mode": entry.mode if record.has_started else "all",
         "settings": record.settings,
+        "instruction_set": record.instruction_set,
         "num_speculative_tokens": task.num_speculative_tokens,
         "batch_size": len(task.prompts) if task.is_batch else 1,
         "num_prompts": len(task.prompts),

@@ -67,13 +67,16 @@ def footnotes(rows: list[Row]) -> list[str]:
 
 
 def setups(rows: list[Row]) -> list[str]:
-    """A line a contestant: versions, and settings by dtype."""
+    """A line a contestant: versions, what it computes with, and settings by dtype."""
     lines = []
     for name in unique(row.contestant for row in rows):
         mine = [row for row in rows if row.contestant == name and row.versions]
         if mine:
             versions = ", ".join(f"{package} {version}" for package, version in mine[0].versions.items())
-            lines.append(f"{name}: {versions}; {' | '.join(unique(row.settings for row in mine))}")
+            computed = " | ".join(unique(row.instruction_set for row in mine))
+            lines.append(
+                f"{name}: {versions}; {computed}; {' | '.join(unique(row.settings for row in mine))}"
+            )
     return lines
 
 

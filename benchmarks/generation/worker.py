@@ -67,7 +67,8 @@ def main() -> None:
     except Exception as error:  # not installed, or it cannot do this
         say(answers, {"error": reason(error)})
         return
-    say(answers, {"ready": {"settings": contestant.settings, "versions": versions(module)}})
+    about = {"settings": contestant.settings, "instruction_set": contestant.instruction_set}
+    say(answers, {"ready": {**about, "versions": versions(module)}})
     serve(contestant, answers)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel, StaticCache
 
-from generation.peers.huggingface import DTYPES, load_model
+from generation.peers.huggingface import DTYPES, instruction_set, load_model
 from generation.protocol import (
     Answer,
     Arrivals,
@@ -53,6 +53,7 @@ class Compiled:
             raise UnavailableError(f"not measured in {setup.dtype}")
         self._device = torch.device(setup.device)
         torch.set_num_threads(setup.num_threads)
+        self.instruction_set = instruction_set(self._device)
         self._model = load_model(setup.target, setup.dtype, self._device)
         self._steps: dict[tuple[int, int], tuple[Step, Step]] = {}
         how = "mode='reduce-overhead'" if self._device.type == "cuda" else "backend='eager'"

@@ -58,6 +58,7 @@ class HuggingFace:
             raise UnavailableError("transformers has no int8 weights for CPUs of its own")
         torch.set_num_threads(setup.num_threads)
         self._device = torch.device(setup.device)
+        self.instruction_set = instruction_set(self._device)
         self._target = load_model(setup.target, setup.dtype, self._device)
         self._draft = load_model(setup.draft, setup.dtype, self._device) if setup.speculates else None
         self._num_forwards: dict[str, int] = {}
@@ -121,6 +122,11 @@ class HuggingFace:
             num_drafted=self._num_forwards.get("draft", 0),
             num_accepted=sum(count - 1 for count in arrivals.counts[1:]),
         )
+
+
+def instruction_set(device: torch.device) -> str:
+    """PyTorch's own kernels'; its libraries choose by themselves, from what the processor has."""
+    return torch.backends.cpu.get_cpu_capability().lower() if device.type == "cpu" else device.type
 
 
 def load_model(directory: str, dtype: str, device: torch.device) -> PreTrainedModel:

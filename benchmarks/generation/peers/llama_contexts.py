@@ -30,7 +30,7 @@ def load_model(path: Path, setup: Setup, draft: LlamaDraftModel | None = None) -
 
 
 def instructions() -> str:
-    """What it was built to use, by its own account."""
+    """What it was built to use."""
     parts = llama_print_system_info().decode().split("|")
     return " ".join(part.partition("=")[0].split(":")[-1].strip() for part in parts if "= 1" in part)
 
@@ -65,9 +65,8 @@ class LlamaCpp:
         self._plain = load_model(path, setup)
         self._draft: GreedyDraft | None = None
         stored = TYPE_NAMES.get(setup.dtype, "as stored")
-        self.settings = (
-            f"{stored}, {setup.build} build ({instructions()}), flash attention, keys and values in f16"
-        )
+        self.instruction_set = instructions()
+        self.settings = f"{stored}, {setup.build} build, flash attention, keys and values in f16"
         if setup.speculates:
             self._draft = GreedyDraft(
                 load_model(gguf_path(setup.draft, setup.draft_dtype, setup.cache), setup)

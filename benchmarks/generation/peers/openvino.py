@@ -85,6 +85,7 @@ class OpenVINO:
     """A plain pipeline, and one with the draft."""
 
     def __init__(self, setup: Setup) -> None:
+        self.instruction_set = f"what it finds, which computes {capabilities()}"
         properties = {"INFERENCE_NUM_THREADS": setup.num_threads}
         target = exported(setup.target, setup.dtype, setup.cache)
         hint = {"INFERENCE_PRECISION_HINT": PRECISIONS[setup.dtype], **properties}
@@ -121,6 +122,12 @@ class OpenVINO:
         pipeline = self._plain if is_plain else self._speculative
         result = pipeline.generate(inputs, config, clock)
         return result.tokens[0], clock.arrivals, None if is_plain else counts(result.extended_perf_metrics)
+
+
+def capabilities() -> str:
+    """Formats that it says this processor has instructions for; which instructions, it does not say."""
+    known = ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return " ".join(name for name in known if name not in ("BIN", "EXPORT_IMPORT")).lower()
 
 
 def counts(metrics: genai.SDPerModelsPerfMetrics) -> Counts:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch  # noqa: F401 - before specengine's extension, which needs its libraries
 
 from generation.protocol import Answer, Arrivals, Counts, Setup, Task, answer_one_by_one
-from specengine import Engine, GenerationResult, SamplingParams, SpecEngineError
+from specengine import _C, Engine, GenerationResult, SamplingParams, SpecEngineError
 from specengine.weight_formats import WEIGHT_FORMATS
 
 DISTRIBUTIONS = ("specengine", "torch")
@@ -34,6 +34,8 @@ class Ours:
             enable_prefix_cache=False,  # every repetition pays for its prompt
             **setup.engine,
         )
+        is_native = self._engine.backend_name == "native"
+        self.instruction_set = _C.build_info()["instruction_set"] if is_native else setup.device
         self.settings = f"{self._engine.backend_name}, keys and values in {self._engine.kv_dtype}"
         self.settings += "".join(f", {name}={value}" for name, value in setup.engine.items())
 
