@@ -96,7 +96,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
     """The checked options, and where files go."""
     parser = argparse.ArgumentParser(
         description="End-to-end generation, ours and the peers', in turn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     defaults = Options()  # as texts, which are then read like a user's
     add = parser.add_argument
@@ -153,7 +153,7 @@ def parse(arguments: list[str] | None = None) -> tuple[Options, argparse.Namespa
         help="turns of each",
     )
     add("--threads", type=between(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N", help="of each")
-    add("--results", type=Path, metavar="PATH", help="append the rows to this file, as JSON lines")
+    add("--results", type=file_path, metavar="PATH", help="append the rows to this file, as JSON lines")
     add("--cache", type=Path, default=CACHE, metavar="PATH", help="where models are written")
     add("--markdown", action="store_true", help="print the table as Markdown")
     given = parser.parse_args(arguments)
@@ -180,6 +180,13 @@ def build_options(given: argparse.Namespace) -> Options:
         repetitions=given.repetitions,
         num_threads=given.threads,
     )
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults stand in the help where there is one to tell."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def joined(values: Iterable[object]) -> str:
@@ -215,6 +222,14 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def file_path(text: str) -> Path:
+    """Where rows go, which nobody wants to hear of after the last turn."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory")
+    return path
 
 
 def pair(text: str) -> Pair:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import gguf
 import torch  # noqa: F401 - before specengine's extension, which needs its libraries
-from bench_generate import between, say
+from bench_generate import Defaults, between, file_path, say
 from generation import contest, table, trial
 from generation.plan import OURS, Entry, Options
 from generation.process import Worker
@@ -34,6 +34,7 @@ from generation.protocol import Setup, Task
 from generation.rows import Record, Row
 from measure import ROOT, Report, append_rows, machine_name
 
+from specengine import SpecEngineError
 from specengine.conversations import ChatTemplate
 from specengine.fetched import require_fetched
 from specengine.models.checkpoints import Checkpoint, open_checkpoint
@@ -90,11 +91,14 @@ class Workload:
 def main(arguments: list[str] | None = None) -> int:
     # So that a terminated benchmark also closes its workers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    options = parse(arguments)
     try:
+        options = parse(arguments)
         rows = run(options)
     except contest.NotExactError as error:
         print(f"bench_gguf.py: ours is not exact: {error}", file=sys.stderr)
+        return 1
+    except SpecEngineError as error:
+        print(f"bench_gguf.py: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("bench_gguf.py: interrupted", file=sys.stderr)
@@ -108,13 +112,13 @@ def main(arguments: list[str] | None = None) -> int:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="One GGUF file, ours and llama.cpp's, in turn.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=Defaults,
     )
     add = parser.add_argument
     add("--gguf", type=Path, metavar="FILE", help="the model; default: SmolLM2, as it was fetched")
     add("--repetitions", type=between(1, 1000), default=5, metavar="N", help="turns of each")
     add("--threads", type=between(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N", help="of each")
-    add("--results", type=Path, metavar="PATH", help="append the rows to this file, as JSON lines")
+    add("--results", type=file_path, metavar="PATH", help="append the rows to this file, as JSON lines")
     given = parser.parse_args(arguments)
     if given.gguf is None:
         given.gguf = require_fetched("smollm2")
@@ -141,7 +145,8 @@ def build_workloads(checkpoint: Checkpoint) -> list[Workload]:
     """Prompts by their tokens, the same for everybody; those without a chat are the beginning of the licence."""
     tokenizer, source = checkpoint.tokenizer, checkpoint.chat_template
     assert tokenizer is not None, "a GGUF file that can be loaded has a tokenizer"
-    assert source is not None, "what is measured can chat"
+    if source is None:
+        raise SpecEngineError(f"{checkpoint.name} has no chat template, and chats are measured too")
     template = ChatTemplate(source, checkpoint.name, tokenizer.roles)
     text = tokenizer.encode(LICENSE.read_text(encoding="utf-8"))
     assert len(text) >= LONG_LENGTH, "the licence is longer than the longest prompt"

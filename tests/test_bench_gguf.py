@@ -33,7 +33,7 @@ class Letters:
 class FakeCheckpoint:
     tokenizer: Letters
     name: str = "tiny"
-    chat_template: str = "{{ messages[0].content }}"
+    chat_template: str | None = "{{ messages[0].content }}"
 
 
 def write_model(path: Path, *names: str) -> Path:
@@ -120,6 +120,21 @@ def test_drafts_that_change_a_token_are_no_result(
 ) -> None:
     assert run(model, FakeMachine(lie=True), monkeypatch) == 1
     assert "ours is not exact" in capsys.readouterr().err
+
+
+def test_what_cannot_be_measured_is_told_in_a_line(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mute = FakeCheckpoint(Letters(), chat_template=None)
+    monkeypatch.setattr(bench_gguf, "open_checkpoint", lambda path: mute)
+    assert run(model, FakeMachine(), monkeypatch) == 1
+    assert capsys.readouterr().err == "bench_gguf.py: tiny has no chat template, and chats are measured too\n"
+    monkeypatch.undo()
+    assert bench_gguf.main(["--gguf", str(tmp_path / "none.gguf")]) == 1
+    assert capsys.readouterr().err.endswith("none.gguf: No such file or directory\n")
+    with pytest.raises(SystemExit):
+        bench_gguf.main(["--gguf", str(model), "--results", str(tmp_path)])
+    assert "is a directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
