@@ -63,25 +63,25 @@ def setup(does: str, contestant: str = "fake") -> Setup:
     [
         ("dies", "its process was ended by SIGILL: tile load"),
         ("raises", "no such kernel"),
-        ("hangs", "no answer in 2 s"),
+        ("hangs", "no answer in 20 s"),
         ("cannot load", "its process was ended by SIGSEGV"),
     ],
 )
 def test_who_fails_the_trial_has_a_reason_and_the_others_go_on(
     does: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(trial, "TRIAL_SECONDS", 2.0)
+    if does == "hangs":
+        monkeypatch.setattr(trial, "TRIAL_SECONDS", 20.0)  # a busy machine starts a process in as many
     lines: list[str] = []
-    started = time.monotonic()
     with ExitStack() as stack:
         setups = [setup(does, "first"), setup("works", "second")]
         workers, reasons = contest.start(setups, stack, lines.append, tasks=TASKS)
         assert reasons == {"first": reason}
-        assert lines == [f"  first: {reason}"]
+        trying = [f"  {name}: loading and trying" for name in ("first", "second")]
+        assert lines == [trying[0], f"  first: {reason}", trying[1]]
         assert list(workers) == ["second"]
         assert workers["second"].timeout == process.TIMEOUT_SECONDS, "the trial's limit ends with it"
         assert workers["second"].generate(TASKS[1]).token_ids == [[0] * 4]
-    assert time.monotonic() - started < 60
 
 
 def test_who_failed_is_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -172,6 +172,7 @@ def start(
     reasons: dict[str, str] = {}
 
     def load(setup: Setup) -> None:
+        say(f"  {setup.contestant}: loading" + (" and trying" if tasks else ""))
         workers[setup.contestant] = trial.load(setup, tasks, say, timeout=timeout)
         stack.callback(workers[setup.contestant].close)
 
