@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.round import StateTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 
@@ -337,6 +338,29 @@ class Decoder:
         rows: SamplingRows,
         transforms: Transforms | None,
     ) -> tuple[Tensor, Tensor]: ...
+    def round(
+        self,
+        draft: Decoder | None,
+        num_fed: int,
+        caches: list[Tensor],
+        vocab_sizes: list[int],
+        state: StateTensors,
+        slots: Tensor,
+        rows: SamplingRows,
+        transforms: Transforms | None,
+        given: tuple[Tensor, Tensor] | None,
+        k: int,
+        draft_positions: int,
+        forced_acceptance: float | None,
+    ) -> Round: ...
+
+class Round:
+    """See `specengine.kernels.types.round.BoundRound`."""
+
+    def run(
+        self, max_rounds: int, max_seconds: float, stop_ids: list[int]
+    ) -> list[tuple[list[list[int]], tuple[float, float, float]]]: ...
+    def drafts(self) -> list[list[int]]: ...
 
 def expand_batch(
     tokens: Tensor,

@@ -33,7 +33,7 @@ from specengine.drafters.host import HostDrafter
 from specengine.drafters.several import SeveralDrafters
 from specengine.round_costs import NUM_FIRST, RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
-from specengine.runtime.sequence import Sequence
+from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Sequence
 
 # Of acceptance: what a round's result still weighs a round later, what the guess for a position weighs beside them
 # (the position before it, or, for the first, what other sequences saw), that guess before anything was seen, how many
@@ -302,6 +302,8 @@ class Chooser:
         self._part, self._k, self._rate = next(iter(self._steppers), -1), AUTO_NUM_SPECULATIVE_TOKENS, 0.0
         self._held: list[int] = []
         self._num_held = 0
+        # Rounds that may run before it is asked again.
+        self.max_rounds = 1
         # Rounds of a probe that are to come.
         self._num_probes = 0
 
@@ -352,10 +354,13 @@ class Chooser:
         """Before a round of these, those among them that are not computing their prompt."""
         chosen = [each for each in running if each.output_ids and (each.has_auto_k or self._has_ways)]
         if not chosen:
+            self.max_rounds = MAX_ROUNDS_UNREAD
             return
         if self._num_held and self._held == [each.sequence_id for each in chosen]:
             self._num_held -= 1
+            self.max_rounds = 1 + self._num_held
             return
+        self.max_rounds = 1
         others = []
         if len(running) > len(chosen) and not self._has_ways:
             others = [
@@ -383,10 +388,15 @@ class Chooser:
             if due is None:
                 self._apply(plan)
                 self._held, self._num_held = [each.sequence_id for each in chosen], num_held
+                self.max_rounds = 1 + num_held
                 return
             self._begin_probe(due)
         self._num_probes -= 1
         self._apply(self._plan_all(chosen, self._part, self._probing[self._part].k))
+
+    def go_on(self, num_rounds: int) -> None:
+        """So many rounds have run besides the one that was chosen for."""
+        self._num_held = max(0, self._num_held - num_rounds)
 
     def observe(
         self,

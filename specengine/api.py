@@ -97,9 +97,11 @@ def _stream(call: Call) -> Generator[StreamEvent, None, None]:
         yield from events
 
 
-def stream_events(call: Call, engine: Engine) -> Generator[StreamEvent, None, None]:
+def stream_events(
+    call: Call, engine: Engine, *, stream_interval: int = 1
+) -> Generator[StreamEvent, None, None]:
     """The events of a call on its engine; closing the generator ends what is unfinished."""
-    return engine.stream(call.prompt, call.params)
+    return engine.stream(call.prompt, call.params, stream_interval=stream_interval)
 
 
 @_takes_chat_options

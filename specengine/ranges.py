@@ -15,7 +15,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 
@@ -25,7 +25,13 @@ PARTS = (DRAFT, VERIFY, COMMIT, HOST)
 
 
 class Sink(Protocol):
-    """Is told of every span, on the thread that runs it. Spans of one thread are left in reverse order."""
+    """Is told of every span, on the thread that runs it. Spans of one thread are left in reverse order.
+
+    takes_times: whether it will do with what parts took, once they are over (`add`); while somebody wants to see them
+                 as they happen, rounds run part by part
+    """
+
+    takes_times: bool
 
     def enter(self, name: str, payload: Mapping[str, int]) -> None:
         """A span begins. payload: what is known of it by then."""
@@ -35,6 +41,13 @@ class Sink(Protocol):
 
     def leave(self, name: str) -> None:
         """A span ends, by an exception too."""
+
+
+class TimesSink(Sink, Protocol):
+    """A sink that takes times."""
+
+    def add(self, name: str, seconds: float) -> None:
+        """A part is over, within the span that is open."""
 
 
 class Span:
@@ -79,6 +92,18 @@ def span(name: str, **payload: int) -> Span:
     return _WatchedSpan(name, payload, _sinks) if _sinks else _UNWATCHED
 
 
+def wants_spans() -> bool:
+    """Whether somebody has to see parts as they happen."""
+    return any(not sink.takes_times for sink in _sinks)
+
+
+def tell(parts: tuple[float, float, float]) -> None:
+    """What drafts, verification and commit of a round took, in seconds, that ran in one call just now."""
+    for sink in _sinks:
+        for name, seconds in zip(PARTS, parts, strict=False):
+            cast(TimesSink, sink).add(name, seconds)
+
+
 @contextmanager
 def record(sink: Sink) -> Iterator[None]:
     """Every span that begins in the block is told to `sink`."""
@@ -95,6 +120,8 @@ class NvtxSink:
 
     A range's payload is fixed when it begins: what is noted later becomes a mark inside it.
     """
+
+    takes_times = False
 
     def __init__(self, domain: Any) -> None:
         self._domain = domain

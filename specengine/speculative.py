@@ -17,6 +17,7 @@ from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.program import JudgedLogits
+from specengine.kernels.types.round import BoundRound, RoundTensors, StateTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.logits.processors import process
 from specengine.ops.backend import Backend
@@ -78,6 +79,32 @@ def run_round(
         record = commit(outcome, batch, state)
         mark()
     return outcome, record
+
+
+def bind_round(
+    batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: RoundDrafter
+) -> BoundRound | None:
+    """`run_round` in one call, for every round of the batch's size, k, mode and of what `drafter` has prepared; None
+    where the backend, the batch or the drafter wants it part by part."""
+    source = drafter.source(batch, state) if batch.is_decided_by_draws else None
+    if source is None:
+        return None
+    count = batch.slots.numel()
+    given = None if source.given is None else (source.given[0][:count], source.given[1][:count])
+    tensors = RoundTensors(
+        StateTensors(
+            batch.tokens, batch.block_table, state.seq_len, state.length_limit, state.num_speculative
+        ),
+        batch.slots,
+        batch.rows,
+        batch.transforms,
+        given,
+        batch.k,
+        drafter.draft_positions,
+        batch.forced_acceptance,
+    )
+    draft = None if source.model is None else source.model.in_round
+    return target.decoder.bind_round(target.in_round, draft, source.num_fed, tensors)
 
 
 def judge(

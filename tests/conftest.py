@@ -176,8 +176,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """How engines run their rounds: from Python, or as a GPU does, recorded for a few batch sizes and replayed, one
-    round ahead (without a GPU the recordings are `EagerRecorder`'s)."""
+    """How engines run their rounds: as a CPU does, in one call where that can be, or as a GPU does, recorded for a few
+    batch sizes and replayed, one round ahead (without a GPU the recordings are `EagerRecorder`'s)."""
     if getattr(request, "param", "direct") == "direct":
         return {}
     if BACKEND != "triton" or kernel_cases.DEVICE.type == "cpu":

@@ -23,7 +23,7 @@ import vocabulary_pairs
 from specengine import metrics
 from specengine.config import SamplingParams
 from specengine.drafters import registry
-from specengine.engine import Engine
+from specengine.engine import Engine, rounds
 from specengine.models.decoder import build_program
 from specengine.ops.interpreter import Interpreter
 from specengine.outputs import GenerationResult, SpeculativeDecodingMetrics
@@ -71,7 +71,12 @@ def choose_ways(engine: Engine, choose: Callable[[Any, int, int], tuple[int, int
             sequence.way, sequence.num_own_drafts = (choose or at_random)(sequence, number, num_ways)
 
     stepper.chooser = SimpleNamespace(  # type: ignore[assignment]
-        reads_text=False, choose=choose_each, observe=lambda *_, **__: None, release=lambda _: None
+        reads_text=False,
+        max_rounds=1,
+        choose=choose_each,
+        go_on=lambda _: None,
+        observe=lambda *_, **__: None,
+        release=lambda _: None,
     )
 
 
@@ -119,6 +124,11 @@ def run_op_by_op(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = engine._target.decoder
     program = build_program(decoder.spec, decoder.weights)
     monkeypatch.setattr(decoder, "_executor", Interpreter(decoder.backend, program))
+
+
+def run_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds from Python, so that a test can watch or replace a part of one."""
+    monkeypatch.setattr(rounds, "bind_round", lambda *_: None)
 
 
 def make_prompt(length: int, seed: int = 0, vocab_size: int = 64) -> list[int]:

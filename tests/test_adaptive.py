@@ -431,7 +431,7 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
     wild_clock: list[int],
 ) -> None:
     """In rejection mode, too: told again what it was told, without any token, it chooses the same."""
-    choose, observe = Chooser.choose, Chooser.observe
+    choose, observe, go_on = Chooser.choose, Chooser.observe, Chooser.go_on
     told: list[tuple[Any, ...]] = []
 
     def recorded_choose(chooser: Chooser, running: Any) -> None:
@@ -443,8 +443,13 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
         observe(chooser, sequences, *rest, **times)
         told.append(("observe", [s.sequence_id for s in sequences], rest, times))
 
+    def recorded_go_on(chooser: Chooser, num_rounds: int) -> None:
+        go_on(chooser, num_rounds)
+        told.append(("go on", num_rounds))
+
     monkeypatch.setattr(Chooser, "choose", recorded_choose)
     monkeypatch.setattr(Chooser, "observe", recorded_observe)
+    monkeypatch.setattr(Chooser, "go_on", recorded_go_on)
     engine = build_engine(checkpoint(seed=1), checkpoint(seed=1, noise=0.1), rounds_ahead=2)
     sampling: dict[str, Any] = {"temperature": 1.0, "seed": 4, "acceptance": "rejection", "ignore_eos": True}
     engine.generate(PROMPTS, max_new_tokens=60, **sampling)
@@ -460,6 +465,8 @@ def test_a_choice_depends_on_counts_and_clocks_alone(
                 running.append(row)
             choose(again, running)  # type: ignore[arg-type]
             assert [row.num_speculative_tokens for row in running] == rest[0]
+        elif what == "go on":
+            go_on(again, entries)
         else:
             counts, times = rest
             observe(again, [rows[sequence_id] for sequence_id in entries], *counts, **times)  # type: ignore[misc]

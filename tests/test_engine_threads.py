@@ -59,10 +59,11 @@ def test_abort_does_not_wait_for_the_step_and_is_done_when_it_ends(
     may_end, is_inside = threading.Event(), threading.Event()
     launch = engine._rounds.launch
 
-    def slow(sequences: Any) -> None:
-        launch(sequences)
+    def slow(*given: Any, **named: Any) -> int:
+        num_rounds = launch(*given, **named)
         is_inside.set()
         assert may_end.wait(TIMEOUT)
+        return num_rounds
 
     monkeypatch.setattr(engine._rounds, "launch", slow)
     events: list[Any] = []

@@ -19,6 +19,7 @@ from law_helpers import (
     generate_with_k,
     make_prompt,
     plain,
+    run_part_by_part,
 )
 from scripted_drafters import ScriptedDrafter
 
@@ -204,6 +205,7 @@ def test_a_draft_that_catches_up_writes_no_shared_block(
         return rows
 
     monkeypatch.setattr(runner.runner, "build", checked)
+    run_part_by_part(monkeypatch)
     shared = make_prompt(17, 1, VOCAB)
     prompts = [shared, [*shared, 5], [*shared, 7, 8]]
     drawn = [

@@ -19,6 +19,7 @@ from law_helpers import (
     assert_same,
     make_prompt,
     plain,
+    run_part_by_part,
     spec,
 )
 from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter, ScriptedDrafter
@@ -449,6 +450,7 @@ def drop_the_first_slot_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
         return batch._replace(kv_slots=batch.kv_slots.masked_fill(is_dropped & (len(is_dropped) < 6), -1))
 
     monkeypatch.setattr(model_runner, "build_forward_batch", faulty)
+    run_part_by_part(monkeypatch)
 
 
 def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,6 +467,7 @@ def commit_one_rejected_token(monkeypatch: pytest.MonkeyPatch) -> None:
         return commit(outcome._replace(num_accepted=count + is_short.int()), batch, state)
 
     monkeypatch.setattr(speculative, "commit", faulty)
+    run_part_by_part(monkeypatch)
 
 
 @pytest.mark.parametrize(

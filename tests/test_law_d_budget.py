@@ -17,6 +17,7 @@ from law_helpers import (
     assert_same,
     make_prompt,
     plain,
+    run_part_by_part,
 )
 from scripted_drafters import KnowingDrafter, PerfectDrafter, ScriptedDrafter
 
@@ -47,6 +48,7 @@ def highest_position(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
 
         monkeypatch.setattr(Decoder, name, spy)
 
+    run_part_by_part(monkeypatch)
     spy_on("forward")
     spy_on("forward_stats")
     spy_on("draw")
@@ -220,6 +222,7 @@ def test_the_law_notices(
 ) -> None:
     drafter = PerfectDrafter(vocab_size=VOCAB)
     engine = build_engine(checkpoint("gpt2", seed=1), drafter, max_seq_len=CONTEXT)
+    run_part_by_part(monkeypatch)
     plant(monkeypatch)
     with pytest.raises(AssertionError):
         check_budget(engine, drafter)

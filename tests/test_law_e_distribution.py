@@ -20,7 +20,7 @@ import pytest
 import tiny_models
 import tokenizers
 import torch
-from law_helpers import name_weights
+from law_helpers import name_weights, run_part_by_part
 from scipy.stats import chi2
 from torch import Tensor
 from torch.nn.functional import one_hot
@@ -779,6 +779,7 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
             return make(*given)
 
     patch.setattr(engine._target, "build", mutant)
+    run_part_by_part(patch)
 
 
 def no_mutation(engine: Engine, patch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from law_helpers import (
     drafters_of,
     make_prompt,
     plain,
+    run_part_by_part,
     spec,
 )
 
@@ -168,6 +169,7 @@ def num_fed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder], int]:
 
         monkeypatch.setattr(Decoder, name, spy)
 
+    run_part_by_part(monkeypatch)
     spy_on("forward")
     spy_on("forward_stats")
     spy_on("draw")

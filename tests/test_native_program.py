@@ -18,6 +18,7 @@ from law_helpers import (
     make_prompt,
     plain,
     run_op_by_op,
+    run_part_by_part,
     spec,
 )
 from scripted_drafters import ScriptedDrafter
@@ -189,6 +190,7 @@ def test_a_draft_in_one_call_is_the_draft_of_single_draws(
         ]
         return engine.generate(prompts, params)
 
+    run_part_by_part(monkeypatch)
     one_call = generate()
     monkeypatch.setattr(Decoder, "draft", lambda *_: None)
     for ours, theirs in zip(one_call, generate(), strict=True):

@@ -27,6 +27,7 @@ from law_helpers import (
     generate_with_k,
     make_prompt,
     plain,
+    run_part_by_part,
     spec,
 )
 
@@ -235,6 +236,7 @@ def test_nothing_is_fed_beyond_the_context(
         return rows
 
     monkeypatch.setattr(model_runner, "build_forward_batch", spy)
+    run_part_by_part(monkeypatch)
     monkeypatch.setattr(Decoder, "draft", lambda *_: None)  # one by one, so that every position is seen
     engine = build(NUM_LAYERS - 1, max_positions=CONTEXT)
     for left in (1, 2, 4, 5, 11):
@@ -311,6 +313,7 @@ class KVWatch:
         self.num_compared = 0
         self._cache, self._layers = engine._kv_cache.tensors[TARGET], layers
         self._judge = speculative.judge
+        run_part_by_part(patch)
         patch.setattr(speculative, "judge", self.judge)
 
     def judge(self, proposal: Any, batch: Any, *given: Any) -> Any:
@@ -358,6 +361,7 @@ def test_a_draft_of_other_weights_is_noticed(build: Build, monkeypatch: pytest.M
     weights.layers[0].attention_norm.weight.mul_(1.01)
     decoder = Decoder(engine._target.decoder.spec, weights, engine._target.backend).first_layers(2)
     monkeypatch.setattr(engine._drafter.runner, "decoder", decoder)  # type: ignore[attr-defined]
+    run_part_by_part(monkeypatch)
     prompt, params = make_prompt(5, 1, VOCAB), params_of([GREEDY], 3)[0]
     assert_same(engine.generate(prompt, params), plain(engine, prompt, max_new_tokens=25, ignore_eos=True))
     KVWatch(engine, 2, monkeypatch)
@@ -405,6 +409,7 @@ def test_samples_of_one_prompt_write_no_block_of_each_other(
         return rows
 
     monkeypatch.setattr(model_runner, "build_forward_batch", spy)
+    run_part_by_part(monkeypatch)
     for length in (6, 7, 8, 9):
         prompt, sampling = (
             make_prompt(length, 2, VOCAB),

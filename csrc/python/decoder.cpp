@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "python/gil.h"
+#include "python/round.h"
 #include "python/rows.h"
 #include "python/tensor_checks.h"
 #include "python/threads.h"
@@ -229,7 +230,33 @@ class PyDecoder {
     return {drafted, error};
   }
 
+  // See PyRound. caches: this model's keys and values, then the draft's; vocab_sizes likewise.
+  std::unique_ptr<PyRound> round(PyDecoder* draft, int64_t num_fed, std::vector<Tensor> caches,
+                                 const std::vector<int64_t>& vocab_sizes, StateTensors state,
+                                 const Tensor& slots, const RowTensors& rows,
+                                 std::optional<TransformTensors> transforms,
+                                 std::optional<GivenTensors> given, int64_t k,
+                                 int64_t draft_positions, std::optional<float> forced_acceptance) {
+    const size_t num_models = draft == nullptr ? 1 : 2;
+    if (caches.size() != num_models || vocab_sizes.size() != num_models)
+      fail("caches: ", caches.size(), " and ", vocab_sizes.size(), " vocabularies for ", num_models,
+           " models");
+    std::optional<RoundModel> drafting;
+    if (draft != nullptr) drafting = draft->round_model(caches[1], vocab_sizes[1]);
+    const RoundModel target = round_model(caches[0], vocab_sizes[0]);
+    return std::make_unique<PyRound>(threads_, target, drafting, num_fed, std::move(caches),
+                                     std::move(state), slots, rows, std::move(transforms),
+                                     std::move(given), k, draft_positions, forced_acceptance);
+  }
+
  private:
+  RoundModel round_model(const Tensor& kv_cache, int64_t vocab_size) {
+    check_kv_cache(kv_cache);
+    check_vocab_size(vocab_size, program_.head.out_features);
+    return {&*runner_,        kv_cache.data_ptr(), dtype_of(kv_cache, "kv_cache"),
+            kv_cache.size(2), kv_cache.size(4),    vocab_size};
+  }
+
   // A checked batch; holds contiguous copies of small inputs alive.
   struct Inputs {
     BatchView view;
@@ -341,6 +368,9 @@ void bind_decoder(pybind11::module_& m) {
         pybind11::kw_only(), arg("num_tokens") = pybind11::none(),
         arg("num_logit_rows") = pybind11::none());
   m.def("row_keys", &specengine::row_keys_op);
+  pybind11::class_<specengine::PyRound>(m, "Round")
+      .def("run", &specengine::PyRound::run)
+      .def("drafts", &specengine::PyRound::drafts);
   pybind11::class_<PyDecoder>(m, "Decoder")
       .def(pybind11::init<std::shared_ptr<specengine::Threads>, const at::Tensor&,
                           const std::optional<at::Tensor>&, const std::optional<at::Tensor>&,
@@ -352,5 +382,6 @@ void bind_decoder(pybind11::module_& m) {
       .def("head", &PyDecoder::head)
       .def("forward", &PyDecoder::forward)
       .def("draw", &PyDecoder::draw)
-      .def("draft", &PyDecoder::draft);
+      .def("draft", &PyDecoder::draft)
+      .def("round", &PyDecoder::round, pybind11::keep_alive<0, 1>(), pybind11::keep_alive<0, 2>());
 }

@@ -94,6 +94,7 @@ def _generate_silently(call: Call, engine: Engine) -> GenerationResult:
 def _stream_text(call: Call, engine: Engine, *, color: str) -> GenerationResult:
     from specengine.api import stream_events
     from specengine.cli.terminal import TokenPainter, legend, paint, wants_color
+    from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
 
     is_colored = wants_color(color, sys.stdout)
     if is_colored and engine.has_drafter and wants_color(color, sys.stderr):
@@ -103,7 +104,8 @@ def _stream_text(call: Call, engine: Engine, *, color: str) -> GenerationResult:
     ids = engine.tokenizer.encode(prompt) if isinstance(prompt, str) and engine.tokenizer else []
     painter = TokenPainter(engine.tokenizer, ids)
     result = None
-    with closing(stream_events(call, engine)) as events:
+    # Nobody sees a few milliseconds.
+    with closing(stream_events(call, engine, stream_interval=MAX_ROUNDS_UNREAD)) as events:
         for event in events:
             for piece, source in painter.split(event):
                 sys.stdout.write(paint(piece, source) if is_colored else piece)

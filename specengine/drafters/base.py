@@ -45,6 +45,7 @@ from specengine.kernels.types.drafts import DraftLaw
 from specengine.models.loader import LoadedModel
 from specengine.ops.backend import Backend
 from specengine.runtime.kv_cache import DRAFT, KVCache
+from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
@@ -225,6 +226,10 @@ class RoundDrafter(Protocol):
         this one. A batch of padding alone is asked for the key of ordinary rounds.
         """
 
+    def source(self, batch: RunningBatch, state: BatchState) -> DraftSource | None:
+        """Where `propose` would have its drafts from in the round that was prepared, and in every other of its size,
+        k, mode and key; None: only `propose` knows. Asked for rounds that draws alone decide."""
+
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """The proposal for a round that has begun, staged behind the committed tokens."""
 
@@ -244,6 +249,19 @@ class RoundDrafter(Protocol):
     def first_written(self, sequence: HostSequence) -> int | None:
         """The first position whose keys and values it writes in the next round, in blocks that it shares with the
         target; None: it writes none. Blocks from there on are the sequence's own by then."""
+
+
+class DraftSource(NamedTuple):
+    """Where the drafts of a round come from that runs in one call: a model draws them, or they are given, or, with
+    neither, there are none.
+
+    num_fed: the last committed tokens, 1 or 2, that the model's first forward feeds
+    given:   as `propose` would read them: `[slots, k]` and `[slots]` int32, the same memory every time
+    """
+
+    model: ModelRunner | None = None
+    num_fed: int = 2
+    given: tuple[Tensor, Tensor] | None = None
 
 
 class RowResult(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import DraftProposal, RowResult
+from specengine.drafters.base import DraftProposal, DraftSource, RowResult
 from specengine.kernels.types.program import ForwardBatch
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rules import Rule
@@ -77,6 +77,10 @@ class DraftModelDrafter:
         most = sum(gap.length for gap in gaps)
         self._lacking = _Lacking(torch.tensor(starts, dtype=torch.int32, device=state.device), most)
         return None
+
+    def source(self, batch: RunningBatch, state: BatchState) -> DraftSource | None:
+        """The model, unless it has to look at how sure it is."""
+        return None if batch.mode.has_confidence else DraftSource(self.runner, self.num_fed)
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""

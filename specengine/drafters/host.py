@@ -10,7 +10,14 @@ from operator import index
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import Drafter, DraftProposal, ListeningDrafter, LookupDrafter, RowResult
+from specengine.drafters.base import (
+    Drafter,
+    DraftProposal,
+    DraftSource,
+    ListeningDrafter,
+    LookupDrafter,
+    RowResult,
+)
 from specengine.drafters.given import take_proposal
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence as HostSequence
@@ -101,6 +108,10 @@ class HostDrafter:
                 f"drafter {self.name!r} proposed token id {wrong}, outside 0 … {self._vocab_size - 1}"
             )
         return tokens
+
+    def source(self, batch: RunningBatch, state: BatchState) -> DraftSource:
+        """What was uploaded."""
+        return DraftSource(given=self._upload(state, batch.k))
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """What was prepared for this round."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from specengine.drafters.base import DraftProposal, RowResult
+from specengine.drafters.base import DraftProposal, DraftSource, RowResult
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
 
@@ -19,6 +19,10 @@ class NoDrafter:
     def prepare(self, batch: RunningBatch, state: BatchState) -> Hashable | None:
         """Nothing to do."""
         return self.name
+
+    def source(self, batch: RunningBatch, state: BatchState) -> DraftSource:
+        """There are none."""
+        return DraftSource()
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """Empty proposals: `[B, 0]`."""

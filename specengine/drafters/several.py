@@ -15,7 +15,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from specengine.drafters.base import DraftProposal, RoundDrafter, RowResult, Way
+from specengine.drafters.base import DraftProposal, DraftSource, RoundDrafter, RowResult, Way
 from specengine.drafters.host import HostDrafter
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -67,6 +67,10 @@ class SeveralDrafters:
                 rows = _rows_of(limits)
                 self._asked.append((rows, host.ask(batch.take(rows), state)))
         return None
+
+    def source(self, batch: RunningBatch, state: BatchState) -> DraftSource | None:
+        """The part's own where one drafts alone."""
+        return None if self._alone is None else self._alone.source(batch, state)
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """The part's own where one drafts alone; else all proposals, put together."""

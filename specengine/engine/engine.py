@@ -54,7 +54,7 @@ from specengine.prompt import Prompt, Rendered, check_prompts
 from specengine.runtime.graphs import GraphReport
 from specengine.runtime.kv_cache import TARGET
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.sequence import Request
+from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Request
 from specengine.runtime.state import BatchState, RoundMode
 from specengine.tokenizer import Tokenizer
 from specengine.translation import ByText, Translation
@@ -363,7 +363,7 @@ class Engine:
         title = f"generating ({self.target_name})"
         with (
             progress_bar(title, "prompts", enabled=False if is_single else progress) as update,
-            closing(self._events(requests)) as events,
+            closing(self._events(requests, 1 if streamer is not None else MAX_ROUNDS_UNREAD)) as events,
         ):
             for event in events:
                 if streamer is not None:
@@ -381,15 +381,22 @@ class Engine:
         self,
         prompts: Prompt | Collection[Prompt],
         params: SamplingParams | Collection[SamplingParams] | None = None,
+        *,
+        stream_interval: int = 1,
         **sampling: Unpack[SamplingOptions],
     ) -> Generator[StreamEvent, None, None]:
         """The generator twin of `generate`. Closing it early aborts what is unfinished.
 
+        stream_interval: the most rounds whose tokens come in one event: more save the host's work between rounds,
+                         where these are short
+
         Arguments are checked at once; the requests are queued when the first event is asked for.
         """
         self._check_open()
+        if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or stream_interval < 1:
+            raise ValueError(f"stream_interval={stream_interval!r}: expected an integer of 1 or more")
         requests = self._intake.build_requests(prompts, params, dict(sampling))
-        return self._events(requests)
+        return self._events(requests, stream_interval)
 
     @property
     def chat_template(self) -> str | None:
@@ -583,8 +590,10 @@ class Engine:
             try:
                 yield
             finally:
-                self._end_doomed()
-        self._end_doomed()  # who was given up while the lock was being given back
+                if self._doomed:
+                    self._end_doomed()
+        if self._doomed:  # who was given up while the lock was being given back
+            self._end_doomed()
 
     def _queue(self, outbox: Outbox, requests: list[Request]) -> None:
         with self._held():
@@ -623,8 +632,12 @@ class Engine:
                 self._lock.release()
             self._tell_waiting()
 
-    def _events(self, requests: list[Request]) -> Generator[StreamEvent, None, None]:
+    def _events(
+        self, requests: list[Request], stream_interval: int = 1
+    ) -> Generator[StreamEvent, None, None]:
         outbox = Outbox()
+        for request in requests:
+            request.stream_interval = stream_interval
         try:
             self._queue(outbox, requests)
             while True:

@@ -17,6 +17,7 @@ from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.kv_cache import TARGET, KVCache
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import RoundCounts, Sequence, Settled
+from specengine.speculative import RoundOutcome
 
 NOT_A_DISTRIBUTION = "the target's logits hold a NaN or nothing finite"
 
@@ -58,7 +59,7 @@ class Records:
                         self._kv_cache.manager.set_computed(result.slot, TARGET, end)
                 flight.drafter.observe(flight.batch, results)
             logprobs = self._gather_logprobs(flight, results)
-            drafts = _read_drafts(flight) if is_round and flight.batch.mode.wants_drafts else None
+            drafts = flight.read_drafts() if is_round and flight.batch.mode.wants_drafts else None
             now = time.perf_counter()
             for index, (sequence, row, result) in enumerate(
                 zip(flight.sequences, rows, results, strict=True)
@@ -102,6 +103,7 @@ class Records:
         if not wanted:
             return entries
         outcome = flight.outcome
+        assert isinstance(outcome, RoundOutcome), "whoever wants log-probabilities is judged by logits"
         starts = outcome.row_start.tolist()
         rows = [starts[index] + place for index, count in wanted for place in range(count)]
         tokens = torch.cat([outcome.tokens[index, :count] for index, count in wanted])
@@ -116,12 +118,6 @@ class Records:
         for owner, entry in zip(owners, found, strict=True):
             entries[owner].append(entry)
         return entries
-
-
-def _read_drafts(flight: Flight) -> list[list[int]]:
-    """Of each sequence, what was drafted, and then anything."""
-    drafts: list[list[int]] = flight.outcome.drafts.tolist()
-    return drafts
 
 
 def _row_result(sequence: Sequence, row: list[int], *, is_round: bool) -> RowResult | None:

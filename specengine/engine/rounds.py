@@ -21,16 +21,27 @@ from specengine.drafters.base import RoundDrafter
 from specengine.drafters.no_draft import NoDrafter
 from specengine.engine.times import NUM_TIMES, Clock, RoundTimes, Stopwatch
 from specengine.errors import GraphCaptureError
-from specengine.kernels.types.round import NUM_RESULT_COLUMNS
+from specengine.kernels.types.round import NUM_RESULT_COLUMNS, BoundRound
 from specengine.runtime.graphs import Pending, Recorder, ResultRing, bucket, draft_bucket, sizes
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RoundMode, RunningBatch, round_mode
-from specengine.speculative import RoundOutcome, run_round
+from specengine.speculative import RoundOutcome, bind_round, run_round
 
+# Nobody waits longer than this, and a round, for the host to look: who comes, stops or interrupts.
+_MAX_UNREAD_SECONDS = 0.008
 # Of a recording: batch size, k, mode, and who drafts (see `RoundDrafter.prepare`).
 _Key = tuple[int, int, RoundMode, Hashable]
+
+
+class Done(NamedTuple):
+    """Results that are there."""
+
+    rows: list[list[int]]
+
+    def read(self) -> list[list[int]]:
+        return self.rows
 
 
 class Flight(NamedTuple):
@@ -42,8 +53,8 @@ class Flight(NamedTuple):
 
     sequences: list[Sequence]
     batch: RunningBatch
-    outcome: RoundOutcome
-    results: Pending
+    outcome: RoundOutcome | BoundRound
+    results: Pending | Done
     drafter: RoundDrafter | None
     watch: Stopwatch | None
 
@@ -52,6 +63,13 @@ class Flight(NamedTuple):
         """Whether the next round would overwrite what the host has yet to read, or (as likely as not) needs to know."""
         runs_ahead = self.drafter is None or self.drafter.may_run_ahead
         return self.batch.mode.is_read_at_once or not runs_ahead
+
+    def read_drafts(self) -> list[list[int]]:
+        """Of each sequence, what was judged, and then anything."""
+        if not isinstance(self.outcome, RoundOutcome):
+            return self.outcome.drafts()
+        drafts: list[list[int]] = self.outcome.drafts.tolist()
+        return drafts
 
     def read(self) -> list[list[int]]:
         """The rows of its record: waits for them. What the host makes of them is timed from here on."""
@@ -94,6 +112,8 @@ class Rounds:
         self._sizes = sizes(state.num_slots)
         self._recorded_transforms = state.transforms
         self._recordings: dict[_Key, Callable[[], tuple[RoundOutcome, Tensor]]] = {}
+        # Those that run in one call; None: they cannot.
+        self._bound: dict[_Key, BoundRound | None] = {}
         self._flights: deque[Flight] = deque()
         self._ring = ResultRing(
             # A step reads what it must after it has queued a prompt's first token and a round.
@@ -110,6 +130,11 @@ class Rounds:
             if who is not None:
                 self._record((size, k, mode, who), drafter)
 
+    @property
+    def may_run_in_a_row(self) -> bool:
+        """Whether some may, before the host has looked at the first."""
+        return self.recorder is None and self.drafter.may_run_ahead
+
     def must_read(self, running: list[Sequence]) -> bool:
         """Whether a round of these has to wait for a result: its drafter wants to know what was accepted, or code of
         a request's own which tokens there are."""
@@ -121,8 +146,9 @@ class Rounds:
             for sequence in running
         )
 
-    def launch(self, sequences: list[Sequence]) -> None:
-        """Queues a round of these sequences; reads no result."""
+    def launch(self, sequences: list[Sequence], *, max_rounds: int = 1) -> int:
+        """Queues a round of these sequences, or up to `max_rounds` in a row where they run in one call, and returns
+        how many; reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
         watch = self._clock.start(len(sequences), k)
         drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
@@ -142,6 +168,17 @@ class Rounds:
                 batch = self._select(sequences, mode, k=k, size=size)
                 self._clock.restart(watch)
             replay = self._recordings.get(key)
+        bound = self._bind((size, k, mode, who), batch, drafter) if self.recorder is None else None
+        if bound is not None:
+            if mode.is_read_at_once or not drafter.may_run_ahead:
+                max_rounds = 1
+            stop_ids = [token for sequence in sequences for token in sequence.ending_ids]
+            rounds = bound.run(max_rounds, _MAX_UNREAD_SECONDS, stop_ids)
+            watches = self._clock.split(watch, [parts for _, parts in rounds])
+            for (rows, parts), each in zip(rounds, watches, strict=True):
+                ranges.tell(parts)
+                self._note(Flight(sequences, batch, bound, Done(rows), drafter, each))
+            return len(rounds)
         if replay is not None:
             outcome, record = replay()
             watch.mark()
@@ -149,6 +186,7 @@ class Rounds:
             batch = batch.without_padding()
             outcome, record = run_round(batch, self._state, self._target, drafter, mark=watch.mark)
         self.push(sequences, batch, outcome, record, drafter, watch)
+        return 1
 
     def push(
         self,
@@ -160,10 +198,12 @@ class Rounds:
         watch: Stopwatch | None = None,
     ) -> None:
         """Notes what is under way, and sends its record to the host."""
-        results = self._ring.push(record)
-        self._flights.append(Flight(sequences, batch, outcome, results, drafter, watch))
-        if drafter is not None:
-            for sequence, limit in zip(sequences, batch.draft_limits, strict=True):
+        self._note(Flight(sequences, batch, outcome, self._ring.push(record), drafter, watch))
+
+    def _note(self, flight: Flight) -> None:
+        self._flights.append(flight)
+        if flight.drafter is not None:
+            for sequence, limit in zip(flight.sequences, flight.batch.draft_limits, strict=True):
                 sequence.add_round_ahead(limit)
 
     def pop(self) -> Flight | None:
@@ -200,6 +240,7 @@ class Rounds:
         """Forgets what is under way and gives the recordings' memory back."""
         self.clear()
         self._recordings.clear()
+        self._bound.clear()
 
     def _who_drafts(self, k: int) -> RoundDrafter:
         return self.drafter if k else self._no_drafter
@@ -224,9 +265,23 @@ class Rounds:
             warnings.warn(f"{error}; rounds run without CUDA graphs", RuntimeWarning, stacklevel=2)
             self.recorder = None
 
+    def _bind(
+        self, key: tuple[int, int, RoundMode, Hashable | None], batch: RunningBatch, drafter: RoundDrafter
+    ) -> BoundRound | None:
+        """The round in one call, if it can; not while somebody watches its parts as they happen."""
+        size, k, mode, who = key
+        if who is None or mode.has_processors or ranges.wants_spans():
+            return None
+        self._drop_outgrown()
+        known = (size, k, mode, who)
+        if known not in self._bound:
+            self._bound[known] = bind_round(batch, self._state, self._target, drafter)
+        return self._bound[known]
+
     def _drop_outgrown(self) -> None:
         """Forgets what was recorded with tables that have moved since."""
         if self._recorded_transforms is not self._state.transforms:
             self._recorded_transforms = self._state.transforms
-            for key in [key for key in self._recordings if key[2].has_transforms]:
-                del self._recordings[key]
+            for rounds in (self._recordings, self._bound):
+                for key in [key for key in rounds if key[2].has_transforms]:
+                    del rounds[key]

@@ -13,6 +13,9 @@ from specengine.runtime.kv_cache import TARGET, KVCache
 from specengine.runtime.sequence import Request, Sequence
 from specengine.runtime.state import BatchState
 
+# Blocks are reserved for several rounds while one in so many is free.
+_ROOMY_SHARE = 4
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -34,10 +37,11 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: prompt chunks for one forward, and the sequences of one round."""
+    """One step: prompt chunks for one forward, and the sequences of one round, or of up to `num_rounds` in a row."""
 
     chunks: list[Chunk]
     decoding: list[Sequence]
+    num_rounds: int = 1
 
 
 class Scheduler:
@@ -74,10 +78,18 @@ class Scheduler:
         """Queues every sample of a request."""
         self.waiting.extend(request.sequences)
 
-    def schedule(self) -> Plan:
-        """Reserves blocks for a round of everyone who decodes, admits whom there is room for, cuts prompt chunks."""
+    def schedule(self, max_rounds: int = 1) -> Plan:
+        """Reserves blocks for a round of everyone who decodes, admits whom there is room for, cuts prompt chunks.
+
+        For up to `max_rounds` in a row where there is nothing else to do, and blocks enough.
+        """
         prefilled = [sequence for sequence in self.running if self._is_prefilled(sequence)]
-        decoding = self._reserve(prefilled)
+        is_all = len(prefilled) == len(self.running) and not self.waiting
+        if not is_all or self._manager.num_free_blocks * _ROOMY_SHARE < self._kv_cache.num_usable_blocks:
+            max_rounds = 1
+        decoding = self._reserve(prefilled, max_rounds)
+        if is_all:
+            return Plan([], decoding, max_rounds)
         self._admit()
         return Plan(self._cut_chunks(others_than=set(prefilled)), decoding)
 
@@ -124,25 +136,27 @@ class Scheduler:
     def _is_prefilled(self, sequence: Sequence) -> bool:
         return bool(sequence.output_ids) and self.num_computed(sequence) >= sequence.num_tokens_to_compute
 
-    def _reserve(self, decoding: list[Sequence]) -> list[Sequence]:
-        """Blocks for a round of those; whoever is preempted for that, or may emit no more, is left out."""
+    def _reserve(self, decoding: list[Sequence], num_rounds: int) -> list[Sequence]:
+        """Blocks for rounds of those; whoever is preempted for that, or may emit no more, is left out."""
         reserved: list[Sequence] = []
         for sequence in decoding:
-            while sequence.slot is not None and sequence.may_run and not self._try_reserve(sequence):
+            while (
+                sequence.slot is not None and sequence.may_run and not self._try_reserve(sequence, num_rounds)
+            ):
                 # What is under way may end somebody; only then is anybody's work thrown away.
                 if not self._on_pressure():
                     self._preempt(self.running[-1])
             reserved.append(sequence)
         return [sequence for sequence in reserved if sequence.slot is not None and sequence.may_run]
 
-    def _try_reserve(self, sequence: Sequence) -> bool:
+    def _try_reserve(self, sequence: Sequence, num_rounds: int) -> bool:
         slot = sequence.slot
         assert slot is not None, f"sequence {sequence.sequence_id} has no slot"
         first = self._kv_cache.num_computed(slot, TARGET)
         drafted = self._drafter.first_written(sequence)
         first = first if drafted is None else min(first, drafted)
         try:
-            self._kv_cache.reserve(slot, first, sequence.max_num_computed)
+            self._kv_cache.reserve(slot, first, sequence.max_num_computed(num_rounds))
         except OutOfBlocksError:
             return False
         return True

@@ -16,7 +16,7 @@ from specengine.engine.rounds import Flight, Rounds
 from specengine.engine.scheduler import Plan, Scheduler
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.sequence import Request, Sequence
+from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Request, Sequence
 from specengine.runtime.state import BatchState
 
 
@@ -40,6 +40,8 @@ class Stepper:
     ) -> None:
         self.is_stepping = False
         self.chooser = Chooser.of(drafter, hides_host=hides_host)
+        # One for all steps: to make another takes longer than to enter it.
+        self._inference_mode = torch.inference_mode()
         # Seconds of the host's before the latest round.
         self._preparation = 0.0
         self._kv_cache = kv_cache
@@ -56,9 +58,12 @@ class Stepper:
         self._records = Records(kv_cache, target, on_settled=self._after_round)
         self._prompts = Prompts(target, state, kv_cache, rounds, self.scheduler, on_scored=self._end_scored)
 
-    @torch.inference_mode()
     def step(self) -> None:
         """One step. Whatever interrupts it, what is settled stays, and the next step goes on from there."""
+        with self._inference_mode:
+            self._step()
+
+    def _step(self) -> None:
         try:
             self.is_stepping = True
             begun = time.perf_counter()
@@ -67,7 +72,7 @@ class Stepper:
             self.chooser.choose(self.scheduler.running)
             while self._rounds.must_read(self.scheduler.running):
                 self._collect_one()
-            plan = self.scheduler.schedule()
+            plan = self.scheduler.schedule(self._max_rounds())
             self._preparation = time.perf_counter() - begun
             self._run(plan)
             self.is_stepping = False  # here too: an interruption may strike the line below
@@ -92,11 +97,19 @@ class Stepper:
         if plan.chunks:
             self._prompts.run(plan.chunks)
         if plan.decoding:
-            self._rounds.launch(plan.decoding)
+            num_rounds = self._rounds.launch(plan.decoding, max_rounds=plan.num_rounds)
+            self.chooser.go_on(num_rounds - 1)
         while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
             self._collect(flight)
         if not scheduler.has_work:
             self._rounds.clear()
+
+    def _max_rounds(self) -> int:
+        """How many may run in a row before the host looks at the first."""
+        if not self._rounds.may_run_in_a_row:
+            return 1
+        wanted = [sequence.max_rounds_unread for sequence in self.scheduler.running]
+        return min(MAX_ROUNDS_UNREAD, self.chooser.max_rounds, *wanted)
 
     def _collect_one(self) -> bool:
         """Reads what has been under way longest; whether there was anything."""
@@ -119,6 +132,7 @@ class Stepper:
                 verify=times.verify,
                 host=times.host + self._preparation,
             )
+            self._preparation = 0.0
 
     def _recover(self) -> None:
         """What is settled is the truth; everything else is made to agree with it, or is unreachable again."""

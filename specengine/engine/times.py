@@ -85,6 +85,17 @@ class Clock:
         event.record()
         watch.events.append(event)
 
+    def split(self, watch: Stopwatch, rounds: list[tuple[float, float, float]]) -> list[Stopwatch]:
+        """Stopwatches of rounds that ran in one call, which is over now: of each the seconds of its three parts. What
+        the first round's took until the call, the host's part of drafting, is in its draft."""
+        end, watches = time.perf_counter(), []
+        for draft, verify, commit in reversed(rounds):
+            moments = [end - commit - verify - draft, end - commit - verify, end - commit, end]
+            watches.append(Stopwatch(self, watch.batch_size, watch.k, moments))
+            end = moments[0]
+        watches[-1].moments[0] = watch.moments[0]
+        return watches[::-1]
+
     def stop(self, watch: Stopwatch) -> RoundTimes:
         """What the round took: its results have been read, and worked through."""
         host = time.perf_counter() - watch.host_began

@@ -29,6 +29,7 @@ from specengine.errors import SpecEngineError
 from specengine.measure.timeline import DECODE, Part, PartTimes, TraceRanges, device_parts, read_trace
 from specengine.outputs import GenerationResult
 from specengine.runtime.graphs import GraphReport
+from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
 
 
 @dataclass(frozen=True)
@@ -181,8 +182,9 @@ def profile_call(call: Call, engine: Engine, *, trace_path: Path | None) -> Prof
 def _decode(
     call: Call, engine: Engine, during: AbstractContextManager[object]
 ) -> tuple[GenerationResult, float]:
-    """The result, and the seconds from the first token to the last, which run within `during`."""
-    with closing(engine.stream(call.prompt, call.params)) as events:
+    """The result, and the seconds from the first token to the last, which run within `during`. Nobody waits for each
+    token, as in `generate`."""
+    with closing(engine.stream(call.prompt, call.params, stream_interval=MAX_ROUNDS_UNREAD)) as events:
         last = next(events)
         with during:
             began = time.perf_counter()

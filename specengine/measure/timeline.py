@@ -41,6 +41,8 @@ class Part:
 class PartTimes:
     """A sink of one thread's spans: how often each was entered, and its own time, without the spans inside it."""
 
+    takes_times = True
+
     def __init__(self) -> None:
         self.calls = Counter[str]()
         self.seconds: defaultdict[str, float] = defaultdict(float)
@@ -59,6 +61,12 @@ class PartTimes:
         self._charge()
         self._open.pop()
 
+    def add(self, name: str, seconds: float) -> None:
+        self.calls[name] += 1
+        self.seconds[name] += seconds
+        if self._open:  # there it was a part of what is open
+            self.seconds[self._open[-1]] -= seconds
+
     def _charge(self) -> None:
         now = time.perf_counter()
         if self._open:
@@ -74,6 +82,8 @@ class PartTimes:
 
 class TraceRanges:
     """A sink that makes each span an event of PyTorch's profiler."""
+
+    takes_times = False
 
     def __init__(self) -> None:
         self._open: list[torch.profiler.record_function] = []

@@ -24,7 +24,8 @@ from specengine.kernels.types.program import (
     ParallelNormLinear,
     Program,
 )
-from specengine.ops.backend import Backend
+from specengine.kernels.types.round import BoundRound, RoundTensors
+from specengine.ops.backend import Backend, RoundModel
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,16 @@ class Decoder:
     ) -> tuple[Tensor, Tensor] | None:
         """Several draws in a row in one call, where the backend has it; see `specengine.ops.Executor`."""
         return self._executor.draft(rows, kv_cache, vocab_size, keys)
+
+    def in_round(self, kv_cache: Tensor, vocab_size: int) -> RoundModel:
+        """This model in rounds that run in one call."""
+        return RoundModel(self._executor, kv_cache, vocab_size)
+
+    def bind_round(
+        self, own: RoundModel, draft: RoundModel | None, num_fed: int, tensors: RoundTensors
+    ) -> BoundRound | None:
+        """A round of this target in one call, where the backend has it; see `specengine.ops.Executor`."""
+        return self._executor.bind_round(own, draft, num_fed, tensors)
 
 
 def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:

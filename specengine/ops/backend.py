@@ -5,7 +5,7 @@ Signatures, shapes and formulas are documented once, in `specengine.kernels.refe
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits, Program
-from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.round import BoundRound, RoundPlan, RoundTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 from specengine.weight_formats import WeightFormat
@@ -46,6 +46,23 @@ class Executor(Protocol):
 
         None where the executor has no such call; whoever wants it then draws one by one.
         """
+
+    def bind_round(
+        self, own: RoundModel, draft: RoundModel | None, num_fed: int, tensors: RoundTensors
+    ) -> BoundRound | None:
+        """A round of this target in one call. None where the executor has no such call, or not with this draft.
+
+        draft:   the model that draws the drafts; None: they are given, or k is 0
+        num_fed: the last committed tokens, 1 or 2, that its first forward feeds
+        """
+
+
+class RoundModel(NamedTuple):
+    """A model in a round: what runs it, its keys and values, and ids below which it draws."""
+
+    executor: Executor
+    kv_cache: Tensor
+    vocab_size: int
 
 
 class Backend(Protocol):

@@ -21,9 +21,10 @@ from specengine.kernels.types.program import (
     Program,
     Register,
 )
+from specengine.kernels.types.round import RoundTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.statistics import STAT_ERROR
-from specengine.ops.backend import Backend
+from specengine.ops.backend import Backend, RoundModel
 from specengine.rng import STREAM_TARGET
 
 
@@ -68,6 +69,11 @@ class Interpreter:
         return ops.head_draw(*head, rows, positions, has_filters=keys.has_filters, **padding)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
+        return None
+
+    def bind_round(
+        self, own: RoundModel, draft: RoundModel | None, num_fed: int, tensors: RoundTensors
+    ) -> None:
         return None
 
     def _judge(self, raw: Tensor, batch: ForwardBatch, keys: DrawKeys, rows: SamplingRows) -> JudgedLogits:

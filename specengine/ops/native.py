@@ -29,8 +29,9 @@ from specengine.kernels.types.program import (
     ParallelNormLinear,
     Program,
 )
-from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.round import BoundRound, RoundPlan, RoundTensors
 from specengine.kernels.types.rows import SamplingRows
+from specengine.ops.backend import RoundModel
 from specengine.ops.encode import encode_groups
 from specengine.ops.threads import default_num_threads
 from specengine.weight_formats import INT8, WeightFormat
@@ -246,6 +247,21 @@ class NativeExecutor:
     ) -> tuple[Tensor, Tensor]:
         where = (rows.tokens, rows.block_table, rows.slots, rows.start, rows.seq_len, rows.limits)
         return self._decoder.draft(*where, kv_cache, vocab_size, keys.rows, keys.transforms)
+
+    def bind_round(
+        self, own: RoundModel, draft: RoundModel | None, num_fed: int, tensors: RoundTensors
+    ) -> BoundRound | None:
+        models = [own] if draft is None else [own, draft]
+        drafting = None if draft is None else draft.executor
+        if drafting is not None and not isinstance(drafting, NativeExecutor):
+            return None
+        return self._decoder.round(
+            None if drafting is None else drafting._decoder,
+            num_fed,
+            [model.kv_cache for model in models],
+            [model.vocab_size for model in models],
+            *tensors,
+        )
 
 
 def _batch_arguments(

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits
 from specengine.models.decoder import Decoder
-from specengine.ops.backend import Backend
+from specengine.ops.backend import Backend, RoundModel
 from specengine.runtime.batch import Feed, build_forward_batch
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.state import RunningBatch
@@ -65,6 +65,11 @@ class ModelRunner:
         tables = (batch.tokens, batch.block_table, batch.slots)
         rows = DraftRows(*tables, start, plan.seq_len, plan.num_draft)
         return self.decoder.draft(rows, *self._where(), draw_keys(batch))
+
+    @property
+    def in_round(self) -> RoundModel:
+        """This model in rounds that run in one call."""
+        return self.decoder.in_round(*self._where())
 
     def _where(self) -> tuple[Tensor, int]:
         return self.kv_cache.tensors[self.model_index], self.vocab_size

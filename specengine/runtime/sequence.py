@@ -23,6 +23,8 @@ from specengine.runtime.text import TextStream
 _sequence_ids = itertools.count()
 # Of a round, the way to draft of a sequence that drafts nothing.
 UNDRAFTED = -1
+# The most rounds that run before the host looks at the first of them.
+MAX_ROUNDS_UNREAD = 8
 
 
 class Settled(NamedTuple):
@@ -192,12 +194,17 @@ class Sequence:
         """The most drafts of the next round: what is asked for, never past the budget (a round emits up to k + 1)."""
         return min(self.num_speculative_tokens, self.remaining - self.num_rounds_ahead - 1)
 
-    @property
-    def max_num_computed(self) -> int:
-        """The most tokens whose KV the rounds under way and another one write."""
-        return min(self.num_tokens + self.num_tokens_ahead + max(0, self.max_draft_tokens), self.length_limit)
+    def max_num_computed(self, num_rounds: int) -> int:
+        """The most tokens whose KV the rounds under way and so many others write."""
+        more = num_rounds * (max(0, self.max_draft_tokens) + 1) - 1
+        return min(self.num_tokens + self.num_tokens_ahead + more, self.length_limit)
 
     @property
+    def max_rounds_unread(self) -> int:
+        """Rounds that may run before the host has looked at the first: nobody wants to know, and no text ends it."""
+        return 1 if self.params.stop else self.request.stream_interval
+
+    @cached_property
     def ending_ids(self) -> tuple[int, ...]:
         """Tokens that end the output, and that `min_new_tokens` bans until position `banned_until`."""
         return tuple(sorted({*self.eos_token_ids, *self.params.stop_token_ids}))
@@ -242,6 +249,7 @@ class Request:
     on_news:         called with the request when more of it is settled than its caller knows
     bad_words:       sequences of tokens that are never completed
     prompt_logprobs: entry i is of prompt token i; the first has none. Complete as far as its KV is computed
+    stream_interval: the most rounds whose tokens its caller wants to be told at once
     generation_defaults: what of `params` the model's generation_config.json said
     """
 
@@ -252,6 +260,7 @@ class Request:
     params: SamplingParams
     seed: int
     on_news: Callable[[Request], object] = lambda _: None
+    stream_interval: int = 1
     is_lossless: bool = True
     bad_words: tuple[tuple[int, ...], ...] = ()
     sequences: list[Sequence] = field(default_factory=list)
