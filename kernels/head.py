@@ -28,9 +28,11 @@ def spec_head(
     weight_ptr,
     scale_ptr,
     bias_ptr,
+    token_ids_ptr,
     logits_ptr,
     num_rows,
     num_rows_ptr,
+    NUM_TOKENS: tl.constexpr,
     VOCAB_SIZE: tl.constexpr,
     ROW_LENGTH: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -41,8 +43,8 @@ def spec_head(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tokens = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    prefetch_weight(weight_ptr, tl.minimum(tokens, VOCAB_SIZE - 1), 0, WEIGHT_STRIDE, PDL)
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    prefetch_weight(weight_ptr, tl.minimum(columns, NUM_TOKENS - 1), 0, WEIGHT_STRIDE, PDL)
     wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
@@ -60,8 +62,8 @@ def spec_head(
         bias_ptr,
         rows,
         row_mask,
-        tokens,
-        VOCAB_SIZE,
+        columns,
+        NUM_TOKENS,
         WIDTH,
         WEIGHT_STRIDE,
         CHUNK,
@@ -69,24 +71,37 @@ def spec_head(
         BLOCK_N,
         BLOCK_K,
     )
-    tl.store(
-        logits_ptr + rows[:, None].to(tl.int64) * ROW_LENGTH + tokens[None, :], logits, row_mask[:, None]
-    )
+    mask = row_mask[:, None]
+    if token_ids_ptr is None:
+        tokens = columns
+    else:
+        tokens = tl.load(token_ids_ptr + columns, columns < NUM_TOKENS, other=VOCAB_SIZE)
+        mask = mask & (tokens < VOCAB_SIZE)[None, :]
+    tl.store(logits_ptr + rows[:, None].to(tl.int64) * ROW_LENGTH + tokens[None, :], logits, mask)
 
 
 def head(
-    hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, *, num_rows: Tensor | None = None
+    hidden: Tensor,
+    norm: Norm,
+    weight: PackedLinear,
+    vocab_size: int,
+    *,
+    token_ids: Tensor | None = None,
+    num_rows: Tensor | None = None,
 ) -> Tensor:
     """See `specengine.kernels.reference.head`.
 
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
     """
-    num_tiles = check_head(hidden, weight, vocab_size)
-    logits = torch.empty(hidden.shape[0], num_tiles * TILE_TOKENS, device=hidden.device)
+    num_tokens = check_head(hidden, weight, vocab_size, token_ids)
+    shape = hidden.shape[0], ceil_div(vocab_size, TILE_TOKENS) * TILE_TOKENS
+    logits = torch.empty(shape, device=hidden.device)
+    if token_ids is not None:
+        logits.fill_(float("-inf"))
     tile = choose_tile("head", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device)
     launch(
         spec_head,
-        (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
+        (ceil_div(num_tokens, TILE_TOKENS), ceil_div(hidden.shape[0], BLOCK_M)),
         hidden,
         hidden.stride(0),
         norm.weight,
@@ -95,9 +110,11 @@ def head(
         weight.weight,
         weight.scale,
         weight.bias,
+        token_ids,
         logits,
         hidden.shape[0],
         num_rows,
+        NUM_TOKENS=num_tokens,
         VOCAB_SIZE=vocab_size,
         ROW_LENGTH=logits.shape[1],
         WIDTH=weight.in_features,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels.device.dependent import prefetch_weight, wait
-from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile, tile_noise
+from specengine.kernels.device.head import TILE_TOKENS, check_head, logit_tile, tile_noise, token_noise
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import chunk_of, count_rows
 from specengine.kernels.device.noise import (
@@ -46,6 +46,7 @@ def spec_head_draw(
     weight_ptr,
     scale_ptr,
     bias_ptr,
+    token_ids_ptr,
     temperature_ptr,
     seeds_ptr,
     positions_ptr,
@@ -56,6 +57,7 @@ def spec_head_draw(
     error_ptr,
     num_rows,
     num_rows_ptr,
+    NUM_TOKENS: tl.constexpr,
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
@@ -65,9 +67,9 @@ def spec_head_draw(
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    first_token = tl.program_id(0) * BLOCK_N
-    tokens = first_token + tl.arange(0, BLOCK_N)
-    prefetch_weight(weight_ptr, tl.minimum(tokens, VOCAB_SIZE - 1), 0, WEIGHT_STRIDE, PDL)
+    first_column = tl.program_id(0) * BLOCK_N
+    columns = first_column + tl.arange(0, BLOCK_N)
+    prefetch_weight(weight_ptr, tl.minimum(columns, NUM_TOKENS - 1), 0, WEIGHT_STRIDE, PDL)
     wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
     if tl.program_id(1) * BLOCK_M >= num_rows:
@@ -85,8 +87,8 @@ def spec_head_draw(
         bias_ptr,
         rows,
         row_mask,
-        tokens,
-        VOCAB_SIZE,
+        columns,
+        NUM_TOKENS,
         WIDTH,
         WEIGHT_STRIDE,
         CHUNK,
@@ -94,15 +96,23 @@ def spec_head_draw(
         BLOCK_N,
         BLOCK_K,
     )
+    if token_ids_ptr is None:
+        tokens = columns
+    else:
+        tokens = tl.load(token_ids_ptr + columns, columns < NUM_TOKENS, other=VOCAB_SIZE)
+        logits = tl.where((tokens < VOCAB_SIZE)[None, :], logits, NEGATIVE_INFINITY)
     temperature = tl.load(temperature_ptr + rows, row_mask, other=0.0)
     score = scale_logits(logits, temperature[:, None])
     if tl.max(temperature, axis=0) > 0.0:
         seeds = tl.load(seeds_ptr + rows, row_mask, other=0)
         positions = tl.load(positions_ptr + rows, row_mask, other=0)
-        noise = tile_noise(seeds, positions, first_token, BLOCK_M)
+        if token_ids_ptr is None:
+            noise = tile_noise(seeds, positions, first_column, BLOCK_M)
+        else:
+            noise = token_noise(seeds, positions, tokens, BLOCK_M)
         score = tl.where(temperature[:, None] > 0.0, score + noise, score)
     keys = tl.where(
-        (tokens < VOCAB_SIZE)[None, :], race_key(score, tl.broadcast_to(tokens[None, :], score.shape)), 0
+        (columns < NUM_TOKENS)[None, :], race_key(score, tl.broadcast_to(tokens[None, :], score.shape)), 0
     )
     tl.atomic_max(keys_ptr + rows, tl.max(keys, axis=1), row_mask, sem="relaxed")
     has_nan = tl.max((logits != logits).to(tl.int32), axis=1)
@@ -126,17 +136,18 @@ def head_draw(
     positions: Tensor,
     *,
     has_filters: bool = True,
+    token_ids: Tensor | None = None,
     num_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `specengine.kernels.reference.head_draw`.
 
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
     """
-    num_tiles = check_head(hidden, weight, vocab_size)
+    num_tokens = check_head(hidden, weight, vocab_size, token_ids)
     count, device = hidden.shape[0], hidden.device
     positions = check_small("positions", positions, (count,), torch.int32)
     if has_filters:
-        logits = head(hidden, norm, weight, vocab_size, num_rows=num_rows)
+        logits = head(hidden, norm, weight, vocab_size, token_ids=token_ids, num_rows=num_rows)
         stats = filter_rows(logits, rows, num_rows=num_rows)
         base = torch.zeros_like(positions)
         drawn = (rows, positions, rng.STREAM_TARGET, base)
@@ -150,7 +161,7 @@ def head_draw(
     integers = zeroed(flags_at + count, torch.int32, device)
     launch(
         spec_head_draw,
-        (num_tiles, num_row_tiles),
+        (ceil_div(num_tokens, TILE_TOKENS), num_row_tiles),
         hidden,
         hidden.stride(0),
         norm.weight,
@@ -159,6 +170,7 @@ def head_draw(
         weight.weight,
         weight.scale,
         weight.bias,
+        token_ids,
         *check_columns(rows, count, "temperature", "seeds"),
         positions,
         zeroed(count, torch.int64, device),
@@ -168,6 +180,7 @@ def head_draw(
         error,
         count,
         num_rows,
+        NUM_TOKENS=num_tokens,
         VOCAB_SIZE=vocab_size,
         WIDTH=weight.in_features,
         WEIGHT_STRIDE=weight.weight.shape[1],

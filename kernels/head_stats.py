@@ -139,7 +139,7 @@ def head_stats(
 
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
     """
-    num_tiles = check_head(hidden, weight, vocab_size)
+    num_tiles = ceil_div(check_head(hidden, weight, vocab_size), TILE_TOKENS)
     count, device = hidden.shape[0], hidden.device
     (temperature,) = check_columns(rows, count, "temperature")
     logits = torch.empty(count, num_tiles * TILE_TOKENS, device=device)

@@ -124,6 +124,7 @@ class Ops:
         in_features: int,
         out_features: int,
         vocab_size: int,
+        token_ids: Tensor | None,
     ) -> Tensor: ...
     def head_draw(
         self,
@@ -137,6 +138,7 @@ class Ops:
         in_features: int,
         out_features: int,
         vocab_size: int,
+        token_ids: Tensor | None,
         rows: SamplingRows,
         positions: Tensor,
     ) -> tuple[Tensor, Tensor]: ...
@@ -296,6 +298,7 @@ class Decoder:
         bias: Tensor | None,
         in_features: int,
         out_features: int,
+        token_ids: Tensor | None,
     ) -> None: ...
     def forward(
         self,

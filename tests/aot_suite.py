@@ -211,6 +211,23 @@ def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> li
     return launches
 
 
+def short_head_launches(num_tokens: int = 8192, vocab_size: int = 50257, width: int = 768) -> list[Launch]:
+    """What the ops on a head of some tokens launch."""
+    num_rows, norm = NUM_DRAFT + 1, Norm(meta(width), meta(width), 1e-5)
+    layer = (
+        meta(num_rows, width),
+        norm,
+        linear(num_tokens, width, torch.float16, has_bias=False),
+        vocab_size,
+    )
+    each_row, token_ids = SamplingRows.empty(num_rows, "meta"), integers(num_tokens)
+    with record() as launches:
+        TRITON.head(*layer, token_ids=token_ids)
+        where = integers(num_rows)
+        TRITON.head_draw(*layer, each_row, where, has_filters=False, token_ids=token_ids)
+    return launches
+
+
 def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
     """What a round's bookkeeping launches: with and without the draft's law, and with and without forced acceptance."""
     num_rows, num_slots = num_sequences * (NUM_DRAFT + 1), 65
@@ -266,6 +283,8 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
     for num_sequences in (1, 64):
         for launch in new(round_launches(num_sequences)):
             yield "round", launch
+    for launch in new(short_head_launches()):
+        yield "some tokens float16", launch
     for name, size in SIZES.items():
         for dtype_name, dtype in DTYPES.items():
             is_grouped = isinstance(dtype, int)

@@ -212,12 +212,17 @@ def random_layer(
     seed: int = 0,
     ops: Backend = NATIVE,
     is_rms: bool = False,
+    chosen: Tensor | None = None,
 ) -> Layer:
-    """in_features: rounded up where weights by group want that, see `width_of`"""
+    """in_features: rounded up where weights by group want that, see `width_of`
+    chosen:      only these of the layer's rows
+    """
     in_features = width_of(in_features, dtype)
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * in_features**-0.5
     bias = torch.randn(out_features, generator=generator) if has_bias else None
+    if chosen is not None:
+        weight, bias, out_features = weight[chosen], None if bias is None else bias[chosen], chosen.numel()
     scale = 0.5 + torch.rand(in_features, generator=generator)
     shift = torch.randn(in_features, generator=generator)
     norm = Norm(scale, None if is_rms else shift, 1e-5)
@@ -232,6 +237,12 @@ def random_layer(
     weight = weight.to(dtype)
     plain = PackedLinear(weight, bias, in_features, out_features)
     return Layer(norm, ops.pack_linear(weight, bias), plain)
+
+
+def random_tokens(num_tokens: int, vocab_size: int) -> Tensor:
+    """`[num_tokens]` int32, ascending: some of a vocabulary."""
+    generator = torch.Generator().manual_seed(5)
+    return torch.randperm(vocab_size, generator=generator)[:num_tokens].sort().values.int()
 
 
 def random_rows(num_rows: int, width: int, seed: int = 1) -> Tensor:

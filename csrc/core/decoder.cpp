@@ -113,8 +113,8 @@ void DecoderRunner::forward(const BatchView& batch, int64_t vocab_size, float* l
   const std::lock_guard lock(mutex_);
   run_layers(batch);
   if (batch.num_logit_rows == 0) return;
-  head(logit_inputs(batch), batch.num_logit_rows, program_.final_norm, program_.head, vocab_size,
-       logits, padded_vocab_size);
+  head(logit_inputs(batch), batch.num_logit_rows, program_.head, vocab_size, logits,
+       padded_vocab_size);
 }
 
 void DecoderRunner::draw(const BatchView& batch, int64_t vocab_size, const SamplingRows& rows,
@@ -134,7 +134,7 @@ void DecoderRunner::draw_rows(const BatchView& batch, int64_t vocab_size, const 
   const DecidedRows decided = draw_decided_.build(ragged, num_rows, rows);
   const RowTransform* transforms =
       tables == nullptr ? nullptr : draw_transforms_.build(*tables, decided, vocab_size);
-  head_draw(logit_inputs(batch), num_rows, program_.final_norm, program_.head, vocab_size,
+  head_draw(logit_inputs(batch), num_rows, program_.head, vocab_size,
             {decided.rows, decided.positions, tokens, error, transforms});
 }
 

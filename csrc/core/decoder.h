@@ -48,8 +48,7 @@ struct Program {
   int64_t rotary_half;
   int64_t hidden_size, num_heads, num_kv_heads, head_dim;
   std::vector<Step> steps;
-  NormWeight final_norm;
-  LinearWeight head;
+  Head head;
   int64_t num_tokens = 0;             // rows of token_table
   int64_t num_positions = INT32_MAX;  // rows of position_table and rotary
 };

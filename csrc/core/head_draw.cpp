@@ -33,6 +33,7 @@ struct Draw {
   RowProgress* progress;  // [num_rows]
   RaceResult* found;      // [num_rows, num_tiles]
   float** kept;           // [num_rows], the logits of rows that are filtered, else null
+  Ints token_ids;         // of the columns, ascending; empty: column v is token v
 
   bool is_greedy(int64_t r) const { return !(draws.rows.temperature[r] > 0.0f); }
   bool is_filtered(int64_t r) const {
@@ -45,34 +46,69 @@ struct Draw {
   }
 
   void consume(int64_t first_column, int64_t num_columns, const float* tile) const {
-    const Kernels& isa = kernels();
-    alignas(64) float changed[kTileColumns];
     for (int64_t r = 0; r < num_rows; ++r) {
       const float* logits = tile + r * kTileColumns;
-      const bool is_changed =
-          draws.transforms != nullptr && draws.transforms[r].is_about(first_column, num_columns);
-      if (kept[r] != nullptr || is_changed) {
-        float* copy = kept[r] != nullptr ? kept[r] + first_column : changed;
-        std::memcpy(copy, logits, sizeof(float) * num_columns);
-        if (is_changed) draws.transforms[r].apply(first_column, num_columns, copy);
-        if (kept[r] != nullptr) continue;
-        logits = copy;
+      if (kept[r] != nullptr) {
+        keep(r, first_column, num_columns, logits);
+        continue;
       }
-      const RowView view{logits, num_columns, is_greedy(r) ? 1.0f : draws.rows.temperature[r],
-                         kNegativeInfinity, 0.0f};
-      if (isa.row_maximum(view).has_nan) progress[r].has_nan.store(true, std::memory_order_relaxed);
-      const NoiseKey noise = key(r);
-      const float best = progress[r].best.load(std::memory_order_relaxed);
-      const RaceResult winner =
-          isa.draw_tile(view, first_column, is_greedy(r) ? nullptr : &noise, best);
-      found[r * num_tiles + first_column / kTileColumns] = winner;
-      progress[r].raise(winner.score);
+      found[r * num_tiles + first_column / kTileColumns] =
+          token_ids.empty() ? draw(r, first_column, num_columns, logits)
+                            : draw_spread(r, first_column, num_columns, logits);
     }
+  }
+
+  void keep(int64_t r, int64_t first_column, int64_t num_columns, const float* logits) const {
+    if (token_ids.empty()) {
+      std::memcpy(kept[r] + first_column, logits, sizeof(float) * num_columns);
+      return;
+    }
+    for (int64_t at = 0; at < num_columns; ++at) kept[r][token_ids[first_column + at]] = logits[at];
+  }
+
+  // The winner of tokens first_token … first_token + count - 1; first_token is a multiple of
+  // kTileColumns, as the noise of tokens comes in groups.
+  RaceResult draw(int64_t r, int64_t first_token, int64_t count, const float* logits) const {
+    const Kernels& isa = kernels();
+    alignas(64) float changed[kTileColumns];
+    if (draws.transforms != nullptr && draws.transforms[r].is_about(first_token, count)) {
+      std::memcpy(changed, logits, sizeof(float) * count);
+      draws.transforms[r].apply(first_token, count, changed);
+      logits = changed;
+    }
+    const RowView view{logits, count, is_greedy(r) ? 1.0f : draws.rows.temperature[r],
+                       kNegativeInfinity, 0.0f};
+    if (isa.row_maximum(view).has_nan) progress[r].has_nan.store(true, std::memory_order_relaxed);
+    const NoiseKey noise = key(r);
+    const float best = progress[r].best.load(std::memory_order_relaxed);
+    const RaceResult winner =
+        isa.draw_tile(view, first_token, is_greedy(r) ? nullptr : &noise, best);
+    progress[r].raise(winner.score);
+    return winner;
+  }
+
+  // The same of columns whose tokens lie apart: each tile of the vocabulary that has any of them,
+  // and nothing else in it.
+  RaceResult draw_spread(int64_t r, int64_t first_column, int64_t num_columns,
+                         const float* logits) const {
+    alignas(64) float tile[kTileColumns];
+    RaceResult winner{0, kNegativeInfinity};
+    for (int64_t at = 0; at < num_columns;) {
+      const int64_t first_token = token_ids[first_column + at] / kTileColumns * kTileColumns;
+      const int64_t count = std::min(kTileColumns, vocab - first_token);
+      std::fill_n(tile, count, kNegativeInfinity);
+      for (; at < num_columns && token_ids[first_column + at] < first_token + count; ++at)
+        tile[token_ids[first_column + at] - first_token] = logits[at];
+      const RaceResult candidate = draw(r, first_token, count, tile);
+      if (candidate.score > winner.score) winner = candidate;
+    }
+    return winner;
   }
 
   // Tiles in order of id: a later winner must be strictly better.
   void finish(int64_t r) const {
     if (kept[r] != nullptr) {
+      if (draws.transforms != nullptr) draws.transforms[r].apply(0, vocab, kept[r]);
       const FilteredDraw drawn = draw_filtered(kept[r], vocab, draws.rows, r, key(r));
       draws.tokens[r] = drawn.token;
       draws.error[r] = drawn.is_bad ? 1 : 0;
@@ -90,34 +126,43 @@ struct Draw {
 
 }  // namespace
 
-void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
-               const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws) {
+void head_draw(const float* hidden, int64_t num_rows, const Head& weights, int64_t vocab_size,
+               const DrawRows& draws) {
   static thread_local Scratch<RaceResult> results;
   static thread_local Scratch<RowProgress> progress;
   static thread_local Scratch<float*> kept;
   static thread_local Scratch<float> kept_logits;
-  const int64_t num_tiles = (vocab_size + kTileColumns - 1) / kTileColumns;
+  const int64_t num_columns = weights.num_rows(vocab_size);
+  const int64_t num_tiles = (num_columns + kTileColumns - 1) / kTileColumns;
   Draw draw{draws,
             num_rows,
             vocab_size,
             num_tiles,
             progress.reserve(num_rows),
             results.reserve(num_rows * num_tiles),
-            kept.reserve(num_rows)};
+            kept.reserve(num_rows),
+            weights.token_ids};
   int64_t num_filtered = 0;
   for (int64_t r = 0; r < num_rows; ++r) num_filtered += draw.is_filtered(r) ? 1 : 0;
   float* next_kept = kept_logits.reserve(num_filtered * vocab_size);
+  if (!weights.has_all_tokens())
+    std::fill_n(next_kept, num_filtered * vocab_size, kNegativeInfinity);
   for (int64_t r = 0; r < num_rows; ++r) {
     new (&draw.progress[r]) RowProgress;
     draw.kept[r] = draw.is_filtered(r) ? next_kept : nullptr;
     if (draw.kept[r] != nullptr) next_kept += vocab_size;
   }
-  linear_tiles(
-      {hidden, num_rows, &norm, &weight, Activation::kNone, nullptr, nullptr, 0, vocab_size},
-      [](void* context, int64_t first, int64_t count, const float* tile) {
-        static_cast<const Draw*>(context)->consume(first, count, tile);
-      },
-      &draw);
+  const LinearCall call{
+      hidden,  num_rows, &weights.norm, &weights.weight, Activation::kNone, nullptr,
+      nullptr, 0,        num_columns};
+  if (num_columns > 0) {
+    linear_tiles(
+        call,
+        [](void* context, int64_t first, int64_t count, const float* tile) {
+          static_cast<const Draw*>(context)->consume(first, count, tile);
+        },
+        &draw);
+  }
   parallel_for(num_rows, num_filtered > 1, [&](int64_t r) { draw.finish(r); });
 }
 

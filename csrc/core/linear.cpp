@@ -202,14 +202,42 @@ void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
   });
 }
 
-void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const LinearWeight& weight,
-          int64_t vocab_size, float* logits, int64_t padded_vocab_size) {
-  linear({hidden, num_rows, &norm, &weight, Activation::kNone, nullptr, logits, padded_vocab_size,
-          vocab_size});
-  for (int64_t row = 0; row < num_rows; ++row) {
-    std::fill(logits + row * padded_vocab_size + vocab_size, logits + (row + 1) * padded_vocab_size,
-              -std::numeric_limits<float>::infinity());
+int64_t Head::num_rows(int64_t vocab_size) const {
+  if (has_all_tokens()) return vocab_size;
+  return std::ranges::lower_bound(token_ids, vocab_size) - token_ids.begin();
+}
+
+void head(const float* hidden, int64_t num_rows, const Head& weights, int64_t vocab_size,
+          float* logits, int64_t padded_vocab_size) {
+  constexpr float kNegativeInfinity = -std::numeric_limits<float>::infinity();
+  const LinearCall call{hidden,          num_rows,          &weights.norm,
+                        &weights.weight, Activation::kNone, nullptr,
+                        logits,          padded_vocab_size, weights.num_rows(vocab_size)};
+  if (weights.has_all_tokens()) {
+    linear(call);
+    for (int64_t row = 0; row < num_rows; ++row) {
+      std::fill(logits + row * padded_vocab_size + vocab_size,
+                logits + (row + 1) * padded_vocab_size, kNegativeInfinity);
+    }
+    return;
   }
+  std::fill_n(logits, num_rows * padded_vocab_size, kNegativeInfinity);
+  if (call.num_columns == 0) return;
+  struct Spread {
+    const LinearCall& call;
+    Ints token_ids;
+  } spread{call, weights.token_ids};
+  linear_tiles(
+      call,
+      [](void* context, int64_t first, int64_t count, const float* tile) {
+        const auto& [call, token_ids] = *static_cast<const Spread*>(context);
+        for (int64_t row = 0; row < call.num_rows; ++row) {
+          float* out = call.out + row * call.out_stride;
+          for (int64_t at = 0; at < count; ++at)
+            out[token_ids[first + at]] = tile[row * kTileColumns + at];
+        }
+      },
+      &spread);
 }
 
 void norm_qkv(const float* hidden, int64_t num_rows, const NormWeight& norm,

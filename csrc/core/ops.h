@@ -80,9 +80,21 @@ using TileConsumer = void (*)(void* context, int64_t first_column, int64_t num_c
                               const float* tile);
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context);
 
-// Columns from `vocab_size` on are -inf.
-void head(const float* hidden, int64_t num_rows, const NormWeight& norm, const LinearWeight& weight,
-          int64_t vocab_size, float* logits, int64_t padded_vocab_size);
+// The last norm and a head with a row for every token; or for those in `token_ids` alone, which
+// ascend.
+struct Head {
+  NormWeight norm;
+  LinearWeight weight;
+  Ints token_ids = {};
+
+  bool has_all_tokens() const { return token_ids.empty(); }
+  // Rows, of those for tokens below `vocab_size`.
+  int64_t num_rows(int64_t vocab_size) const;
+};
+
+// Tokens that the head has no row for, and columns from `vocab_size` on, are -inf.
+void head(const float* hidden, int64_t num_rows, const Head& weights, int64_t vocab_size,
+          float* logits, int64_t padded_vocab_size);
 
 // Each row's draw: argmax of the logits where its temperature is 0, else the race on the target's
 // stream at its position over what the row's filters keep. error is 1 where a row holds a NaN or
@@ -95,8 +107,8 @@ struct DrawRows {
   int32_t* error;
   const RowTransform* transforms = nullptr;  // done to each row's logits first; or null
 };
-void head_draw(const float* hidden, int64_t num_rows, const NormWeight& norm,
-               const LinearWeight& weight, int64_t vocab_size, const DrawRows& draws);
+void head_draw(const float* hidden, int64_t num_rows, const Head& weights, int64_t vocab_size,
+               const DrawRows& draws);
 
 struct KvAppend {
   const int32_t* positions;

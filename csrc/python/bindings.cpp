@@ -135,15 +135,17 @@ Tensor linear_residual_op(const Tensor& x, const Tensor& panels, const std::opti
 Tensor head_op(const Tensor& hidden, const Tensor& norm_scale,
                const std::optional<Tensor>& norm_bias, double eps, const Tensor& panels,
                const std::optional<Tensor>& scale, const std::optional<Tensor>& bias,
-               int64_t in_features, int64_t out_features, int64_t vocab_size) {
-  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
-  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
-  check_vocab_size(vocab_size, out_features);
+               int64_t in_features, int64_t out_features, int64_t vocab_size,
+               const std::optional<Tensor>& token_ids) {
+  const Head weights{norm_weight(norm_scale, norm_bias, eps, in_features),
+                     linear_weight(panels, scale, bias, in_features, out_features),
+                     head_token_ids(token_ids, out_features)};
+  check_vocab_size(vocab_size, weights);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t padded = padded_vocab_size(vocab_size);
   Tensor logits = at::empty({hidden.size(0), padded}, at::kFloat);
   const ReleaseGil released;
-  head(hidden.data_ptr<float>(), hidden.size(0), norm, weight, vocab_size, logits.data_ptr<float>(),
+  head(hidden.data_ptr<float>(), hidden.size(0), weights, vocab_size, logits.data_ptr<float>(),
        padded);
   return logits;
 }
@@ -153,10 +155,12 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
                                         const Tensor& panels, const std::optional<Tensor>& scale,
                                         const std::optional<Tensor>& bias, int64_t in_features,
                                         int64_t out_features, int64_t vocab_size,
+                                        const std::optional<Tensor>& token_ids,
                                         const RowTensors& rows, const Tensor& positions) {
-  const LinearWeight weight = linear_weight(panels, scale, bias, in_features, out_features);
-  const NormWeight norm = norm_weight(norm_scale, norm_bias, eps, in_features);
-  check_vocab_size(vocab_size, out_features);
+  const Head weights{norm_weight(norm_scale, norm_bias, eps, in_features),
+                     linear_weight(panels, scale, bias, in_features, out_features),
+                     head_token_ids(token_ids, out_features)};
+  check_vocab_size(vocab_size, weights);
   dense_input(hidden, "hidden", at::kFloat, {-1, in_features});
   const int64_t count = hidden.size(0);
   const RowInputs judged_by(rows, count);
@@ -164,7 +168,7 @@ std::tuple<Tensor, Tensor> head_draw_op(const Tensor& hidden, const Tensor& norm
   Tensor tokens = at::empty({count}, at::kInt);
   Tensor error = at::empty({count}, at::kInt);
   const ReleaseGil released;
-  head_draw(hidden.data_ptr<float>(), count, norm, weight, vocab_size,
+  head_draw(hidden.data_ptr<float>(), count, weights, vocab_size,
             {*judged_by, places.data(), tokens.data_ptr<int32_t>(), error.data_ptr<int32_t>()});
   return {tokens, error};
 }

@@ -148,10 +148,13 @@ class PyDecoder {
   // The last op: from here on the program can run and cannot change.
   void head(const Tensor& norm_scale, const std::optional<Tensor>& norm_bias, double eps,
             const Tensor& panels, const std::optional<Tensor>& scale,
-            const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features) {
+            const std::optional<Tensor>& bias, int64_t in_features, int64_t out_features,
+            const std::optional<Tensor>& token_ids) {
     check_width("weight", in_features, program_.hidden_size);
-    program_.final_norm = norm(norm_scale, norm_bias, eps, in_features);
-    program_.head = linear(panels, scale, bias, in_features, out_features);
+    program_.head = {norm(norm_scale, norm_bias, eps, in_features),
+                     linear(panels, scale, bias, in_features, out_features),
+                     head_token_ids(token_ids, out_features)};
+    if (token_ids) keep(*token_ids);
     runner_.emplace(program_);
   }
 
@@ -161,7 +164,7 @@ class PyDecoder {
                  int64_t vocab_size) {
     const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
                         block_table, logit_rows, kv_cache);
-    check_vocab_size(vocab_size, program_.head.out_features);
+    check_vocab_size(vocab_size, program_.head, program_.num_tokens);
     const int64_t padded = padded_vocab_size(vocab_size);
     Tensor logits = at::empty({inputs.view.num_logit_rows, padded}, at::kFloat);
     const ReleaseGil released;
@@ -179,7 +182,7 @@ class PyDecoder {
                                   const std::optional<TransformTensors>& transforms) {
     const Inputs inputs(*this, token_ids, positions, kv_slots, q_start, context_len, slots,
                         block_table, logit_rows, kv_cache);
-    check_vocab_size(vocab_size, program_.head.out_features);
+    check_vocab_size(vocab_size, program_.head, program_.num_tokens);
     const int64_t num_rows = inputs.view.num_logit_rows;
     const RowInputs judged_by(rows, inputs.view.num_sequences);
     Tensor tokens = empty_small({num_rows}), error = empty_small({num_rows});
@@ -199,7 +202,7 @@ class PyDecoder {
                                    const RowTensors& judged_by,
                                    const std::optional<TransformTensors>& transforms) {
     check_kv_cache(kv_cache);
-    check_vocab_size(vocab_size, program_.head.out_features);
+    check_vocab_size(vocab_size, program_.head, program_.num_tokens);
     const auto history = matrix<int32_t>(tokens, "tokens", -1, -1);
     const auto table = matrix<const int32_t>(block_table, "block_table", history.num_rows, -1);
     const IntInput rows(slots, "slots", -1);

@@ -195,10 +195,25 @@ inline const float* head_norm_weight(const std::optional<Tensor>& weight, int64_
   return dense_input(*weight, "head_norm", at::kFloat, {2, head_dim}).data_ptr<float>();
 }
 
-inline void check_vocab_size(int64_t vocab_size, int64_t out_features) {
-  if (vocab_size < 1 || vocab_size > out_features) {
-    fail("vocab_size: ", vocab_size, " is outside 1 … ", out_features, ", the head's rows");
+// most: the vocabulary of a head that has only some of its tokens.
+inline void check_vocab_size(int64_t vocab_size, const Head& head, int64_t most = INT32_MAX) {
+  if (head.has_all_tokens()) most = head.weight.out_features;
+  if (vocab_size < 1 || vocab_size > most) {
+    fail("vocab_size: ", vocab_size, " is outside 1 … ", most, ", the head's tokens");
   }
+}
+
+// The caller keeps the tensor alive.
+inline Ints head_token_ids(const std::optional<Tensor>& tensor, int64_t out_features) {
+  if (!tensor) return {};
+  dense_input(*tensor, "token_ids", at::kInt, {out_features});
+  const Ints ids(tensor->data_ptr<int32_t>(), static_cast<size_t>(out_features));
+  for (size_t at = 0; at < ids.size(); ++at) {
+    const int32_t before = at == 0 ? -1 : ids[at - 1];
+    if (ids[at] <= before)
+      fail("token_ids: expected them to ascend from 0 on, got ", ids[at], " after ", before);
+  }
+  return ids;
 }
 
 inline int64_t padded_vocab_size(int64_t vocab_size) { return (vocab_size + 127) / 128 * 128; }

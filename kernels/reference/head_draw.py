@@ -23,19 +23,20 @@ def head_draw(
     positions: Tensor,
     *,
     has_filters: bool = True,
+    token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """argmax_v(z_v / T + g_v) with the target's noise over the kept v, z = norm(hidden) W^T; greedy: argmax z.
 
     What `head`, `filter_rows` and `sample_rows` (target stream) give, bit for bit, with no logits returned.
 
     hidden:      `[R, D]` fp32
-    weight:      D -> at least vocab_size
+    weight, token_ids: as in `head`
     rows:        `[R]`, as in `filter_rows` and `sample_rows`
     positions:   `[R]` int32, the absolute position of the token being decided
     has_filters: False promises that no row has a filter
     returns      tokens `[R]` int32; errors `[R]` int32, 1 where a row holds a NaN or nothing finite
     """
-    logits = head(hidden, norm, weight, vocab_size)
+    logits = head(hidden, norm, weight, vocab_size, token_ids=token_ids)
     stats = filter_rows(logits, rows if has_filters else rows.without_filters())
     base = torch.zeros_like(positions)
     tokens, _ = sample_rows(logits, stats, rows, positions, rng.STREAM_TARGET, base)

@@ -88,6 +88,8 @@ class Program:
 
     token_table `[V, D]`; position_table `[max_positions, D]` or None; rotary `[max_positions, 2, rotary_dim / 2]`
     fp32 or None; num_heads query heads attend to num_kv_heads key/value heads of head_dim features
+
+    head_token_ids: `[n]` int32, ascending, the tokens that the head's rows are for; None: row v is token v
     """
 
     num_heads: int
@@ -99,6 +101,7 @@ class Program:
     ops: tuple[Op, ...]
     final_norm: Norm
     head: PackedLinear
+    head_token_ids: Tensor | None = None
 
 
 class ForwardBatch(NamedTuple):

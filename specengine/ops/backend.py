@@ -159,7 +159,15 @@ class Backend(Protocol):
         residual: Tensor,
     ) -> Tensor: ...
 
-    def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor: ...
+    def head(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> Tensor: ...
 
     def head_stats(
         self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, rows: SamplingRows
@@ -175,6 +183,7 @@ class Backend(Protocol):
         positions: Tensor,
         *,
         has_filters: bool = True,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]: ...
 
     def filter_rows(self, logits: Tensor, rows: SamplingRows) -> Tensor: ...

@@ -38,8 +38,9 @@ class Interpreter:
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         program = self._program
         hidden = self._logit_inputs(batch, kv_cache)
-        padding = _padding(batch.num_logit_rows)
-        return self._backend.head(hidden, program.final_norm, program.head, vocab_size, **padding)
+        return self._backend.head(
+            hidden, program.final_norm, program.head, vocab_size, **self._head_options(batch)
+        )
 
     def forward_stats(
         self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
@@ -48,8 +49,8 @@ class Interpreter:
         hidden = self._logit_inputs(batch, kv_cache)
         rows, _ = row_keys(ops, keys, batch)
         head = (hidden, program.final_norm, program.head, vocab_size)
-        if keys.has_filters or keys.transforms is not None:
-            return self._judge(ops.head(*head, **_padding(batch.num_logit_rows)), batch, keys, rows)
+        if keys.has_filters or keys.transforms is not None or program.head_token_ids is not None:
+            return self._judge(ops.head(*head, **self._head_options(batch)), batch, keys, rows)
         logits, stats = ops.head_stats(*head, rows, **_padding(batch.num_logit_rows))
         return JudgedLogits(logits, logits, stats)
 
@@ -60,13 +61,13 @@ class Interpreter:
         hidden = self._logit_inputs(batch, kv_cache)
         rows, positions = row_keys(ops, keys, batch)
         head = (hidden, program.final_norm, program.head, vocab_size)
-        padding = _padding(batch.num_logit_rows)
+        options = self._head_options(batch)
         if keys.transforms is not None:
-            judged = self._judge(ops.head(*head, **padding), batch, keys, rows)
+            judged = self._judge(ops.head(*head, **options), batch, keys, rows)
             drawn = (rows, positions, STREAM_TARGET, torch.zeros_like(positions))
-            tokens, _ = ops.sample_rows(judged.logits, judged.stats, *drawn, **padding)
+            tokens, _ = ops.sample_rows(judged.logits, judged.stats, *drawn, **_padding(batch.num_logit_rows))
             return tokens, judged.stats[:, STAT_ERROR].int()
-        return ops.head_draw(*head, rows, positions, has_filters=keys.has_filters, **padding)
+        return ops.head_draw(*head, rows, positions, has_filters=keys.has_filters, **options)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
         return None
@@ -84,6 +85,9 @@ class Interpreter:
             where = (batch.slots, batch.q_start, batch.positions, batch.logit_rows)
             logits = ops.transform_rows(raw, keys.rows, *where, keys.transforms, **padding)
         return JudgedLogits(raw, logits, ops.filter_rows(logits, rows, **padding))
+
+    def _head_options(self, batch: ForwardBatch) -> dict[str, Any]:
+        return {"token_ids": self._program.head_token_ids, **_padding(batch.num_logit_rows)}
 
     def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         hidden = self._run_layers(batch, kv_cache)

@@ -168,8 +168,16 @@ class NativeBackend:
     def linear_residual(self, x: Tensor, weight: PackedLinear, residual: Tensor) -> Tensor:
         return self._ops.linear_residual(x, *_linear_arguments(weight), residual)
 
-    def head(self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int) -> Tensor:
-        return self._ops.head(hidden, *_layer_arguments(norm, weight), vocab_size)
+    def head(
+        self,
+        hidden: Tensor,
+        norm: Norm,
+        weight: PackedLinear,
+        vocab_size: int,
+        *,
+        token_ids: Tensor | None = None,
+    ) -> Tensor:
+        return self._ops.head(hidden, *_layer_arguments(norm, weight), vocab_size, token_ids)
 
     def head_stats(
         self, hidden: Tensor, norm: Norm, weight: PackedLinear, vocab_size: int, rows: SamplingRows
@@ -187,9 +195,11 @@ class NativeBackend:
         positions: Tensor,
         *,
         has_filters: bool = True,
+        token_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         # Where a row has none it is left to find that out: a look at three numbers.
-        return self._ops.head_draw(hidden, *_layer_arguments(norm, weight), vocab_size, rows, positions)
+        layer = _layer_arguments(norm, weight)
+        return self._ops.head_draw(hidden, *layer, vocab_size, token_ids, rows, positions)
 
     def compile(self, program: Program) -> NativeExecutor:
         return NativeExecutor(program, self._ops)
@@ -221,7 +231,7 @@ class NativeExecutor:
             elif isinstance(op, ParallelLinearResidual):
                 add.linear_residual("attended", *_linear_arguments(op.weight), "hidden", "residual")
                 add.linear_residual("expanded", *_linear_arguments(op.mlp_weight), "residual", "hidden")
-        add.head(*_layer_arguments(program.final_norm, program.head))
+        add.head(*_layer_arguments(program.final_norm, program.head), program.head_token_ids)
 
     def forward(self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int) -> Tensor:
         return self._decoder.forward(*_batch_arguments(batch), kv_cache, vocab_size)

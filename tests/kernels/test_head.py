@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    random_tokens,
     width_of,
 )
 
@@ -97,13 +99,49 @@ def test_a_bias_takes_tokens_out_and_leaves_the_others_bits(every_ops: Backend, 
     assert not drawn[1].any()
 
 
+@pytest.mark.parametrize("num_tokens", [1, 127, 128, 130, 300])
+@pytest.mark.parametrize("dtype", WEIGHT_DTYPES)
+def test_a_head_of_some_tokens_has_the_bits_of_the_whole_one(
+    every_ops: Backend, dtype: torch.dtype, num_tokens: int
+) -> None:
+    """Also where some of its tokens are no longer in the vocabulary."""
+    token_ids = random_tokens(num_tokens, 300)
+    whole = random_layer(48, 300, dtype, has_bias=False, ops=every_ops)
+    some = random_layer(48, 300, dtype, has_bias=False, ops=every_ops, chosen=token_ids)
+    hidden = random_rows(5, width_of(48, dtype))
+    for vocab_size in (300, 299, int(token_ids[-1]) or 1):
+        logits = every_ops.head(hidden, some.norm, some.packed, vocab_size, token_ids=token_ids)
+        kept = token_ids[token_ids < vocab_size].long()
+        expected = torch.full_like(logits, float("-inf"))
+        expected[:, kept] = every_ops.head(hidden, whole.norm, whole.packed, vocab_size)[:, kept]
+        assert torch.equal(logits, expected)
+        meant = reference.head(hidden, some.norm, some.plain, vocab_size, token_ids=token_ids)
+        assert torch.equal(meant == float("-inf"), expected == float("-inf"))
+
+
+def test_tokens_that_do_not_ascend_are_refused() -> None:
+    layer = random_layer(16, 3, torch.float32)
+    for ids in ([0, 2, 2], [2, 1, 3], [-1, 0, 1], [0, 1], [[0, 1, 2]]):
+        with pytest.raises(ValueError, match="token_ids"):
+            NATIVE.head(
+                random_rows(1, 16),
+                layer.norm,
+                layer.packed,
+                9,
+                token_ids=torch.tensor(ids, dtype=torch.int32),
+            )
+
+
 @pytest.mark.triton
-def test_padded_rows_are_left_alone() -> None:
-    layer = random_layer(40, 300, torch.float32, has_bias=False, ops=TRITON)
+@pytest.mark.parametrize("num_tokens", [None, 200])
+def test_padded_rows_are_left_alone(num_tokens: int | None) -> None:
+    token_ids = None if num_tokens is None else random_tokens(num_tokens, 300)
+    layer = random_layer(40, 300, torch.float32, has_bias=False, ops=TRITON, chosen=token_ids)
     hidden, limit = random_rows(20, 40), torch.tensor([5], dtype=torch.int32)
     hidden[5:] = float("nan")
-    logits = TRITON.head(hidden, layer.norm, layer.packed, 300, num_rows=limit)
-    assert torch.equal(logits[:5], TRITON.head(hidden[:5], layer.norm, layer.packed, 300))
+    head = partial(TRITON.head, token_ids=token_ids)
+    logits = head(hidden, layer.norm, layer.packed, 300, num_rows=limit)
+    assert torch.equal(logits[:5], head(hidden[:5], layer.norm, layer.packed, 300))
 
 
 @pytest.mark.parametrize("vocab_size", [0, -1, 129, 2**31])

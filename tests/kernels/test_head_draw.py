@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import DTYPES, NATIVE, TRITON, Layer, native_threads, random_layer, random_rows
+from kernel_cases import (
+    DTYPES,
+    NATIVE,
+    TRITON,
+    Layer,
+    native_threads,
+    random_layer,
+    random_rows,
+    random_tokens,
+)
 from torch import Tensor
 
 from specengine import rng
@@ -39,10 +49,17 @@ def keys(num_rows: int, *, seed: int = 0) -> tuple[SamplingRows, Tensor]:
 
 
 def draw_from_logits(
-    ops: Backend, hidden: Tensor, layer: Layer, vocab_size: int, rows: SamplingRows, positions: Tensor
+    ops: Backend,
+    hidden: Tensor,
+    layer: Layer,
+    vocab_size: int,
+    rows: SamplingRows,
+    positions: Tensor,
+    *,
+    token_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The three ops that head_draw replaces."""
-    logits = ops.head(hidden, layer.norm, layer.packed, vocab_size)
+    logits = ops.head(hidden, layer.norm, layer.packed, vocab_size, token_ids=token_ids)
     stats = ops.filter_rows(logits, rows)
     base = torch.zeros_like(positions)
     tokens, _ = ops.sample_rows(logits, stats, rows, positions, rng.STREAM_TARGET, base)
@@ -56,17 +73,25 @@ def check_bits(
     *,
     extra: int = 0,
     has_filters: bool = True,
+    num_tokens: int | None = None,
     op: HeadDraw | None = None,
 ) -> None:
-    layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False, ops=ops)
+    """num_tokens: the head has only so many of the tokens"""
+    token_ids = None if num_tokens is None else random_tokens(num_tokens, vocab_size + extra)
+    layer = random_layer(WIDTH, vocab_size + extra, dtype, has_bias=False, ops=ops, chosen=token_ids)
     hidden, (rows, positions) = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
     if not has_filters:
         rows = rows.without_filters()
     head = (hidden, layer.norm, layer.packed, vocab_size)
-    tokens, error = (op or ops.head_draw)(*head, rows, positions, has_filters=has_filters)
-    expected, _ = draw_from_logits(ops, hidden, layer, vocab_size, rows, positions)
-    assert torch.equal(tokens, expected)
-    assert not error.any()
+    tokens, error = (op or ops.head_draw)(
+        *head, rows, positions, has_filters=has_filters, token_ids=token_ids
+    )
+    expected, expected_error = draw_from_logits(
+        ops, hidden, layer, vocab_size, rows, positions, token_ids=token_ids
+    )
+    assert torch.equal(error, expected_error)
+    assert torch.equal(tokens[error == 0], expected[error == 0])
+    assert num_tokens is not None or not error.any()
 
 
 @pytest.mark.parametrize("vocab_size", [1, 2, 127, 128, 129, 500, 1024])
@@ -76,6 +101,41 @@ def test_the_bits_of_the_ops_it_replaces(vocab_size: int, dtype: torch.dtype) ->
     for extra in (0, 7):
         check_bits(NATIVE, vocab_size, dtype, extra=extra)
         check_bits(NATIVE, vocab_size, dtype, extra=extra, has_filters=False)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 127, 128, 129, 400])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("instruction_set")
+def test_a_head_of_some_tokens(num_tokens: int, dtype: torch.dtype) -> None:
+    """Each with the noise of its own id."""
+    for vocab_size, extra in ((400, 0), (1000, 7), (1, 700)):
+        for has_filters in (True, False):
+            check_bits(NATIVE, vocab_size, dtype, extra=extra, has_filters=has_filters, num_tokens=num_tokens)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(("num_tokens", "vocab_size"), [(1, 300), (129, 300), (200, 290), (3, 1)])
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_a_head_of_some_tokens_on_triton(num_tokens: int, vocab_size: int, has_filters: bool) -> None:
+    size = {"extra": 300 - vocab_size, "num_tokens": num_tokens}
+    check_bits(TRITON, vocab_size, torch.float32, has_filters=has_filters, **size)
+
+
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_some_tokens_draw_as_a_head_of_all_whose_others_are_out(ops: Backend, has_filters: bool) -> None:
+    token_ids = random_tokens(150, 500)
+    some = random_layer(WIDTH, 500, torch.float32, has_bias=False, ops=ops, chosen=token_ids)
+    whole = random_layer(WIDTH, 500, torch.float32, has_bias=False, ops=ops)
+    without = torch.full((500,), float("-inf"))
+    without[token_ids.long()] = 0.0
+    masked = replace(whole.packed, bias=ops.pack_linear(torch.zeros(500, WIDTH), without).bias)
+    hidden, (rows, positions) = random_rows(NUM_ROWS, WIDTH), keys(NUM_ROWS)
+    drawn = (rows if has_filters else rows.without_filters(), positions)
+    options = {"has_filters": has_filters}
+    tokens, error = ops.head_draw(hidden, some.norm, some.packed, 500, *drawn, **options, token_ids=token_ids)
+    expected, _ = ops.head_draw(hidden, whole.norm, masked, 500, *drawn, **options)
+    assert torch.equal(tokens, expected)
+    assert not error.any()
 
 
 @pytest.mark.triton
@@ -169,11 +229,22 @@ def test_a_vocabulary_larger_than_the_head_is_refused(ops: Backend, vocab_size: 
         ops.head_draw(random_rows(1, WIDTH), layer.norm, layer.packed, vocab_size, *keys(1))
 
 
+@pytest.mark.parametrize("fault", ["the noise of the columns", "the columns themselves"])
+def test_a_fault_in_which_tokens_these_are_is_noticed(ops: Backend, fault: str) -> None:
+    def faulty(*given, has_filters, token_ids):
+        columns = torch.arange(token_ids.numel(), dtype=torch.int32)
+        tokens, error = ops.head_draw(*given, has_filters=has_filters, token_ids=columns)
+        return (token_ids[tokens.long()] if fault == "the noise of the columns" else tokens), error
+
+    with pytest.raises(AssertionError):
+        check_bits(ops, 500, torch.float32, num_tokens=200, op=faulty)
+
+
 @pytest.mark.parametrize(
     "fault", ["the noise of the next position", "no top-p", "the noise of one row for all"]
 )
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
-    def faulty(hidden, norm, weight, vocab_size, rows, positions, *, has_filters):
+    def faulty(hidden, norm, weight, vocab_size, rows, positions, *, has_filters, token_ids):
         if fault == "no top-p":
             rows = rows._replace(top_p=torch.ones_like(rows.top_p))
         elif fault == "the noise of the next position":
