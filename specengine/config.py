@@ -381,6 +381,19 @@ class EngineConfig:
         "storage of the draft's head",
         "auto is draft_weight_dtype",
     )
+    draft_vocab_size: int | None = option(
+        None,
+        Integer(1, 2**31 - 1),
+        "tokens that the draft's head keeps, the most frequent ones; by default all",
+        "it never proposes the others, which changes no output: a draft of a large vocabulary is cheaper, and a little "
+        "less is accepted",
+    )
+    draft_vocab_text: str | None = option(
+        None,
+        FilePath(),
+        "a text file in which tokens are counted for draft_vocab_size; by default the bundled prompts",
+        "best what the model is to write; of tokens that it does not have the lowest ids come first",
+    )
     kv_dtype: str = option(
         AUTO,
         DtypeName(DTYPE_NAMES),
@@ -461,4 +474,9 @@ class EngineConfig:
             raise ValueError(
                 f"num_blocks={self.num_blocks} and kv_cache_bytes={self.kv_cache_bytes} both size the KV cache: "
                 "give one of them"
+            )
+        if self.draft_vocab_text is not None and self.draft_vocab_size is None:
+            raise ValueError(
+                f"draft_vocab_text={self.draft_vocab_text!r} says which tokens a draft keeps: give draft_vocab_size, "
+                "how many these are"
             )

@@ -102,6 +102,10 @@ class EngineOptions(TypedDict, total=False):
     """storage of the target's head, the layer with a row for every token. Default: 'auto'."""
     draft_head_dtype: Any
     """storage of the draft's head. Default: 'auto'."""
+    draft_vocab_size: int | None
+    """tokens that the draft's head keeps, the most frequent ones; by default all. Default: None."""
+    draft_vocab_text: str | os.PathLike[str] | None
+    """a text file in which tokens are counted for draft_vocab_size; by default the bundled prompts. Default: None."""
     kv_dtype: Any
     """storage of keys and values; auto is the weights' dtype. Default: 'auto'."""
     backend: str

@@ -6,7 +6,7 @@ import math
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from specengine.config import EngineConfig
+from specengine.draft_vocabulary import choose_tokens
 from specengine.drafters import registry
 from specengine.drafters.base import Drafter, DrafterContext, RoundDrafter
 from specengine.drafters.draft_model import DraftModelDrafter
@@ -133,6 +134,52 @@ def plan_translation(
     return translation
 
 
+def drafts_with_a_model(draft_model: Model | Drafter) -> bool:
+    """Whether it has a head: a model, or layers of the target's."""
+    if isinstance(draft_model, str) and registry.names_a_drafter(draft_model):
+        return registry.split(draft_model)[0] not in registry.lookups()
+    return not isinstance(draft_model, Drafter)
+
+
+def config_for(config: EngineConfig, draft_model: DraftModel) -> EngineConfig:
+    """Where many things draft in turn: without the options that say nothing of this one, which has no head."""
+    if any(map(drafts_with_a_model, list_drafters(draft_model))):
+        return config
+    return replace(config, draft_vocab_size=None, draft_vocab_text=None)
+
+
+def plan_heads(
+    config: EngineConfig,
+    drafters: Collection[Model | Drafter],
+    target: Checkpoint,
+    tokenizer: Tokenizer | None,
+    drafts: Collection[Checkpoint | None],
+    translations: Collection[Translation | ByText | None],
+) -> list[tuple[int, ...] | None]:
+    """The tokens that each drafter's head keeps, where the configuration leaves it some; None: all, or it has no head.
+
+    tokenizer: the target's, where it is not its checkpoint's
+    """
+    size = config.draft_vocab_size
+    if size is None:
+        return [None] * len(drafters)
+    if drafters and not any(map(drafts_with_a_model, drafters)):
+        names = ", ".join(each if isinstance(each, str) else type(each).__name__ for each in drafters)
+        raise ValueError(f"draft_vocab_size={size}: {names} drafts without a model, and so without a head")
+    vocabulary = Vocabulary(target.name, target.spec.vocab_size, tokenizer or target.tokenizer)
+    heads: list[tuple[int, ...] | None] = []
+    for drafter, draft, translation in zip(drafters, drafts, translations, strict=True):
+        if not drafts_with_a_model(drafter):
+            heads.append(None)
+            continue
+        own = vocabulary
+        if draft is not None:
+            own = Vocabulary(draft.name, draft.spec.vocab_size, draft.tokenizer)
+        pair = {"target": vocabulary, "draft": own}
+        heads.append(choose_tokens(size, config.draft_vocab_text, **pair, translation=translation))
+    return heads
+
+
 def open_given_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer that the configuration names; None leaves the target its own."""
     if config.tokenizer is None:
@@ -180,6 +227,7 @@ def load(
     tokenizer: Tokenizer | None = None,
     num_layers: int | None = None,
     translation: Translation | None = None,
+    head_tokens: Sequence[int] | None = None,
 ) -> LoadedModel:
     """Loads a model as an engine's configuration says; `weight_dtype="auto"` means the configuration's `dtype`."""
     return load_model(
@@ -193,6 +241,7 @@ def load(
         tokenizer=tokenizer,
         num_layers=num_layers,
         translation=translation,
+        head_tokens=head_tokens,
     )
 
 
@@ -259,6 +308,7 @@ class DraftLoader:
     """Loads whatever drafts: see `LoadModel`.
 
     checkpoint, target: where the target was loaded from, and what came of it
+    head_tokens: those that the drafter's head keeps (`plan_heads`)
     """
 
     checkpoint: Checkpoint
@@ -267,24 +317,31 @@ class DraftLoader:
     device: torch.device
     backend: Backend
     progress: Callable[[int, int], None]
+    head_tokens: Sequence[int] | None = None
 
     def __call__(self, source: Model) -> LoadedModel:
         """From a directory, a file, a Hub name or memory."""
-        return self._load(open_model(source, self.config), self.config.draft_weight_dtype)
+        config = self.config
+        return self._load(open_model(source, config), config.draft_weight_dtype, config.draft_head_dtype)
 
     def first_layers(self, num_layers: int) -> LoadedModel | None:
         """See `LoadModel`; "auto" is how the target has them."""
         config = self.config
         has_its_weights = config.draft_weight_dtype in (AUTO, self.target.weight_dtype)
-        if has_its_weights and config.draft_head_dtype in (AUTO, config.head_dtype):
+        has_its_head = self.head_tokens is None and config.draft_head_dtype in (AUTO, config.head_dtype)
+        if has_its_weights and has_its_head:
             return None
-        weight_dtype = config.weight_dtype if has_its_weights else config.draft_weight_dtype
-        return self._load(self.checkpoint, weight_dtype, self.target.tokenizer, num_layers)
+        weight_dtype, head_dtype = config.draft_weight_dtype, config.draft_head_dtype
+        if has_its_weights:
+            weight_dtype = config.weight_dtype
+            head_dtype = config.head_dtype if head_dtype == AUTO else head_dtype
+        return self._load(self.checkpoint, weight_dtype, head_dtype, self.target.tokenizer, num_layers)
 
     def _load(
         self,
         checkpoint: Checkpoint,
         weight_dtype: str,
+        head_dtype: str,
         tokenizer: Tokenizer | None = None,
         num_layers: int | None = None,
     ) -> LoadedModel:
@@ -292,12 +349,13 @@ class DraftLoader:
             checkpoint,
             self.config,
             weight_dtype=weight_dtype,
-            head_dtype=self.config.draft_head_dtype,
+            head_dtype=head_dtype,
             device=self.device,
             backend=self.backend,
             progress=self.progress,
             tokenizer=tokenizer,
             num_layers=num_layers,
+            head_tokens=self.head_tokens,
         )
 
 

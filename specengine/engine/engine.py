@@ -123,8 +123,11 @@ class Engine:
         max_seq_len = assembly.plan_max_seq_len(self.config, checkpoint.spec)
         tokenizer = assembly.open_given_tokenizer(self.config)
         translations = [assembly.plan_translation(checkpoint, tokenizer, each) for each in draft_checkpoints]
+        heads = assembly.plan_heads(
+            self.config, drafters, checkpoint, tokenizer, draft_checkpoints, translations
+        )
         target, drafts = self._load_models(
-            checkpoint, drafters, draft_checkpoints, tokenizer, translations, backend, progress
+            checkpoint, drafters, draft_checkpoints, tokenizer, translations, heads, backend, progress
         )
         # A draft that speaks another vocabulary shares neither ids nor blocks with the target.
         own_models = [
@@ -219,6 +222,7 @@ class Engine:
         drafts: Collection[Checkpoint | None],
         tokenizer: Tokenizer | None,
         translations: Collection[Translation | ByText | None],
+        heads: Collection[tuple[int, ...] | None],
         backend: Backend,
         progress: bool | None,
     ) -> tuple[LoadedModel, list[LoadedModel | None]]:
@@ -232,6 +236,7 @@ class Engine:
                 head_dtype: str,
                 tokenizer: Tokenizer | None = None,
                 translation: Translation | None = None,
+                head_tokens: tuple[int, ...] | None = None,
             ) -> LoadedModel:
                 return assembly.load(
                     checkpoint,
@@ -243,21 +248,23 @@ class Engine:
                     progress=update,
                     tokenizer=tokenizer,
                     translation=translation,
+                    head_tokens=head_tokens,
                 )
 
             loaded = load(target, config.weight_dtype, config.head_dtype, tokenizer)
             loader = assembly.DraftLoader(target, loaded, config, self.device, backend, update)
             models: list[LoadedModel | None] = []
             of_drafts = (config.draft_weight_dtype, config.draft_head_dtype)
-            for drafter, draft, translation in zip(drafters, drafts, translations, strict=True):
+            for drafter, draft, translation, head in zip(drafters, drafts, translations, heads, strict=True):
                 if isinstance(drafter, str) and registry.names_a_drafter(drafter):
-                    models.append(registry.load_draft(drafter, loaded, loader))
+                    own = replace(loader, head_tokens=head)
+                    models.append(registry.load_draft(drafter, loaded, own))
                 elif draft is None:
                     models.append(None)
                 elif isinstance(translation, Translation):
-                    models.append(load(draft, *of_drafts, loaded.tokenizer, translation))
+                    models.append(load(draft, *of_drafts, loaded.tokenizer, translation, head))
                 else:
-                    models.append(load(draft, *of_drafts))
+                    models.append(load(draft, *of_drafts, head_tokens=head))
             return loaded, models
 
     def _begin_with(self, profile: Profile, draft_checkpoints: Collection[Checkpoint | None]) -> None:

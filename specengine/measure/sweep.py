@@ -63,7 +63,8 @@ class Setup:
             assembly.open_draft(drafter, self.config)
 
     def load(self) -> Engine:
-        return Engine(self.model, self.draft_model, config=self.config, progress=False)
+        config = assembly.config_for(self.config, self.draft_model)
+        return Engine(self.model, self.draft_model, config=config, progress=False)
 
 
 @dataclass(frozen=True)

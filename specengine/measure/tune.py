@@ -22,7 +22,7 @@ from specengine import bundled
 from specengine.call import Call
 from specengine.config import EngineConfig, SamplingParams
 from specengine.drafters.registry import lookups, names_a_drafter, without_model
-from specengine.engine import Engine, profiled
+from specengine.engine import Engine, assembly, profiled
 from specengine.kinds import AUTO
 from specengine.measure.predictions import Survey, merge_rounds, summarize_rounds, survey
 from specengine.measure.records import Record
@@ -622,5 +622,6 @@ def open_engine(call: Call, setup: Setup, batch_size: int) -> Iterator[EngineSta
         for each in [call.model, *sources]
         if each is not None and not names_a_drafter(each)
     ]
+    config = assembly.config_for(config, drafts)
     with Engine(call.model, drafts, config=config, progress=False) as engine:
         yield EngineStand(engine, call.params, batch_size, setup.is_lookup, target, tuple(identities))

@@ -16,7 +16,7 @@ from specengine.call import Call
 from specengine.config import SamplingParams
 from specengine.drafters import registry
 from specengine.engine import Engine
-from specengine.engine.assembly import open_model
+from specengine.engine.assembly import config_for, open_model
 from specengine.measure.bit_checks import compare_bits, count_changed
 from specengine.measure.checks import BIT_MODES, LAW_MODES, K, Plan
 from specengine.measure.law_checks import check_law, choose_places
@@ -83,7 +83,8 @@ def verify(call: Call, plan: Plan) -> Generator[Record, None, None]:
 
 def build_engine(call: Call, drafter: Any, **changes: Any) -> Engine:
     """The call's target with a drafter, and with some of its options changed."""
-    return Engine(call.model, drafter, config=replace(call.config, **changes), progress=False)
+    config = config_for(replace(call.config, **changes), drafter)
+    return Engine(call.model, drafter, config=config, progress=False)
 
 
 def _encode(call: Call, engine: Engine, plan: Plan) -> list[list[int]]:

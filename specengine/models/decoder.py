@@ -98,13 +98,17 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class DecoderWeights:
-    """All weights. token_table `[V, D]`; position_table `[max_positions, D]`, None with rotary positions."""
+    """All weights. token_table `[V, D]`; position_table `[max_positions, D]`, None with rotary positions.
+
+    head_token_ids: `[n]` int32, ascending, of a head that has only some of the tokens; None: it has all
+    """
 
     token_table: Tensor
     position_table: Tensor | None
     layers: tuple[LayerWeights, ...]
     final_norm: Norm
     head: PackedLinear
+    head_token_ids: Tensor | None = None
 
 
 class Decoder:
@@ -177,6 +181,7 @@ def build_program(spec: DecoderSpec, weights: DecoderWeights) -> Program:
         ops=tuple(ops),
         final_norm=weights.final_norm,
         head=weights.head,
+        head_token_ids=weights.head_token_ids,
     )
 
 

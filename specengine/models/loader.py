@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,6 +54,7 @@ def load_model(
     tokenizer: Tokenizer | None = None,
     num_layers: int | None = None,
     translation: Translation | None = None,
+    head_tokens: Sequence[int] | None = None,
 ) -> LoadedModel:
     """Loads a model and packs its weights for a backend.
 
@@ -65,6 +67,7 @@ def load_model(
     tokenizer:    instead of the checkpoint's, which is then not read
     num_layers:   only so many of the first layers, and what surrounds them; None: all
     translation:  makes its ids those of another vocabulary, whose tokenizer is `tokenizer`
+    head_tokens:  the head keeps only these, ascending, of that other vocabulary, if there is one
 
     Raises `ModelLoadError` naming file and field for a malformed, unsafe or unsupported checkpoint, before
     anything of its size is allocated, and `ValueError` for a dtype that the backend lacks, or for groups that do not
@@ -91,6 +94,9 @@ def load_model(
                 f"{option}={format.name!r}: {checkpoint.name} has {has} with {width} inputs, which are no groups of "
                 f"{format.group_size}; int8 has none"
             )
+    num_tokens = model.spec.vocab_size if translation is None else len(translation.shared)
+    if head_tokens is not None:
+        check_ascending(head_tokens, num_tokens)
     weights, stored = read_weights(
         model,
         checkpoint.tensors,
@@ -101,10 +107,22 @@ def load_model(
         backend=backend,
         progress=progress,
         translation=translation,
+        head_tokens=head_tokens,
     )
-    spec = model.spec if translation is None else replace(model.spec, vocab_size=len(translation.shared))
-    decoder = Decoder(spec, weights, backend)
+    decoder = Decoder(replace(model.spec, vocab_size=num_tokens), weights, backend)
     return LoadedModel(checkpoint.name, decoder, tokenizer, checkpoint_dtype, stored)
+
+
+def check_ascending(head_tokens: Sequence[int], num_tokens: int) -> None:
+    """Raises `ValueError` unless these are ids of a vocabulary, each once and in order."""
+    bounds = (-1, *head_tokens, num_tokens)
+    for before, token in itertools.pairwise(bounds):
+        if token <= before:
+            raise ValueError(
+                f"head_tokens: expected ids that ascend, from 0 to {num_tokens - 1}, got {token} after {before}"
+            )
+    if not head_tokens:
+        raise ValueError("head_tokens: there are none")
 
 
 def linear_widths(spec: DecoderSpec) -> tuple[int, ...]:

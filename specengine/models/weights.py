@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -41,12 +41,14 @@ def read_weights(
     backend: Backend,
     progress: Progress | None,
     translation: Translation | None = None,
+    head_tokens: Sequence[int] | None = None,
 ) -> tuple[DecoderWeights, str]:
     """Converts and packs a checkpoint: linear layers to `format`, tables to `dtype`.
 
     format:      None: `dtype` for floats, and weights by group stay as they are stored
     head_format: of the head; None: as other linear layers
     translation: gives token table and head the ids of another vocabulary
+    head_tokens: the head has only these, ascending, of that vocabulary; None: all
 
     No more than one layer is ever held twice. Returns the weights, and what linear layers were packed as by the names
     of `weight_dtype`: one, or several with a + between.
@@ -59,7 +61,7 @@ def read_weights(
         model.architecture.read_layer(rehearsal, model.config, index)
     read = _LoadingReader(source, model.architecture.PREFIXES, rehearsal.num_bytes, progress)
     pack = _Packer(model.spec, dtype, format, device, backend)
-    weights = _build(model, read, pack, translation, head_format or format)
+    weights = _build(model, read, pack, translation, head_format or format, head_tokens)
     return weights, "+".join(sorted(pack.formats))
 
 
@@ -184,11 +186,14 @@ def _build(
     pack: _Packer,
     translation: Translation | None,
     head_format: WeightFormat | None,
+    head_tokens: Sequence[int] | None,
 ) -> DecoderWeights:
     outer = model.architecture.read_outer(read, model.config)
     head_bias = None if translation is None else translation.head_bias()
     if translation is not None:
         outer = _renumbered(outer, translation)
+    if head_tokens is not None:
+        outer, head_bias = _shortened(outer, head_bias, head_tokens)
     token_table = pack.table(numbers(outer.token_table))
     position_table = None if outer.position_table is None else pack.table(outer.position_table)
     if outer.head is None and pack.is_table(outer.token_table, head_format):
@@ -205,7 +210,10 @@ def _build(
         pack.layer(model.architecture.read_layer(read, model.config, index))
         for index in range(model.spec.num_layers)
     )
-    return DecoderWeights(token_table, position_table, layers, final_norm, head)
+    token_ids = None
+    if head_tokens is not None:
+        token_ids = torch.tensor(head_tokens, dtype=torch.int32, device=token_table.device)
+    return DecoderWeights(token_table, position_table, layers, final_norm, head, token_ids)
 
 
 def _renumbered(outer: OuterTensors, translation: Translation) -> OuterTensors:
@@ -217,6 +225,15 @@ def _renumbered(outer: OuterTensors, translation: Translation) -> OuterTensors:
     if head is not None:
         head = translation.head(head)
     return replace(outer, token_table=translation.table(numbers(table)), head=head)
+
+
+def _shortened(
+    outer: OuterTensors, head_bias: Tensor | None, head_tokens: Sequence[int]
+) -> tuple[OuterTensors, Tensor | None]:
+    """A head of its own, with the rows of these tokens, and what is left of its bias."""
+    rows = outer.token_table if outer.head is None else outer.head
+    head = rows[torch.tensor(head_tokens, device=rows.device)]
+    return replace(outer, head=head), None if head_bias is None else head_bias[list(head_tokens)]
 
 
 class _Packer:
