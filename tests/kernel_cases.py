@@ -88,6 +88,10 @@ NATIVE = NativeBackend()
 REFERENCE = ReferenceBackend()
 TRITON = cast(Backend, OnDevice(load_backend("triton", DEVICE)))
 INSTRUCTION_SETS = _C.instruction_sets()
+TILE_SETS = [name for name in INSTRUCTION_SETS if name in ("avx512_amx", "emulated_tiles")]
+# Those with products of bf16, for which rows are rounded, and those whose multiply-adds round twice.
+WITH_BF16_PRODUCTS = ("avx512_bf16", *TILE_SETS)
+WITHOUT_FUSED_ADDS = ("portable", "emulated_tiles")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GROUPED = tuple(format.name for format in GROUPED_FORMATS)
 WEIGHT_DTYPES: tuple[WeightDtype, ...] = (*DTYPES, torch.int8, *GROUPED)
@@ -164,7 +168,7 @@ def as_multiplied(x: Tensor, weight_dtype: WeightDtype, ops: Backend = NATIVE) -
         return torch.cat(rounded, dim=1)
     if ops.name == "triton":
         return x.to(weight_dtype).to(x.dtype)
-    if weight_dtype == torch.bfloat16 and _C.build_info()["instruction_set"] == "avx512_bf16":
+    if weight_dtype == torch.bfloat16 and _C.build_info()["instruction_set"] in WITH_BF16_PRODUCTS:
         return x.bfloat16().float()
     return x
 

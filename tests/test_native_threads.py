@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import platform
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -221,3 +224,22 @@ except ValueError as error:
     command = [sys.executable, "-c", program]
     output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.split() == [expected]
+
+
+def test_the_binary_has_the_processors_tiles() -> None:
+    """Where no test can run them: what multiplies with bf16 and int8 is there, and what loads is."""
+    objdump = shutil.which("objdump")
+    if objdump is None or platform.machine() != "x86_64":
+        pytest.skip("needs objdump on x86-64")
+    command = [objdump, "-d", "--no-show-raw-insn", "-w", _C.__file__]
+    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = set(re.findall(r"\t(ldtilecfg|t(?:ile|dp)\w+)", code))
+    assert found >= {
+        "tdpbf16ps",
+        "tdpbsud",
+        "tileloadd",
+        "tilestored",
+        "tilezero",
+        "ldtilecfg",
+        "tilerelease",
+    }

@@ -49,6 +49,8 @@ constexpr int64_t panel_bytes(int64_t k, DType dtype) {
 constexpr int kChunkK = 128;
 // Rows that share one pass over a panel.
 constexpr int kMaxPassRows = 256;
+// Packed rows after the last that kernels may read, whatever they hold: tiles are full.
+constexpr int kSpareRows = 15;
 // Attention partials cover KV tiles that start at absolute multiples of this.
 constexpr int kAttentionTile = 128;
 constexpr int kMaxHeadDim = 256;
@@ -173,16 +175,20 @@ struct Kernels {
 };
 
 #if defined(__x86_64__)
+extern const Kernels kAvx512AmxKernels;
 extern const Kernels kAvx512Bf16Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif
 extern const Kernels kPortableKernels;
+// avx512_amx with a model of its tiles: much slower than kPortableKernels, for tests.
+extern const Kernels kEmulatedTilesKernels;
 
 // The kernels in use: the best the processor has, unless SPECENGINE_INSTRUCTION_SET names others or
 // set_instruction_set chose some.
 const Kernels& kernels();
-// "auto", "avx512_bf16", "avx512", "avx2" or "portable"; false when unknown or not supported here.
+// "auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "portable" or "emulated_tiles"; false when
+// unknown or not supported here.
 bool set_instruction_set(const char* name);
 bool supports_instruction_set(const char* name);
 

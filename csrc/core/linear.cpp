@@ -44,7 +44,7 @@ class PackedRows {
     const int64_t wanted = (call.num_rows + group_rows - 1) / group_rows;
     const int64_t most = in_groups ? call.num_rows / kMinGroupRows : 1;
     num_groups_ = std::max<int64_t>(1, std::min(wanted, most));
-    float* words = words_scratch.reserve(call.num_rows * row_words_);
+    float* words = words_scratch.reserve(call.num_rows * row_words_ + kSpareRows * chunk_words);
     words_ = words;
     parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
       static thread_local Scratch<float> normal_scratch;

@@ -15,7 +15,7 @@
 namespace specengine {
 namespace avx2 {
 #include "isa/simd_avx2.h"
-//
+constexpr bool kHasTiles = false;
 #include "isa/table.h"
 }  // namespace avx2
 

@@ -20,6 +20,7 @@ namespace specengine {
 namespace avx512 {
 #include "isa/simd_avx512.h"
 
+constexpr bool kHasTiles = false;
 constexpr bool kHasBf16Dot = false;
 constexpr bool kHasOffsetDot = false;
 inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {  // see simd_avx2.h

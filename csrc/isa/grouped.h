@@ -72,6 +72,31 @@ constexpr int64_t kPrefetchedGroups = 4;
 template <DType W>
 using CodeSumOf = CodeSum<W == DType::kInt8Group ? 8 : 4>;
 
+// Sixteen columns' scales of a group.
+template <DType W>
+struct GroupScales {
+  F16 scale, centre;
+
+  GroupScales(const char* group, int column) {
+    const auto* scales = reinterpret_cast<const uint16_t*>(group) + column;
+    scale = centre = load_fp16(scales);
+    if (W == DType::kInt4Min) {
+      centre = fma(scale, set1(8.0f), load_fp16(scales + kPanelColumns));
+    }
+  }
+
+  // total += a row's part of the group, of which `low` is the sum of the products with the lowest
+  // digits and `high` with the others.
+  void add(U16 low, U16 high, const float* row, float* at) const {
+    // With codes of 4 bits the whole sum has 31 bits.
+    const F16 value = W == DType::kInt8Group ? fma(from_int(high), set1(256.0f), from_int(low))
+                                             : from_int(shift_left<8>(high) + low);
+    F16 total = fma(scale, value * set1(row[kFixedScale]), load(at));
+    if (W == DType::kInt4Min) total = fma(centre, set1(row[kFixedSum]), total);
+    store(at, total);
+  }
+};
+
 // totals[r][·] += a group's sums, in R rows and 16 C columns from `column` on.
 template <int R, int C, DType W, bool kIsAsking>
 inline void multiply_group(const char* group, int column, const float* x, float* totals) {
@@ -108,25 +133,13 @@ inline void multiply_group(const char* group, int column, const float* x, float*
       }
     }
   }
-  const auto* scales = reinterpret_cast<const uint16_t*>(group) + column;
   for (int c = 0; c < C; ++c) {
-    const F16 scale = load_fp16(scales + 16 * c);
-    F16 centre = scale;
-    if (W == DType::kInt4Min) {
-      centre = fma(scale, set1(8.0f), load_fp16(scales + kPanelColumns + 16 * c));
-    }
+    const GroupScales<W> scales(group, column + 16 * c);
     for (int r = 0; r < R; ++r) {
-      const float* row = x + r * kFixedRowWords;
       const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
       const U16 low = sums[r][0][c].total(start[0]);
       const U16 high = shift_left<8>(sums[r][2][c].total(0)) + sums[r][1][c].total(start[1]);
-      // With codes of 4 bits the whole sum has 31 bits.
-      const F16 value = kIsByte ? fma(from_int(high), set1(256.0f), from_int(low))
-                                : from_int(shift_left<8>(high) + low);
-      float* at = totals + r * kPanelColumns + column + 16 * c;
-      F16 total = fma(scale, value * set1(row[kFixedScale]), load(at));
-      if (W == DType::kInt4Min) total = fma(centre, set1(row[kFixedSum]), total);
-      store(at, total);
+      scales.add(low, high, x + r * kFixedRowWords, totals + r * kPanelColumns + column + 16 * c);
     }
   }
 }

@@ -58,11 +58,15 @@ inline void norm_row(const float* x, const float* weight, const float* bias, flo
   }
 }
 
-// Words that hold a chunk of a row as weights of a type multiply it; see pack_row.
+// Whether bf16 weights meet rows that are rounded to bf16.
+constexpr bool kRoundsToBf16 = kHasBf16Dot || kHasTiles;
+
+// Words that hold a chunk of a row as weights of a type multiply it; see pack_row. What tiles read
+// lies in whole cache lines.
 constexpr int row_words(DType weights) {
   if (is_grouped(weights)) return kFixedRowWords;
-  if (weights == DType::kInt8) return kChunkK / 4 + 2;
-  return kHasBf16Dot && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
+  if (weights == DType::kInt8) return kChunkK / 4 + (kHasTiles ? 16 : 2);
+  return kRoundsToBf16 && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
 }
 
 // One chunk in floats, `num_k` of them.
@@ -71,16 +75,16 @@ inline void pack_floats(const float* x, int num_k, float* out) {
   if (num_k % 2 != 0) out[num_k] = 0.0f;
 }
 
-// One chunk rounded to bf16, two to a word.
+// One chunk rounded to bf16, two to a word, and zeros after it.
 inline void pack_bf16(const float* x, int num_k, uint32_t* out) {
-  alignas(64) uint16_t halves[kChunkK];
+  alignas(64) uint16_t halves[kChunkK] = {};
   for (int i = 0; i < num_k; i += 16) {
     const F16 v = load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f);
     const U16 bits = as_bits(v);
     const U16 rounded = bits + set1_u(0x7fff) + (shift_right<16>(bits) & set1_u(1));
     store_halves(halves + i, shift_right<16>(select(is_nan(v), set1_u(0x7fc00000), rounded)));
   }
-  __builtin_memcpy(out, halves, sizeof(uint16_t) * (num_k + num_k % 2));
+  __builtin_memcpy(out, halves, sizeof(halves));
 }
 
 // One chunk rounded to multiples of max |x| / 127, four to a word, then that scale (NaN if an
@@ -107,7 +111,7 @@ inline void pack_int8(const float* x, int num_k, uint32_t* out) {
   }
   __builtin_memcpy(out, bytes, kChunkK);
   __builtin_memcpy(out + kChunkK / 4, &scale, sizeof(scale));
-  const int start = kHasOffsetDot ? -128 * static_cast<int>(reduce_add(total)) : 0;
+  const int start = kHasOffsetDot || kHasTiles ? -128 * static_cast<int>(reduce_add(total)) : 0;
   __builtin_memcpy(out + kChunkK / 4 + 1, &start, sizeof(start));
 }
 
@@ -119,7 +123,7 @@ inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64
       pack_int8(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (is_grouped(weights)) {
       pack_fixed(x + begin, num_k, weights, reinterpret_cast<uint32_t*>(out));
-    } else if (kHasBf16Dot && weights == DType::kBFloat16) {
+    } else if (kRoundsToBf16 && weights == DType::kBFloat16) {
       pack_bf16(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else {
       pack_floats(x + begin, num_k, out);
@@ -341,15 +345,26 @@ inline void add_chunk(int num_rows, const char* chunk, const char* next, const f
   }
 }
 
-template <DType W>
-inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
-  const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
-  alignas(64) float totals[kMaxPassRows * kPanelColumns];
+// Calls add(num_rows, x, totals) for the rows of one pass after the other, `words` each in a chunk,
+// and makes outputs of the totals.
+template <class Add>
+inline void for_each_pass(const LinearArgs& args, int64_t panel, int words, const Add& add) {
+  alignas(64) float totals[(kMaxPassRows + kSpareRows) * kPanelColumns];
   for (int64_t pass = 0; pass < args.num_rows; pass += kMaxPassRows) {
     const int64_t left = args.num_rows - pass;
     const int num_rows = left < kMaxPassRows ? static_cast<int>(left) : kMaxPassRows;
     __builtin_memset(totals, 0, sizeof(float) * num_rows * kPanelColumns);
-    const float* x = args.x + pass * row_words(W);
+    add(num_rows, args.x + pass * words, totals);
+    for (int row = 0; row < num_rows; ++row) {
+      store_panel_row(args, pass + row, panel * kPanelColumns, totals + row * kPanelColumns);
+    }
+  }
+}
+
+template <DType W>
+inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
+  const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
+  for_each_pass(args, panel, row_words(W), [&](int num_rows, const float* x, float* totals) {
     for (int64_t begin = 0; begin < args.k; begin += kChunkK, x += args.num_rows * row_words(W)) {
       const int num_k = args.k - begin < kChunkK ? static_cast<int>(args.k - begin) : kChunkK;
       const char* chunk = weights + panel_bytes(begin, W);
@@ -360,10 +375,7 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
         add_chunk<W>(num_rows, chunk, next, x, num_k, totals);
       }
     }
-    for (int row = 0; row < num_rows; ++row) {
-      store_panel_row(args, pass + row, panel * kPanelColumns, totals + row * kPanelColumns);
-    }
-  }
+  });
 }
 
 inline void linear_panel(const LinearArgs& args, int64_t panel) {

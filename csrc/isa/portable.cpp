@@ -8,7 +8,7 @@
 namespace specengine {
 namespace portable {
 #include "isa/simd_portable.h"
-//
+constexpr bool kHasTiles = false;
 #include "isa/table.h"
 }  // namespace portable
 

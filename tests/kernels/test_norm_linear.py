@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +12,10 @@ from kernel_cases import (
     DTYPES,
     INSTRUCTION_SETS,
     NATIVE,
+    TILE_SETS,
     TRITON,
     WEIGHT_DTYPES,
+    WITHOUT_FUSED_ADDS,
     Layer,
     WeightDtype,
     as_multiplied,
@@ -26,6 +28,7 @@ from kernel_cases import (
 )
 from torch import Tensor
 
+from specengine import _C
 from specengine.kernels import reference
 from specengine.kernels.reference.norm_linear import apply_activation
 from specengine.kernels.types.grouped import GroupedWeight
@@ -114,8 +117,6 @@ def test_more_rows_than_one_pass_holds(ops: Backend, dtype: torch.dtype) -> None
 
 
 def test_fused_instruction_sets_agree_on_every_bit() -> None:
-    from specengine import _C
-
     if not {"avx512", "avx2"} <= set(_C.instruction_sets()):
         pytest.skip("needs AVX-512 and AVX2")
     hidden = random_rows(9, 320)
@@ -271,8 +272,6 @@ def test_int8_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend) -> 
 
 
 def test_int8_has_the_same_bits_with_every_instruction_set() -> None:
-    from specengine import _C
-
     layer, rows = random_layer(301, 130, torch.int8), random_rows(9, 301)
     results = []
     for name in INSTRUCTION_SETS:
@@ -293,6 +292,88 @@ def test_a_fault_in_int8_weights_is_noticed(ops: Backend, fault: str) -> None:
 
     with pytest.raises(AssertionError):
         check_norm_linear(ops, (7, 129, 200), torch.int8, "none", op=faulty)
+
+
+# -- tiles ---------------------------------------------------------------------------------------------------------
+
+
+def rounded_to_normal(x: np.ndarray) -> np.ndarray:
+    """To fp32, and what is below its normal numbers to zero."""
+    with np.errstate(over="ignore"):
+        rounded = x.astype(np.float32)
+    return np.where(np.abs(rounded) < 2.0**-126, rounded * np.float32(0), rounded)
+
+
+def bfloat16_numbers(x: Tensor) -> np.ndarray:
+    """Rounded to bf16, as doubles; what is below the normal numbers is zero."""
+    return rounded_to_normal(x.bfloat16().double().numpy()).astype(np.float64)
+
+
+def tile_product(x: Tensor, weight: Tensor, fault: str | None = None) -> Tensor:
+    """`[R, N]`: x W^T as the processor's bf16 tiles multiply. Of 32 k the sixteen pairs' first and second halves are
+    summed apart, each sum a chain of fused multiply-adds (the product of two bf16 has 16 bits, so that a double holds
+    what is rounded); their sum is added to the sums before. No denormal number goes in or comes out."""
+    num_rows, width = x.shape
+    padding = (0, -width % 32)
+    rows = bfloat16_numbers(torch.nn.functional.pad(x, padding))
+    columns = bfloat16_numbers(torch.nn.functional.pad(weight.float(), padding))
+    if fault == "tail":
+        rows, columns = rows[:, : width // 32 * 32], columns[:, : width // 32 * 32]
+    total = np.zeros((num_rows, len(weight)), dtype=np.float32)
+    for begin in range(0, rows.shape[1], 32):
+        chains = [np.zeros_like(total), np.zeros_like(total)]
+        order = range(begin, begin + 32)
+        for k in reversed(order) if fault == "order" else order:
+            parity = 0 if fault == "one chain" else k % 2
+            exact = rows[:, k, None] * columns[None, :, k] + chains[parity].astype(np.float64)
+            chains[parity] = exact.astype(np.float32) if fault == "denormal" else rounded_to_normal(exact)
+        total = rounded_to_normal(total + rounded_to_normal(chains[0] + chains[1]))
+    return torch.from_numpy(total)
+
+
+def check_tile_bits(num_rows: int, width: int, num_columns: int, fault: str | None = None) -> None:
+    weight = random_layer(width, num_columns, torch.bfloat16, has_bias=False).plain.weight
+    weight[1] *= 2.0**-61
+    rows = random_rows(num_rows, width)
+    rows[-1] *= 2.0**-61  # some of their products vanish
+    packed = NATIVE.pack_linear(weight, None)
+    result = NATIVE.linear_residual(rows, packed, torch.zeros(num_rows, num_columns))
+    expected = tile_product(rows, weight, fault)
+    assert torch.equal(result, expected), f"{num_rows} rows of {width}"
+
+
+@pytest.fixture(params=TILE_SETS)
+def tile_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set("auto")
+
+
+@pytest.mark.usefixtures("tile_set")
+@pytest.mark.parametrize(
+    ("width", "num_columns"), [(1, 2), (31, 66), (32, 2), (33, 64), (70, 130), (129, 3), (320, 66), (601, 20)]
+)
+def test_tiles_of_bf16_have_the_bits_that_are_specified(width: int, num_columns: int) -> None:
+    """Ragged steps, chunks and panels; rows for one tile, several, and several passes."""
+    for num_rows in (1, 2, 15, 16, 17, 33, 64):
+        check_tile_bits(num_rows, width, num_columns)
+    if width == 601:
+        check_tile_bits(300, width, num_columns)
+
+
+@pytest.mark.usefixtures("tile_set")
+@pytest.mark.parametrize("fault", ["tail", "one chain", "order", "denormal"])
+def test_another_order_of_a_tile_product_is_noticed(fault: str) -> None:
+    with pytest.raises(AssertionError, match="17 rows of 70"):
+        check_tile_bits(17, 70, 130, fault)
+
+
+def test_bf16_rows_that_are_zero_tiny_huge_or_not_finite(every_ops: Backend) -> None:
+    layer = random_layer(130, 70, torch.bfloat16, ops=every_ops)
+    unusable = check_unusual_rows(
+        every_ops, layer, 1e-36, lambda rows: as_multiplied(rows, torch.bfloat16, every_ops), 1e-5
+    )
+    assert not unusable.isfinite().any()
 
 
 # -- by group ------------------------------------------------------------------------------------------------------
@@ -349,7 +430,7 @@ def check_grouped_bits(
         for num_rows in (1, 2, 3, 4, 5, 6, 7, 40):
             hidden = random_rows(num_rows, width)
             result = NATIVE.linear_residual(hidden, packed, torch.zeros(num_rows, num_columns))
-            expected = grouped_product(hidden, weight, is_fused=instructions != "portable")
+            expected = grouped_product(hidden, weight, is_fused=instructions not in WITHOUT_FUSED_ADDS)
             assert torch.equal(result, expected), f"{num_rows} rows of {width}"
 
 
