@@ -255,7 +255,7 @@ class PyDecoder {
  private:
   RoundModel round_model(const Tensor& kv_cache, int64_t vocab_size) {
     check_kv_cache(kv_cache);
-    check_vocab_size(vocab_size, program_.head.out_features);
+    check_vocab_size(vocab_size, program_.head, program_.num_tokens);
     return {&*runner_,        kv_cache.data_ptr(), dtype_of(kv_cache, "kv_cache"),
             kv_cache.size(2), kv_cache.size(4),    vocab_size};
   }
