@@ -22,13 +22,13 @@ from specengine import _C
 from specengine.ops.native import NativeBackend
 
 
-def compute() -> Tensor:
-    layer = random_layer(512, 640, torch.float32)
+def compute(dtype: torch.dtype = torch.float32) -> Tensor:
+    layer = random_layer(512, 640, dtype)
     return NATIVE.norm_linear(random_rows(9, 512), layer.norm, layer.packed, "gelu_tanh")
 
 
-def _compute_in_child(queue: multiprocessing.Queue) -> None:
-    queue.put(compute().numpy().tobytes())
+def _compute_in_child(queue: multiprocessing.Queue, dtype: torch.dtype) -> None:
+    queue.put(compute(dtype).numpy().tobytes())
 
 
 def test_calls_from_several_threads_give_the_same_bits() -> None:
@@ -51,11 +51,13 @@ def test_calls_from_several_threads_give_the_same_bits() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_computes_the_same_bits() -> None:
-    expected = compute().numpy().tobytes()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.usefixtures("instruction_set")
+def test_a_forked_child_computes_the_same_bits(dtype: torch.dtype) -> None:
+    expected = compute(dtype).numpy().tobytes()
     context = multiprocessing.get_context("fork")
     queue = context.Queue()
-    children = [context.Process(target=_compute_in_child, args=(queue,)) for _ in range(2)]
+    children = [context.Process(target=_compute_in_child, args=(queue, dtype)) for _ in range(2)]
     for child in children:
         child.start()
     answers = [queue.get(timeout=60) for _ in children]
@@ -63,7 +65,7 @@ def test_a_forked_child_computes_the_same_bits() -> None:
         child.join(timeout=60)
         assert child.exitcode == 0
     assert answers == [expected, expected]
-    assert compute().numpy().tobytes() == expected
+    assert compute(dtype).numpy().tobytes() == expected
 
 
 def test_the_number_of_threads_changes_at_any_time() -> None:

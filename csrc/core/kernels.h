@@ -138,6 +138,8 @@ struct RaceResult {
 
 struct Kernels {
   const char* name;
+  // With fewer rows than this a panel takes longer to come from memory than to be multiplied.
+  int64_t min_group_rows;
   // LayerNorm; without a bias RMSNorm. `out` may be `x`.
   void (*norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t size,
                    float* out);

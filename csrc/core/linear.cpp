@@ -19,8 +19,6 @@ constexpr int64_t kTaskBytes = int64_t{1} << 17;
 
 // Packed rows that stay in a core's second cache while one panel after the other meets them.
 constexpr int64_t kGroupBytes = int64_t{384} << 10;
-// Fewer rows than this and a panel takes longer to come from memory than to be multiplied.
-constexpr int64_t kMinGroupRows = 128;
 
 int64_t num_panels(int64_t columns) { return (columns + kPanelColumns - 1) / kPanelColumns; }
 
@@ -42,7 +40,7 @@ class PackedRows {
     const int64_t group_rows =
         std::max<int64_t>(1, kGroupBytes / (row_words_ * static_cast<int64_t>(sizeof(float))));
     const int64_t wanted = (call.num_rows + group_rows - 1) / group_rows;
-    const int64_t most = in_groups ? call.num_rows / kMinGroupRows : 1;
+    const int64_t most = in_groups ? call.num_rows / isa.min_group_rows : 1;
     num_groups_ = std::max<int64_t>(1, std::min(wanted, most));
     float* words = words_scratch.reserve(call.num_rows * row_words_ + kSpareRows * chunk_words);
     words_ = words;

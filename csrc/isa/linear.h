@@ -58,6 +58,10 @@ inline void norm_row(const float* x, const float* weight, const float* bias, flo
   }
 }
 
+// See Kernels::min_group_rows. Tiles multiply so much faster that a whole pass has to share a
+// panel.
+constexpr int64_t kMinGroupRows = kHasTiles ? kMaxPassRows : 128;
+
 // Whether bf16 weights meet rows that are rounded to bf16.
 constexpr bool kRoundsToBf16 = kHasBf16Dot || kHasTiles;
 

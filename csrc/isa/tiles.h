@@ -68,13 +68,33 @@ inline void ask_ahead(const char* weights, int64_t num_bytes, int tile, int coun
   }
 }
 
-// A step's weights, with zeros after them where there are fewer.
-inline const char* whole_step(const char* weights, int64_t num_bytes, char* copy) {
-  if (num_bytes >= kStepBytes) return weights;
-  __builtin_memcpy(copy, weights, num_bytes);
-  __builtin_memset(copy + num_bytes, 0, kStepBytes - num_bytes);
-  return copy;
-}
+// A panel's weights, step after step; the last with zeros after it where it is not whole.
+class WeightSteps {
+ public:
+  WeightSteps(const char* weights, int64_t num_bytes)
+      : count((num_bytes + kStepBytes - 1) / kStepBytes),
+        weights_(weights),
+        last_(weights + (count - 1) * kStepBytes) {
+    const int64_t num_last = num_bytes - (count - 1) * kStepBytes;
+    if (num_last == kStepBytes) return;
+    __builtin_memcpy(copy_, last_, num_last);
+    __builtin_memset(copy_ + num_last, 0, kStepBytes - num_last);
+    last_ = copy_;
+  }
+  WeightSteps(const WeightSteps&) = delete;
+  WeightSteps& operator=(const WeightSteps&) = delete;
+
+  const char* operator[](int64_t step) const {
+    return step + 1 < count ? weights_ + step * kStepBytes : last_;
+  }
+
+  const int64_t count;
+
+ private:
+  const char* weights_;
+  const char* last_;
+  alignas(64) char copy_[kStepBytes];
+};
 
 template <class Visit>
 inline void for_each_column(const Visit& visit) {
@@ -110,26 +130,22 @@ inline void multiply_step(const char* rows, int64_t row_bytes, const char* weigh
 
 inline void add_bf16_panel(const TiledRows& tiled, const char* weights, int64_t k) {
   constexpr int kStepK = 32, kStepsPerChunk = kChunkK / kStepK;
+  const WeightSteps steps(weights, panel_bytes(k, DType::kBFloat16));
   const TilesInUse<6> in_use(tiled.height, 64);
-  const int64_t num_bytes = panel_bytes(k, DType::kBFloat16);
-  const int64_t num_steps = (k + kStepK - 1) / kStepK;
-  const int64_t block_steps = tiled.count == 1 ? num_steps : kBlockSteps;
+  const int64_t block_steps = tiled.count == 1 ? steps.count : kBlockSteps;
   const int64_t ahead = tiled.count == 1 ? kAheadBytes : kBlockSteps * kStepBytes;
-  alignas(64) char copy[kStepBytes];
-  for (int64_t block = 0; block < num_steps; block += block_steps) {
-    const int64_t end = block + block_steps < num_steps ? block + block_steps : num_steps;
+  for (int64_t block = 0; block < steps.count; block += block_steps) {
+    const int64_t end = block + block_steps < steps.count ? block + block_steps : steps.count;
     for (int tile = 0; tile < tiled.count; ++tile) {
       load_sums(tiled.sums(tile));
       for (int64_t step = block; step < end; ++step) {
-        const char* at = weights + step * kStepBytes;
-        ask_ahead(at + ahead, kStepBytes, tile, tiled.count);
-        at = whole_step(at, num_bytes - step * kStepBytes, copy);
+        ask_ahead(weights + step * kStepBytes + ahead, kStepBytes, tile, tiled.count);
         const char* rows =
             tiled.rows(tile, step / kStepsPerChunk) + step % kStepsPerChunk * 2 * kStepK;
         if (step % 2 == 0) {
-          multiply_step<DType::kBFloat16, 4>(rows, tiled.row_bytes, at);
+          multiply_step<DType::kBFloat16, 4>(rows, tiled.row_bytes, steps[step]);
         } else {
-          multiply_step<DType::kBFloat16, 5>(rows, tiled.row_bytes, at);
+          multiply_step<DType::kBFloat16, 5>(rows, tiled.row_bytes, steps[step]);
         }
       }
       store_sums(tiled.sums(tile));
@@ -152,22 +168,19 @@ inline void add_int8_sums(int num_rows, const char* rows, int64_t row_bytes, con
 
 inline void add_int8_panel(const TiledRows& tiled, const char* weights, int64_t k) {
   constexpr int kStepK = 64;
+  const WeightSteps steps(weights, panel_bytes(k, DType::kInt8));
   const TilesInUse<6> in_use(tiled.height, 64);
-  const int64_t num_bytes = panel_bytes(k, DType::kInt8);
   constexpr int64_t kChunkBytes = panel_bytes(kChunkK, DType::kInt8);
-  alignas(64) char copy[kStepBytes];
   alignas(64) int32_t sums[16 * kPanelColumns];
   for (int64_t chunk = 0; chunk * kChunkK < k; ++chunk) {
-    const char* at = weights + chunk * kChunkBytes;
-    const int64_t left = num_bytes - chunk * kChunkBytes;
+    const int64_t step = chunk * kChunkK / kStepK;
     for (int tile = 0; tile < tiled.count; ++tile) {
       const char* rows = tiled.rows(tile, chunk);
-      ask_ahead(at + kChunkBytes, kChunkBytes, tile, tiled.count);
+      ask_ahead(weights + (chunk + 1) * kChunkBytes, kChunkBytes, tile, tiled.count);
       for_each_column([&]<int c>() { Tiles::zero<c>(); });
-      multiply_step<DType::kInt8, 4>(rows, tiled.row_bytes, whole_step(at, left, copy));
-      if (left > kStepBytes) {
-        multiply_step<DType::kInt8, 5>(rows + kStepK, tiled.row_bytes,
-                                       whole_step(at + kStepBytes, left - kStepBytes, copy));
+      multiply_step<DType::kInt8, 4>(rows, tiled.row_bytes, steps[step]);
+      if (step + 1 < steps.count) {
+        multiply_step<DType::kInt8, 5>(rows + kStepK, tiled.row_bytes, steps[step + 1]);
       }
       store_sums(sums);
       add_int8_sums(tiled.height, rows, tiled.row_bytes, sums, tiled.sums(tile));
