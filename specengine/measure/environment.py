@@ -31,6 +31,7 @@ INSTRUCTION_SETS = (
     "avx512vl",
     "avx512_vnni",
     "avx512_bf16",
+    "amx_tile",
     "amx_bf16",
     "amx_int8",
     "asimd",
