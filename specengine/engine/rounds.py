@@ -30,7 +30,7 @@ from specengine.runtime.state import BatchState, RoundMode, RunningBatch, round_
 from specengine.speculative import RoundOutcome, bind_round, run_round
 
 # Nobody waits longer than this, and a round, for the host to look: who comes, stops or interrupts.
-_MAX_UNREAD_SECONDS = 0.008
+_MAX_UNREAD_SECONDS = 0.016
 # Of a recording: batch size, k, mode, and who drafts (see `RoundDrafter.prepare`).
 _Key = tuple[int, int, RoundMode, Hashable]
 
