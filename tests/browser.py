@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+_TIMEOUT = 120_000  # milliseconds: a busy machine's
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
 
@@ -33,7 +34,9 @@ def browser() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        # A GPU that is imitated in software takes ten times as long on some processors.
+        arguments = ["--no-sandbox", "--disable-gpu"]
+        launched = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         try:
             yield launched
         finally:
@@ -43,6 +46,7 @@ def browser() -> Iterator[Any]:
 def open_page(launched: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> Opened:
     """A file in a window `width` wide."""
     page = launched.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page.set_default_timeout(_TIMEOUT)
     opened = Opened(page)
     page.on("request", lambda request: opened.requests.append(request.url))
     page.on("console", lambda message: opened.complaints.append(message.text))
