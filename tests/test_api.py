@@ -53,7 +53,9 @@ class FakeEngine:
                 results.append(event.result)
         return results if isinstance(prompts, list) and not isinstance(prompts[0], int) else results[0]
 
-    def stream(self, prompts: Any, params: SamplingParams) -> Iterator[StreamEvent]:
+    def stream(
+        self, prompts: Any, params: SamplingParams, *, stream_interval: int = 1
+    ) -> Iterator[StreamEvent]:
         assert not self.is_closed, "a closed engine was used"
         self.calls.append((prompts, params))
         is_list = isinstance(prompts, list) and not isinstance(prompts[0], int)
