@@ -168,6 +168,14 @@ def every_ops(request: pytest.FixtureRequest) -> Iterator[Backend]:
     _C.set_instruction_set("auto")
 
 
+@pytest.fixture(params=kernel_cases.TILE_SETS)
+def tile_set(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Native on each instruction set with tiles in turn."""
+    _C.set_instruction_set(request.param)
+    yield request.param
+    _C.set_instruction_set("auto")
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """A module with HOLDS_FOR_REPLAYED_ROUNDS runs its engines both ways."""
     if "rounds" in metafunc.fixturenames and getattr(metafunc.module, "HOLDS_FOR_REPLAYED_ROUNDS", False):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -267,3 +268,37 @@ def random_seeds(count: int, seed: int = 3) -> Tensor:
 
 def unfiltered_stats(logits: Tensor, temperature: Tensor, ops: Backend = NATIVE) -> Tensor:
     return ops.filter_rows(logits, SamplingRows.empty(logits.shape[0])._replace(temperature=temperature))
+
+
+def rounded_to_normal(x: np.ndarray) -> np.ndarray:
+    """To fp32, and what is below its normal numbers to zero."""
+    with np.errstate(over="ignore"):
+        rounded = x.astype(np.float32)
+    return np.where(np.abs(rounded) < 2.0**-126, rounded * np.float32(0), rounded)
+
+
+def bfloat16_numbers(x: Tensor) -> np.ndarray:
+    """Rounded to bf16, as doubles; what is below the normal numbers is zero."""
+    return rounded_to_normal(x.bfloat16().double().numpy()).astype(np.float64)
+
+
+def tile_product(x: Tensor, weight: Tensor, fault: str | None = None) -> Tensor:
+    """`[R, N]`: x W^T as the processor's bf16 tiles multiply. Of 32 k the sixteen pairs' first and second halves are
+    summed apart, each sum a chain of fused multiply-adds (the product of two bf16 has 16 bits, so that a double holds
+    what is rounded); their sum is added to the sums before. No denormal number goes in or comes out."""
+    num_rows, width = x.shape
+    padding = (0, -width % 32)
+    rows = bfloat16_numbers(torch.nn.functional.pad(x, padding))
+    columns = bfloat16_numbers(torch.nn.functional.pad(weight.float(), padding))
+    if fault == "tail":
+        rows, columns = rows[:, : width // 32 * 32], columns[:, : width // 32 * 32]
+    total = np.zeros((num_rows, len(weight)), dtype=np.float32)
+    for begin in range(0, rows.shape[1], 32):
+        chains = [np.zeros_like(total), np.zeros_like(total)]
+        order = range(begin, begin + 32)
+        for k in reversed(order) if fault == "order" else order:
+            parity = 0 if fault == "one chain" else k % 2
+            exact = rows[:, k, None] * columns[None, :, k] + chains[parity].astype(np.float64)
+            chains[parity] = exact.astype(np.float32) if fault == "denormal" else rounded_to_normal(exact)
+        total = rounded_to_normal(total + rounded_to_normal(chains[0] + chains[1]))
+    return torch.from_numpy(total)

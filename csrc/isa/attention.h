@@ -299,20 +299,82 @@ inline void for_each_block(int begin, int end, const Visit& visit) {
   if constexpr (kMax > 1) for_each_block<kMax - 1>(begin, end, visit);
 }
 
+// A visit's products with keys and values, in vectors.
 template <DType T>
-inline void weigh_tile(Queries& queries, int first, const TileRows& tile, int64_t value_offset,
-                       const TileRows& next, int64_t row_bytes) {
-  for (int64_t d = first * queries.padded; d < queries.count * queries.padded; d += 16) {
-    store(queries.sums + d, set1(0.0f));
-  }
-  for (int begin = 0; begin < tile.count; begin += kValuesAtOnce) {
-    const int end = begin + kValuesAtOnce < tile.count ? begin + kValuesAtOnce : tile.count;
-    ask_for(next, begin, kValuesAtOnce, 0, row_bytes);
-    for_each_block<kMaxBlockQueries>(first, queries.count, [&](int q, auto block) {
-      weigh_values<T, block.value>(queries, q, tile, value_offset, begin, end);
+class VectorProducts {
+ public:
+  static constexpr DType kType = T;
+
+  // scratch: what attention_scratch leaves beside the queries
+  VectorProducts(Queries& queries, int64_t head_dim, int64_t value_offset, float* scratch)
+      : queries_(queries),
+        head_dim_(head_dim),
+        padded_(queries.padded),
+        row_bytes_(head_dim * element_size(T)),
+        value_offset_(value_offset),
+        keys_(scratch),
+        converted_(keys_ + 32 * padded_),
+        values_(converted_ + 16 * padded_) {}
+
+  // Scores sixteen of the tile's tokens, from `begin` on, for the queries from `first` on.
+  void score(const TileRows& tile, int begin, int first) {
+    const float* rows[16];
+    locate_group<T>(tile, begin, head_dim_, padded_, converted_, rows);
+    if (queries_.count - first == 1) {
+      score_alone(queries_.query + first * padded_, rows, padded_,
+                  queries_.weights + first * kAttentionTile + begin);
+      return;
+    }
+    const int group = begin / 16 % kMaxScoreGroups;
+    transpose_rows(rows, padded_, keys_ + 16 * padded_ * group);
+    transpose_rows(rows + 8, padded_, keys_ + 16 * padded_ * group + 8);
+    const bool is_last = begin + 16 >= tile.count;
+    if (group + 1 < kMaxScoreGroups && !is_last) return;
+    float* scores = queries_.weights + (begin - 16 * group);
+    for_each_block<kMaxScoreQueries>(first, queries_.count, [&](int q, auto block) {
+      const float* query = queries_.query + q * padded_;
+      if (group == 0) {
+        score_block<block.value, 1>(query, keys_, padded_, scores + q * kAttentionTile);
+      } else {
+        score_block<block.value, kMaxScoreGroups>(query, keys_, padded_,
+                                                  scores + q * kAttentionTile);
+      }
     });
   }
-}
+
+  // Weighs the tile's values for the queries from `first` on; asks for the `next` tile's keys.
+  void weigh(const TileRows& tile, const TileRows& next, int first) {
+    if (padded_ == head_dim_) return weigh_rows<T>(tile, value_offset_, next, first);
+    TileRows converted{tile.count, {}};
+    for (int j = 0; j < tile.count; ++j) {
+      float* value = values_ + j * padded_;
+      convert_row<T>(tile.row[j] + value_offset_, head_dim_, padded_, value);
+      converted.row[j] = reinterpret_cast<const char*>(value);
+    }
+    weigh_rows<DType::kFloat32>(converted, 0, next, first);
+  }
+
+ private:
+  template <DType V>
+  void weigh_rows(const TileRows& tile, int64_t value_offset, const TileRows& next, int first) {
+    for (int64_t d = first * padded_; d < queries_.count * padded_; d += 16) {
+      store(queries_.sums + d, set1(0.0f));
+    }
+    for (int begin = 0; begin < tile.count; begin += kValuesAtOnce) {
+      const int end = begin + kValuesAtOnce < tile.count ? begin + kValuesAtOnce : tile.count;
+      ask_for(next, begin, kValuesAtOnce, 0, row_bytes_);
+      for_each_block<kMaxBlockQueries>(first, queries_.count, [&](int q, auto block) {
+        weigh_values<V, block.value>(queries_, q, tile, value_offset, begin, end);
+      });
+    }
+  }
+
+  Queries& queries_;
+  int64_t head_dim_, padded_, row_bytes_, value_offset_;
+  float* keys_;       // [2, padded, 16]
+  float* converted_;  // [16, padded]
+  float* values_;     // [kAttentionTile, padded]
+};
 
 // Sets how many tokens of the tile at `begin` each query sees; returns the first that sees any.
 inline int see_tile(Queries& queries, int num_heads, int64_t first_seen, int64_t begin,
@@ -326,13 +388,13 @@ inline int see_tile(Queries& queries, int num_heads, int64_t first_seen, int64_t
   return first;
 }
 
-template <DType T>
+template <class Products>
 inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_head, int num_heads,
                    int64_t row_begin, int64_t row_end, const AttentionPart& part, float* scratch) {
   const int64_t kv_head = first_head / (args.num_heads / args.num_kv_heads);
   const int64_t head_dim = args.head_dim;
   const int64_t padded = (head_dim + 15) / 16 * 16;
-  const int64_t row_bytes = head_dim * (T == DType::kFloat32 ? 4 : 2);
+  const int64_t row_bytes = head_dim * element_size(Products::kType);
   const int64_t value_offset = args.num_blocks * args.num_kv_heads * args.block_size * row_bytes;
   const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
   const int32_t* table = args.block_table + args.slots[sequence] * args.table_stride;
@@ -346,9 +408,6 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
   queries.output = queries.query + kMaxSharedQueries * padded;
   queries.weights = queries.output + kMaxSharedQueries * padded;
   queries.sums = queries.weights + kMaxSharedQueries * kAttentionTile;
-  float* keys = queries.sums + kMaxSharedQueries * padded;
-  float* converted = keys + 32 * padded;
-  float* values = converted + 16 * padded;
   // Element 0 of query q in args.query and args.out.
   const auto position = [&](int q) {
     return ((row_begin + q / num_heads) * args.num_heads + first_head + q % num_heads) * head_dim;
@@ -362,6 +421,7 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
       queries.output[q * padded + d] = 0.0f;
     }
   }
+  Products products(queries, head_dim, value_offset, queries.sums + kMaxSharedQueries * padded);
   const int64_t end = row_end - 1 + offset;
   // Of one visit, what query q found in tile t.
   const int64_t part_words = attention_part_words(head_dim);
@@ -399,43 +459,13 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
     for (int j = 0; j < tile.count; j += 16) {
       if (t == first_tile) ask_for(tile, j + 16 * kGroupsAhead, 16, 0, row_bytes);
       ask_for(tile, j, 16, value_offset, row_bytes);
-      const float* rows[16];
-      locate_group<T>(tile, j, head_dim, padded, converted, rows);
-      if (queries.count - first == 1) {
-        score_alone(queries.query + first * padded, rows, padded,
-                    queries.weights + first * kAttentionTile + j);
-        continue;
-      }
-      const int group = j / 16 % kMaxScoreGroups;
-      transpose_rows(rows, padded, keys + 16 * padded * group);
-      transpose_rows(rows + 8, padded, keys + 16 * padded * group + 8);
-      const bool is_last = j + 16 >= tile.count;
-      if (group + 1 < kMaxScoreGroups && !is_last) continue;
-      float* scores = queries.weights + (j - 16 * group);
-      for_each_block<kMaxScoreQueries>(first, queries.count, [&](int q, auto block) {
-        const float* query = queries.query + q * padded;
-        if (group == 0) {
-          score_block<block.value, 1>(query, keys, padded, scores + q * kAttentionTile);
-        } else {
-          score_block<block.value, kMaxScoreGroups>(query, keys, padded,
-                                                    scores + q * kAttentionTile);
-        }
-      });
+      products.score(tile, j, first);
     }
     for (int q = first; q < queries.count; ++q) {
       weigh_scores(queries, q);
       if (!is_part) merge_scores(queries, q, queries.tile_largest[q], queries.tile_normaliser[q]);
     }
-    if (padded == head_dim) {
-      weigh_tile<T>(queries, first, tile, value_offset, next, row_bytes);
-    } else {
-      for (int j = 0; j < tile.count; ++j) {
-        float* value = values + j * padded;
-        convert_row<T>(tile.row[j] + value_offset, head_dim, padded, value);
-        tile.row[j] = reinterpret_cast<const char*>(value);
-      }
-      weigh_tile<DType::kFloat32>(queries, first, tile, 0, next, row_bytes);
-    }
+    products.weigh(tile, next, first);
     for (int q = first; q < queries.count; ++q) {
       const float* sums = queries.sums + q * padded;
       if (is_part) {
@@ -455,7 +485,7 @@ inline void attend(const AttentionArgs& args, int64_t sequence, int64_t first_he
   }
 }
 
-template <DType T>
+template <class Products>
 inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
                         int64_t row_begin, int64_t row_end, const AttentionPart& part,
                         float* scratch) {
@@ -465,26 +495,28 @@ inline void attend_rows(const AttentionArgs& args, int64_t sequence, int64_t kv_
     const int num_heads = left < kMaxSharedQueries ? static_cast<int>(left) : kMaxSharedQueries;
     const int64_t step = kMaxSharedQueries / num_heads;
     for (int64_t row = row_begin; row < row_end; row += step) {
-      attend<T>(args, sequence, kv_head * group + head, num_heads, row,
-                row + step < row_end ? row + step : row_end, part, scratch);
+      attend<Products>(args, sequence, kv_head * group + head, num_heads, row,
+                       row + step < row_end ? row + step : row_end, part, scratch);
     }
   }
 }
 
-inline void attention(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
-                      int64_t row_begin, int64_t row_end, const AttentionPart& part,
-                      float* scratch) {
+template <class Bf16Products>
+inline void attention_of(const AttentionArgs& args, int64_t sequence, int64_t kv_head,
+                         int64_t row_begin, int64_t row_end, const AttentionPart& part,
+                         float* scratch) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return attend_rows<DType::kFloat32>(args, sequence, kv_head, row_begin, row_end, part,
-                                          scratch);
+      return attend_rows<VectorProducts<DType::kFloat32>>(args, sequence, kv_head, row_begin,
+                                                          row_end, part, scratch);
     case DType::kBFloat16:
-      return attend_rows<DType::kBFloat16>(args, sequence, kv_head, row_begin, row_end, part,
-                                           scratch);
+      return attend_rows<Bf16Products>(args, sequence, kv_head, row_begin, row_end, part, scratch);
     case DType::kFloat16:
-      return attend_rows<DType::kFloat16>(args, sequence, kv_head, row_begin, row_end, part,
-                                          scratch);
+      return attend_rows<VectorProducts<DType::kFloat16>>(args, sequence, kv_head, row_begin,
+                                                          row_end, part, scratch);
     default:  // for weights only
       return;
   }
 }
+
+constexpr auto attention = attention_of<VectorProducts<DType::kBFloat16>>;

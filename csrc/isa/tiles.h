@@ -16,24 +16,26 @@ constexpr int64_t kBlockSteps = 8;
 // How far ahead of the arithmetic weights are asked for where one tile of rows holds all.
 constexpr int64_t kAheadBytes = 2 * kStepBytes;
 
-// Tiles 0 … 3 hold sums, 4 … kFirstWeights - 1 rows, the others weights.
-template <int kFirstWeights>
 class TilesInUse {
  public:
-  // row_bytes: of a row that meets weights
-  TilesInUse(int num_rows, int row_bytes) {
-    TileConfig config;
-    for (int tile = 0; tile < 8; ++tile) {
-      const bool is_sum = tile < 4, is_weight = tile >= kFirstWeights;
-      config.rows[tile] = static_cast<uint8_t>(is_weight ? row_bytes / 4 : num_rows);
-      config.row_bytes[tile] = static_cast<uint16_t>(is_sum || is_weight ? 64 : row_bytes);
-    }
-    Tiles::configure(config);
-  }
+  explicit TilesInUse(const TileConfig& config) { Tiles::configure(config); }
   ~TilesInUse() { Tiles::release(); }
   TilesInUse(const TilesInUse&) = delete;
   TilesInUse& operator=(const TilesInUse&) = delete;
 };
+
+// Tiles 0 … 3 hold sums, 4 … kFirstWeights - 1 rows, the others weights.
+// row_bytes: of a row that meets weights
+template <int kFirstWeights>
+inline TileConfig linear_tiles(int num_rows, int row_bytes) {
+  TileConfig config;
+  for (int tile = 0; tile < 8; ++tile) {
+    const bool is_sum = tile < 4, is_weight = tile >= kFirstWeights;
+    config.set_shape(tile, is_weight ? row_bytes / 4 : num_rows,
+                     is_sum || is_weight ? 64 : row_bytes);
+  }
+  return config;
+}
 
 // The rows of one pass over a panel, in tiles of equal height: the last may hold spare rows.
 struct TiledRows {
@@ -131,7 +133,7 @@ inline void multiply_step(const char* rows, int64_t row_bytes, const char* weigh
 inline void add_bf16_panel(const TiledRows& tiled, const char* weights, int64_t k) {
   constexpr int kStepK = 32, kStepsPerChunk = kChunkK / kStepK;
   const WeightSteps steps(weights, panel_bytes(k, DType::kBFloat16));
-  const TilesInUse<6> in_use(tiled.height, 64);
+  const TilesInUse in_use(linear_tiles<6>(tiled.height, 64));
   const int64_t block_steps = tiled.count == 1 ? steps.count : kBlockSteps;
   const int64_t ahead = tiled.count == 1 ? kAheadBytes : kBlockSteps * kStepBytes;
   for (int64_t block = 0; block < steps.count; block += block_steps) {
@@ -169,7 +171,7 @@ inline void add_int8_sums(int num_rows, const char* rows, int64_t row_bytes, con
 inline void add_int8_panel(const TiledRows& tiled, const char* weights, int64_t k) {
   constexpr int kStepK = 64;
   const WeightSteps steps(weights, panel_bytes(k, DType::kInt8));
-  const TilesInUse<6> in_use(tiled.height, 64);
+  const TilesInUse in_use(linear_tiles<6>(tiled.height, 64));
   constexpr int64_t kChunkBytes = panel_bytes(kChunkK, DType::kInt8);
   alignas(64) int32_t sums[16 * kPanelColumns];
   for (int64_t chunk = 0; chunk * kChunkK < k; ++chunk) {
@@ -242,14 +244,14 @@ inline void add_group_tiles(int num_rows, const char* rows, const char* group, c
 template <DType W>
 inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64_t k) {
   constexpr int kGroups = kChunkK / kGroupK;
-  const TilesInUse<7> in_use(tiled.height, kGroupK);
+  const TilesInUse in_use(linear_tiles<7>(tiled.height, kGroupK));
   alignas(64) char expanded[kGroups][kGroupCodeBytes];
   const char* codes[kGroups];
   const char* group = weights;
   for (int64_t begin = 0; begin < k; begin += kChunkK) {
     const int64_t left = (k - begin) / kGroupK;
     const int count = left < kGroups ? static_cast<int>(left) : kGroups;
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < kGroups && i < count; ++i) {
       codes[i] = expand_codes<W>(group + i * group_bytes(W) + group_header_bytes(W), expanded[i]);
     }
     for (int tile = 0; tile < tiled.count; ++tile) {
@@ -298,8 +300,11 @@ inline void tile_linear_panel(const LinearArgs& args, int64_t panel) {
   }
 }
 
+#include "isa/tiles_attention.h"
+
 constexpr Kernels tile_table(const char* name) {
   Kernels kernels = table(name);
   kernels.linear_panel = tile_linear_panel;
+  kernels.attention = attention_of<TileProducts>;
   return kernels;
 }

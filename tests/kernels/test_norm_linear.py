@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +12,6 @@ from kernel_cases import (
     DTYPES,
     INSTRUCTION_SETS,
     NATIVE,
-    TILE_SETS,
     TRITON,
     WEIGHT_DTYPES,
     WITHOUT_FUSED_ADDS,
@@ -24,6 +23,7 @@ from kernel_cases import (
     honest,
     random_layer,
     random_rows,
+    tile_product,
     width_of,
 )
 from torch import Tensor
@@ -297,40 +297,6 @@ def test_a_fault_in_int8_weights_is_noticed(ops: Backend, fault: str) -> None:
 # -- tiles ---------------------------------------------------------------------------------------------------------
 
 
-def rounded_to_normal(x: np.ndarray) -> np.ndarray:
-    """To fp32, and what is below its normal numbers to zero."""
-    with np.errstate(over="ignore"):
-        rounded = x.astype(np.float32)
-    return np.where(np.abs(rounded) < 2.0**-126, rounded * np.float32(0), rounded)
-
-
-def bfloat16_numbers(x: Tensor) -> np.ndarray:
-    """Rounded to bf16, as doubles; what is below the normal numbers is zero."""
-    return rounded_to_normal(x.bfloat16().double().numpy()).astype(np.float64)
-
-
-def tile_product(x: Tensor, weight: Tensor, fault: str | None = None) -> Tensor:
-    """`[R, N]`: x W^T as the processor's bf16 tiles multiply. Of 32 k the sixteen pairs' first and second halves are
-    summed apart, each sum a chain of fused multiply-adds (the product of two bf16 has 16 bits, so that a double holds
-    what is rounded); their sum is added to the sums before. No denormal number goes in or comes out."""
-    num_rows, width = x.shape
-    padding = (0, -width % 32)
-    rows = bfloat16_numbers(torch.nn.functional.pad(x, padding))
-    columns = bfloat16_numbers(torch.nn.functional.pad(weight.float(), padding))
-    if fault == "tail":
-        rows, columns = rows[:, : width // 32 * 32], columns[:, : width // 32 * 32]
-    total = np.zeros((num_rows, len(weight)), dtype=np.float32)
-    for begin in range(0, rows.shape[1], 32):
-        chains = [np.zeros_like(total), np.zeros_like(total)]
-        order = range(begin, begin + 32)
-        for k in reversed(order) if fault == "order" else order:
-            parity = 0 if fault == "one chain" else k % 2
-            exact = rows[:, k, None] * columns[None, :, k] + chains[parity].astype(np.float64)
-            chains[parity] = exact.astype(np.float32) if fault == "denormal" else rounded_to_normal(exact)
-        total = rounded_to_normal(total + rounded_to_normal(chains[0] + chains[1]))
-    return torch.from_numpy(total)
-
-
 def check_tile_bits(num_rows: int, width: int, num_columns: int, fault: str | None = None) -> None:
     weight = random_layer(width, num_columns, torch.bfloat16, has_bias=False).plain.weight
     weight[1] *= 2.0**-61
@@ -340,13 +306,6 @@ def check_tile_bits(num_rows: int, width: int, num_columns: int, fault: str | No
     result = NATIVE.linear_residual(rows, packed, torch.zeros(num_rows, num_columns))
     expected = tile_product(rows, weight, fault)
     assert torch.equal(result, expected), f"{num_rows} rows of {width}"
-
-
-@pytest.fixture(params=TILE_SETS)
-def tile_set(request: pytest.FixtureRequest) -> Iterator[str]:
-    _C.set_instruction_set(request.param)
-    yield request.param
-    _C.set_instruction_set("auto")
 
 
 @pytest.mark.usefixtures("tile_set")

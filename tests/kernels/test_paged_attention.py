@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DEVICE, DTYPES, NATIVE, TRITON, assert_earned, native_threads
+from kernel_cases import (
+    DEVICE,
+    DTYPES,
+    NATIVE,
+    TILE_SETS,
+    TRITON,
+    assert_earned,
+    native_threads,
+    tile_product,
+)
 from torch import Tensor
 
 from specengine import _C
@@ -75,8 +84,8 @@ def rounded_attention(
     q_start: Tensor,
     context_len: Tensor,
 ) -> Tensor:
-    """The reference with the operands of Triton's products: query and weights, before the division by their sum,
-    are rounded to the cache's type."""
+    """The reference with the operands of Triton's products, and of tiles': query and weights, before the division by
+    their sum, are rounded to the cache's type."""
     dtype, block_size = kv_cache.dtype, kv_cache.shape[3]
     group = query.shape[1] // kv_cache.shape[2]
     out = torch.empty_like(query)
@@ -95,10 +104,15 @@ def rounded_attention(
     return out.flatten(1)
 
 
+def has_tiles() -> bool:
+    return _C.build_info()["instruction_set"] in TILE_SETS
+
+
 def check_paged_attention(ops: Backend, case: Case, op: Callable[..., Tensor] | None = None) -> None:
     """ops: whose arithmetic the honest reference has; op: what is checked, if it is not the backend's own."""
     copies = replace(case, **{field.name: getattr(case, field.name).clone() for field in fields(case)})
-    honest = case.run(reference.paged_attention if ops is NATIVE else rounded_attention)
+    is_rounded = ops is not NATIVE or (case.kv_cache.dtype == torch.bfloat16 and has_tiles())
+    honest = case.run(rounded_attention if is_rounded else reference.paged_attention)
     exact = replace(case, query=case.query.double()).run(reference.paged_attention)
     assert_earned(case.run(op or ops.paged_attention), honest, exact)
     for field in fields(case):
@@ -148,6 +162,65 @@ def test_any_block_size(ops: Backend, block_size: int) -> None:
 def test_large_scores_do_not_overflow(ops: Backend) -> None:
     case = build_case((2, 2, 32), [(2, 200)])
     check_paged_attention(ops, replace(case, query=case.query * 300))
+
+
+@pytest.mark.usefixtures("tile_set")
+def test_tiles_meet_any_block_size_and_all_edges() -> None:
+    for block_size in (1, 5, 16, 32, 200):
+        check_paged_attention(NATIVE, build_case((2, 2, 64), RAGGED, torch.bfloat16, block_size))
+    check_paged_attention(NATIVE, build_case((1, 1, 8), EDGES, torch.bfloat16))
+    case = build_case((2, 2, 32), [(2, 200)], torch.bfloat16)
+    check_paged_attention(NATIVE, replace(case, query=case.query * 300))
+
+
+def check_value_bits(heads: tuple[int, int, int], context: int, fault: str | None = None) -> None:
+    """Where all weights are 1 a row of one tile is the sum of its values over their number. Values are of many sizes,
+    so that their sums are rounded."""
+    case = build_case(heads, [(1, context)], torch.bfloat16, seed=context)
+    sizes = torch.randint(-12, 12, case.kv_cache.shape, generator=torch.Generator().manual_seed(context))
+    cache = torch.ldexp(case.kv_cache, sizes)
+    case = replace(case, query=torch.zeros_like(case.query), kv_cache=cache.bfloat16())
+    positions = torch.arange(context)
+    blocks = case.block_table[case.slots[0]].long()[positions // 16]
+    values = case.kv_cache[1, blocks, :, positions % 16]  # [context, Hkv, head_dim]
+    sums = [tile_product(torch.ones(1, context), value.T, fault) for value in values.unbind(1)]
+    expected = torch.cat(sums).repeat_interleave(heads[0] // heads[1], dim=0) * torch.tensor(1.0 / context)
+    assert torch.equal(case.run(NATIVE.paged_attention).view(heads[0], heads[2]), expected), context
+
+
+@pytest.mark.usefixtures("tile_set")
+@pytest.mark.parametrize("heads", [(1, 1, 64), (4, 2, 20), (32, 1, 16)], ids=str)
+def test_values_are_weighed_in_tiles_with_the_bits_that_are_specified(heads: tuple[int, int, int]) -> None:
+    for context in (1, 2, 3, 31, 32, 33, 65, 100, 128):
+        check_value_bits(heads, context)
+
+
+@pytest.mark.usefixtures("tile_set")
+@pytest.mark.parametrize("fault", ["tail", "one chain", "order"])
+def test_another_order_of_weighed_values_is_noticed(fault: str) -> None:
+    with pytest.raises(AssertionError, match="100"):
+        check_value_bits((1, 1, 64), 100, fault)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("poison", [float("inf"), float("nan")], ids=str)
+def test_what_a_row_does_not_see_does_it_no_harm(
+    every_ops: Backend, dtype: torch.dtype, poison: float
+) -> None:
+    """A draft's keys and values that are no numbers meet only the rows from its own on."""
+    case = build_case(fewer_heads(every_ops, (4, 2, 20)), [(9, 140)], dtype)
+    expected = case.run(every_ops.paged_attention)
+    for row in (3, 8):
+        position = int(case.context_len) - 9 + row
+        block = int(case.block_table[case.slots[0], position // 16])
+        for part in (0, 1):
+            cache = case.kv_cache.clone()
+            cache[part, block, :, position % 16, 5] = poison
+            result = replace(case, kv_cache=cache).run(every_ops.paged_attention)
+            assert torch.equal(result[:row], expected[:row]), (row, part)
+            assert not torch.equal(result[row:], expected[row:])
+            alone = part_of(replace(case, kv_cache=cache), row, 1).run(every_ops.paged_attention)
+            assert torch.equal(result[row].nan_to_num(7.0, 8.0, 9.0), alone[0].nan_to_num(7.0, 8.0, 9.0))
 
 
 def part_of(whole: Case, first: int, size: int) -> Case:
