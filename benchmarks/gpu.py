@@ -4,6 +4,7 @@ end-to-end table.
     python benchmarks/gpu.py                                   # everything; each part takes at most eight minutes
     python benchmarks/gpu.py --list
     python benchmarks/gpu.py --only machine tests graphs-medium
+    python benchmarks/gpu.py --visit 1                         # what to run first, in visits of eight minutes: 1, 2, …
     python benchmarks/gpu.py --device cpu --tiny               # without a GPU: a rehearsal, nothing is measured
 
 A part runs in a process of its own, which is ended at its limit: what goes wrong in one does not reach the others. The
@@ -20,8 +21,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +71,11 @@ def run(given: argparse.Namespace, chosen: list[Part], work: Path) -> int:
     out = given.out or (results_path(about) if about["has_cuda"] and not given.tiny else None)
     show(page.head(about, is_rehearsal=given.tiny))
     outcomes: list[runner.Outcome] = []
+    began = time.monotonic()
     for part in chosen:
+        if given.visit is not None:  # its parts share the time of one
+            left = given.limit - (time.monotonic() - began)
+            settings = replace(settings, limit=max(left, 1.0))
         if part.needs_cuda and is_missing:
             outcome = runner.Outcome(part.name, runner.NEEDS_CUDA)
         else:
@@ -138,6 +145,7 @@ def listing() -> list[str]:
     groups = ", ".join(dict.fromkeys(part.group for part in parts.PARTS))
     return [
         *(f"{part.name.ljust(width)}  {part.about}{marks[part.name]}" for part in parts.PARTS),
+        *(f"visit {index}: {', '.join(visit)}" for index, visit in enumerate(parts.VISITS, start=1)),
         f"groups: {groups}",
     ]
 
@@ -159,6 +167,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--only", nargs="+", default=[], metavar="PART", help="parts or groups, see --list; all by default")
+    add(
+        "--visit",
+        type=int,
+        choices=range(1, len(parts.VISITS) + 1),
+        help="what to run first, in visits that take no longer than one part may",
+    )
     add("--list", action="store_true", help="list the parts")
     add("--device", choices=("cuda", "cpu"), default="cuda")
     add("--tiny", action="store_true", help="rehearse: the bundled pair, few tokens, nothing is measured")
@@ -184,7 +198,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cpu needs --tiny: it rehearses, and measures nothing")
     if not 0 < given.limit <= LIMIT_SECONDS:
         parser.error(f"--limit must be above 0 and at most {LIMIT_SECONDS:.0f}, got {given.limit:g}")
+    if given.only and given.visit is not None:
+        parser.error("--visit has parts of its own: leave --only out")
     names = [name for text in given.only for name in text.split(",")]
+    names += parts.VISITS[given.visit - 1] if given.visit is not None else ()
     try:
         chosen = parts.select(names)
     except ValueError as error:

@@ -19,7 +19,7 @@ from generation import contest
 from generation.plan import Entry, Pair
 from generation.protocol import Answer, Counts, Task
 from generation.rows import Record, Turn
-from gpu_parts import about, end_to_end, models, page, parts, rows, runner, suites, trace
+from gpu_parts import about, end_to_end, first, models, page, parts, rows, runner, suites, trace
 from gpu_parts.context import Context, FailedError, Settings, SkippedError
 from gpu_parts.entrants import COMPILED, NO_GRAPHS, Builder, System
 from gpu_parts.parts import Part
@@ -70,7 +70,7 @@ def test_a_rehearsal_runs_every_kind_of_part_and_says_what_it_is(
     shown, found = rehearsed
     assert shown.startswith(page.REHEARSAL)
     ended = {row["part"]: row["status"] for row in found if row["kind"] == "part"}
-    expected = ["machine", "graphs-medium", "generate-medium", "forced-medium"]
+    expected = ["machine", "first", "graphs-medium", "generate-medium", "forced-medium"]
     assert ended == dict.fromkeys(expected, "ok")
     assert all(f"== {name}: ok" in shown for name in expected)
     assert {row["rehearsal"] for row in found} == {gpu.REHEARSAL}
@@ -244,8 +244,9 @@ def test_without_a_gpu_parts_that_need_one_say_so(planted: Path, capsys: pytest.
 def test_the_list_has_every_part(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == [part.name for part in parts.PARTS]
-    assert lines[-1] == "groups: machine, tests, sanitize, tune, micro, graphs, generate, forced"
+    assert [line.split()[0] for line in lines[: len(parts.PARTS)]] == [part.name for part in parts.PARTS]
+    assert lines[len(parts.PARTS)] == "visit 1: machine, first, tests-linear"
+    assert lines[-1] == "groups: machine, first, tests, sanitize, tune, micro, graphs, generate, forced"
 
 
 def test_listing_loads_nothing_heavy() -> None:
@@ -265,6 +266,8 @@ def test_listing_loads_nothing_heavy() -> None:
         (["--limit", "481"], "--limit must be above 0 and at most 480, got 481"),
         (["--tiny", "--only", "micro"], "none of these parts can be rehearsed"),
         (["--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--visit", "5"], "invalid choice: 5"),
+        (["--visit", "1", "--only", "tests"], "--visit has parts of its own"),
     ],
 )
 def test_wrong_arguments_are_named(
@@ -284,6 +287,39 @@ def test_a_group_is_all_its_parts_and_tuning_has_to_be_named() -> None:
     assert names("generate-xl") == ["generate-xl"]
     assert names("tune") == ["tune-768", "tune-1024", "tune-1600"]
     assert set(names()) == {part.name for part in parts.PARTS if part.group != "tune"}
+
+
+def test_visits_have_parts_that_exist_and_share_the_time_of_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    names = {part.name for part in parts.PARTS}
+    assert all(set(visit) <= names for visit in parts.VISITS)
+    limits = []
+
+    def run(part: Part, given: Settings) -> runner.Outcome:
+        limits.append(given.limit)
+        time.sleep(0.3)
+        return runner.Outcome(part.name, runner.OK)
+
+    monkeypatch.setattr(gpu, "describe", lambda: HERE | {"has_cuda": True})
+    monkeypatch.setattr(runner, "run", run)
+    out = ["--out", str(tmp_path / "rows.jsonl"), "--work", str(tmp_path)]
+    assert gpu.main(["--visit", "1", "--limit", "400", *out]) == 0
+    assert len(limits) == len(parts.VISITS[0])
+    assert 399 < limits[0] <= 400
+    assert limits[0] - 0.3 >= limits[1] >= limits[2] + 0.3
+    limits.clear()
+    assert gpu.main(["--only", "machine", "first", "--limit", "400", *out]) == 0
+    assert limits == [400, 400]
+
+
+def test_other_bits_of_another_way_to_launch_are_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digests = iter("abcdefgh")
+    monkeypatch.setattr(first, "_digest", lambda results: next(digests))
+    with pytest.raises(FailedError, match="graphs, dependent, k = 0: a; graphs, dependent, k = 4: b"):
+        first.run(context(tmp_path, part="first"))
 
 
 def test_every_part_can_be_found_and_fits_its_machine() -> None:

@@ -86,6 +86,14 @@ CAPTURE: tuple[Column, ...] = (
     ("recording s", value("seconds", ".2f")),
     ("MB", lambda row: number(row["num_bytes"] / 1e6) if "num_bytes" in row else ""),
 )
+FIRST: tuple[Column, ...] = (
+    ("rounds", lambda row: "graphs" if row["has_graphs"] else "launches"),
+    ("dependent", lambda row: "yes" if row["is_dependent"] else "no"),
+    ("k", draft_length),
+    ("engine s", value("engine_seconds", ".2f")),
+    ("recorded", value("num_graphs")),
+    ("tokens and bits", text("digest")),
+)
 MICRO: tuple[Column, ...] = (
     ("op", text("op")),
     ("shape", text("shape")),
@@ -100,6 +108,7 @@ MICRO: tuple[Column, ...] = (
     ("flashinfer us", median("flashinfer_us", ".2f")),
 )
 TABLES = {
+    "first": FIRST,
     "generate": END_TO_END,
     "forced": END_TO_END,
     "steady": STEADY,

@@ -98,6 +98,15 @@ def _forced(name: str, pair: str) -> Part:
     )
 
 
+# What says most, on a GPU that is lent for a short time: each visit fits into a command of ten minutes, with what is
+# built before it. Correctness comes first.
+VISITS = (
+    ("machine", "first", "tests-linear"),
+    ("tests-attention", "tests-head", "tests-round"),
+    ("graphs-medium",),
+    ("generate-medium",),
+)
+
 # The tests of kernels, in parts of about equal length.
 KERNEL_TESTS = {
     "linear": (
@@ -142,6 +151,12 @@ PARTS = (
         "GPU, driver, clocks, versions, copy bandwidth",
         "gpu_parts.machine:run",
         needs_cuda=False,
+        rehearses=True,
+    ),
+    Part(
+        "first",
+        "the bundled pair, greedy: the same bits as graphs and launch by launch, with dependent launches and without",
+        "gpu_parts.first:run",
         rehearses=True,
     ),
     *(
