@@ -39,5 +39,13 @@ def paged_attention(
         position = torch.arange(length, device=query.device)
         is_visible = position[None, :] <= position[length - rows.shape[0] :, None]
         weights = scores.masked_fill(~is_visible, float("-inf")).softmax(dim=-1)
-        outputs.append(torch.einsum("hts,hsd->thd", weights, value).flatten(1))
+        # A value that is no number would be none with the weight 0 either: it is for the rows that see it.
+        is_number = value.isfinite()
+        mixed = torch.einsum("hts,hsd->thd", weights, value.where(is_number, 0.0))
+        if not is_number.all():
+            num_unusable = torch.einsum(
+                "ts,hsd->thd", is_visible.to(value.dtype), (~is_number).to(value.dtype)
+            )
+            mixed.masked_fill_(num_unusable > 0, float("nan"))
+        outputs.append(mixed.flatten(1))
     return torch.cat(outputs)
