@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from law_helpers import (
     run_part_by_part,
     spec,
 )
+from safetensors.torch import load_file, save_file
 from scripted_drafters import AdversarialDrafter, PerfectDrafter, RandomDrafter, ScriptedDrafter
 from torch import Tensor
 
@@ -499,3 +501,47 @@ def test_the_law_notices_a_draft_that_never_catches_up(
     monkeypatch.setattr(DraftModelDrafter, "_gap", lambda self, sequence, draft_limit: draft_model._NO_GAP)
     with pytest.raises(AssertionError):
         check_drafts_are_fresh(build_engine, pair, monkeypatch)
+
+
+class UnusableDrafter(PerfectDrafter):
+    """Right up to a token whose keys and values are no numbers, which the target never says."""
+
+    name = "unusable"
+
+    def __init__(self, *, token: int, vocab_size: int) -> None:
+        super().__init__(vocab_size=vocab_size)
+        self.token = token
+
+    def draft(self, truth: list[int], committed: list[int], limit: int, *_: Any) -> list[int]:
+        num_right = len(committed) % 3
+        return [*truth[:num_right], self.token, *truth[num_right + 1 :]][:limit]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [GREEDY, COUPLED], ids=["greedy", "coupled"])
+def test_a_rejected_draft_that_is_no_number_harms_nobody(
+    checkpoint: CheckpointFactory,
+    build_engine: EngineFactory,
+    tmp_path: Path,
+    dtype: str,
+    options: dict[str, Any],
+) -> None:
+    """Its row says nothing that counts, and no other row sees it."""
+    path = tmp_path / "model"
+    shutil.copytree(checkpoint("gpt_neox", vocab_size=VOCAB), path)
+    prompts = [make_prompt(length, vocab_size=VOCAB - 1) for length in (9, 14)]
+    drafter = UnusableDrafter(token=VOCAB - 1, vocab_size=VOCAB)
+    weights = load_file(path / "model.safetensors")
+    (name,) = (name for name in weights if name.endswith("embed_in.weight"))
+    weights[name][drafter.token] = float("inf")
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    engine = build_engine(path, drafter, dtype=dtype)
+    given = {**options, "max_new_tokens": 24, "logit_bias": {drafter.token: -100.0}}
+    expected = [plain(engine, prompt, **given) for prompt in prompts]
+    drafter.learn(expected)
+    assert all(prompt.count(drafter.token) == 0 for prompt in prompts)
+    for k in (1, 4):
+        for prompt, wanted in zip(prompts, expected, strict=True):
+            result = spec(engine, prompt, k, **given)
+            assert_same(result, wanted)
+            assert result.metrics.speculative_decoding.num_accepted_draft_tokens > 0
