@@ -276,6 +276,9 @@ class StreamEvent:
     finish_reason: set on the sample's last event
     elapsed:      seconds from the request to these tokens: of the first event, the time to the first token
     result:       the prompt's `GenerationResult`, on the last event of its last sample
+    logprobs:     of these tokens, if asked for
+    rounds:       those that gave these tokens, if asked for (`return_rounds`)
+    stop_reason, error: with a finish_reason, as in `CompletionOutput`
     """
 
     index: int
@@ -286,3 +289,7 @@ class StreamEvent:
     finish_reason: FinishReason | None = None
     result: GenerationResult | None = None
     elapsed: float = 0.0
+    logprobs: list[TokenLogprob] | None = None
+    rounds: list[Round] | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None

@@ -126,3 +126,57 @@ def test_a_closed_engine_wakes_who_waits_and_takes_nothing(engine: Engine) -> No
     assert waited == [False]
     with pytest.raises(SpecEngineError, match="closed"):
         engine.add_request(PROMPTS[0])
+
+
+def test_requests_are_built_beside_a_step_and_queued_later(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Building waits for nobody; queued they are what `generate` would have made of them."""
+    expected = engine.generate(PROMPTS, engine_params(6))
+    engine.add_request(PROMPTS[0], engine_params(1))
+    may_end, is_inside = threading.Event(), threading.Event()
+    run = engine._stepper._prompts.run
+
+    def stay(chunks: Any) -> None:
+        is_inside.set()
+        assert may_end.wait(TIMEOUT)
+        run(chunks)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._stepper._prompts, "run", stay)
+        stepping = threading.Thread(target=engine.step)
+        stepping.start()
+        assert is_inside.wait(TIMEOUT)
+        requests = engine.build_requests(PROMPTS, max_new_tokens=6, ignore_eos=True)
+        assert stepping.is_alive()
+        may_end.set()
+        stepping.join(TIMEOUT)
+    ids = [engine.add_request(request) for request in requests]
+    results: dict[int, Any] = {}
+    while engine.has_work:
+        results.update({event.index: event.result for event in engine.step() if event.result is not None})
+    for request_id, truth in zip(ids, expected, strict=True):
+        assert_same(results[request_id], truth)
+    with pytest.raises(ValueError, match="top_p must be above 0"):
+        engine.build_requests(PROMPTS, top_p=0.0)
+
+
+def test_events_tell_the_logprobs_rounds_and_ends_of_their_tokens(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(checkpoint("gpt2", seed=9), checkpoint("gpt2", seed=9, noise=0.02))
+    prompt = make_prompt(6)
+    options: dict[str, Any] = {
+        "max_new_tokens": 24, "logprobs": 2, "return_rounds": True, "num_speculative_tokens": 3,
+        "temperature": 1.0, "seed": 1,
+    }  # fmt: skip
+    stop = engine.generate(prompt, **options).token_ids[-3]
+    events = list(engine.stream(prompt, stop_token_ids=[stop], **options))
+    output = events[-1].result.outputs[0] if events[-1].result else None
+    assert output is not None
+    assert [entry for event in events for entry in event.logprobs or []] == output.logprobs
+    assert [each for event in events for each in event.rounds or []] == output.rounds
+    assert sum(each.num_draft_tokens for each in output.rounds or []) > 0
+    assert (events[-1].stop_reason, events[-1].error) == (output.stop_reason, None) == (stop, None)
+    plain = next(iter(engine.stream(prompt, max_new_tokens=2)))
+    assert plain.logprobs is plain.rounds is None

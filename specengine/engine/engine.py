@@ -338,6 +338,21 @@ class Engine:
         """KV blocks that no running sequence holds."""
         return int(self._kv_cache.manager.num_free_blocks)
 
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks that sequences may hold, all together."""
+        return self._kv_cache.num_usable_blocks
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold KV blocks."""
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are queued."""
+        return len(self._scheduler.waiting)
+
     @takes_options(SamplingParams)
     def generate(
         self,
@@ -458,8 +473,12 @@ class Engine:
 
         chat_template: see `ChatOptions`
         """
+        return self._intake.encode(self.render_chat(messages, chat_template=chat_template))
+
+    def render_chat(self, messages: Conversation, *, chat_template: str | None = None) -> Rendered:
+        """The same as text: a prompt whose special tokens are spelled out, for `build_requests`."""
         self._check_open()
-        return self._intake.encode(self._render([messages], ChatOptions(chat_template=chat_template))[0])
+        return self._render([messages], ChatOptions(chat_template=chat_template))[0]
 
     def _build_chat(
         self,
@@ -489,10 +508,33 @@ class Engine:
         roles = {} if self.tokenizer is None else self.tokenizer.roles
         return [ChatTemplate(source, where, roles).render(each) for each in conversations]
 
-    def add_request(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
-        """Queues one prompt for `step` and returns its request id."""
+    @takes_options(SamplingParams)
+    def build_requests(
+        self,
+        prompts: Prompt | Collection[Prompt],
+        params: SamplingParams | Collection[SamplingParams] | None = None,
+        *,
+        stream_interval: int = 1,
+        **sampling: Unpack[SamplingOptions],
+    ) -> list[Request]:
+        """Checks prompts and turns them into ids, for `add_request`: what can be refused is refused here.
+
+        From any thread, and without waiting for a step. Arguments are those of `stream`.
+        """
         self._check_open()
-        request = self._intake.build_request(prompt, SamplingParams() if params is None else params)
+        requests = self._intake.build_requests(prompts, params, dict(sampling))
+        for request in requests:
+            request.stream_interval = stream_interval
+        return requests
+
+    def add_request(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> int:
+        """Queues one prompt, or what `build_requests` made of it, for `step` and returns its request id."""
+        self._check_open()
+        request = (
+            prompt
+            if isinstance(prompt, Request)
+            else self._intake.build_request(prompt, SamplingParams() if params is None else params)
+        )
         request.index = request.request_id
         try:
             self._outbox.add(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from specengine.engine.results import build_result
+from specengine.engine.results import build_result, build_rounds
 from specengine.outputs import StreamEvent
 from specengine.runtime.sequence import Request, Sequence, Settled
 
@@ -80,14 +80,19 @@ def build_events(news: list[News]) -> list[StreamEvent]:
 
 def _build_event(item: News, *, is_last: bool) -> StreamEvent:
     sequence, before, after = item.sequence, item.before, item.after
-    request = sequence.request
+    request, tokens = sequence.request, slice(before.num_tokens, after.num_tokens)
+    params = request.params
     return StreamEvent(
         index=request.index,
         output_index=sequence.sample_index,
-        token_ids=sequence.output_ids[before.num_tokens : after.num_tokens],
+        token_ids=sequence.output_ids[tokens],
         text_delta=after.text[before.num_final : after.num_final],
-        token_source=sequence.token_source[before.num_tokens : after.num_tokens],
+        token_source=sequence.token_source[tokens],
         finish_reason=after.finish_reason,
         result=build_result(request) if is_last else None,
         elapsed=(request.last_token_time or request.arrival_time) - request.arrival_time,
+        logprobs=None if params.logprobs is None else sequence.logprobs[tokens],
+        rounds=build_rounds(sequence, before.num_rounds, after.num_rounds) if params.return_rounds else None,
+        stop_reason=after.stop_reason,
+        error=after.error,
     )

@@ -45,13 +45,14 @@ def _build_output(sequence: Sequence) -> CompletionOutput:
         seed=sequence.seed,
         error=settled.error,
         text_offsets=sequence.text.offsets(len(sequence.output_ids)),
-        rounds=_build_rounds(sequence) if sequence.params.return_rounds else None,
+        rounds=build_rounds(sequence, 0, settled.num_rounds) if sequence.params.return_rounds else None,
     )
 
 
-def _build_rounds(sequence: Sequence) -> list[Round]:
+def build_rounds(sequence: Sequence, first: int, end: int) -> list[Round]:
+    """The rounds `first` … `end` - 1 of a sequence that keeps them."""
     rounds = []
-    for counts, drafts in zip(sequence.rounds, sequence.drafts, strict=True):
+    for counts, drafts in zip(sequence.rounds[first:end], sequence.drafts[first:end], strict=True):
         drafted, accepted = metrics.needed_drafts(*counts)
         rounds.append(Round(drafted, accepted, counts.num_kept, drafts[:drafted]))
     return rounds
