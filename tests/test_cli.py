@@ -24,9 +24,10 @@ import specengine
 from specengine import EngineConfig, SamplingParams, StreamEvent, bundled, call
 from specengine.call import prepare_call
 from specengine.cli import app, main
-from specengine.cli.terminal import STYLES, TokenPainter, paint, wants_color
+from specengine.cli.terminal import STYLES, paint, wants_color
 from specengine.config import ModelOptions
 from specengine.models.checkpoints.tokenizer_files import read_tokenizer
+from specengine.runtime.text import TokenPainter
 from specengine.tokenizer import Tokenizer
 
 PROMPT = "def binary_search(items, x):"

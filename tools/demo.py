@@ -25,10 +25,11 @@ from rich.table import Table
 
 from specengine import Engine, GenerationResult, SamplingParams, bundled
 from specengine.cli.exits import complain
-from specengine.cli.terminal import TokenPainter, legend, paint, wants_color
+from specengine.cli.terminal import legend, paint, wants_color
 from specengine.errors import FetchError
 from specengine.fetch import fetch
 from specengine.fetched import KNOWN_MODELS
+from specengine.runtime.text import TokenPainter
 
 COMPLETIONS = {
     "binary search": 'def binary_search(items, x):\n    """Return the index of x in items, or -1."""\n',

@@ -93,8 +93,9 @@ def _generate_silently(call: Call, engine: Engine) -> GenerationResult:
 
 def _stream_text(call: Call, engine: Engine, *, color: str) -> GenerationResult:
     from specengine.api import stream_events
-    from specengine.cli.terminal import TokenPainter, legend, paint, wants_color
+    from specengine.cli.terminal import legend, paint, wants_color
     from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
+    from specengine.runtime.text import TokenPainter
 
     is_colored = wants_color(color, sys.stdout)
     if is_colored and engine.has_drafter and wants_color(color, sys.stderr):

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections import deque
-from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.style import Style
 from rich.table import Table
 
-from specengine.outputs import GenerationMetrics, SpeculativeDecodingMetrics, StreamEvent, TokenSource
-from specengine.tokenizer import IncrementalDetokenizer, Tokenizer
+from specengine.outputs import GenerationMetrics, SpeculativeDecodingMetrics, TokenSource
 
 RESET = "\x1b[0m"
 STYLES: dict[TokenSource, Style] = {
@@ -30,37 +27,6 @@ def wants_color(choice: str, stream: TextIO) -> bool:
     if choice != "auto":
         return choice == "always"
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-class TokenPainter:
-    """Splits streamed text by the tokens it came from. The pieces add up to exactly the events' text.
-
-    An event's text may lag behind its ids (a character needs all its bytes, a stop string may be held back),
-    so the tokens are decoded here once more, and the text is dealt out to them in order.
-    """
-
-    def __init__(self, tokenizer: Tokenizer | None, prompt_ids: Sequence[int]) -> None:
-        self._detokenizer = None if tokenizer is None else IncrementalDetokenizer(tokenizer, prompt_ids)
-        self._lengths: deque[tuple[int, TokenSource]] = deque()
-
-    def split(self, event: StreamEvent) -> Iterator[tuple[str, TokenSource]]:
-        """The event's new text in pieces, each with the source of the token that completed it."""
-        self._note_tokens(event)
-        rest = event.text_delta
-        while rest:
-            length, source = self._lengths.popleft() if self._lengths else (len(rest), "target")
-            piece, rest = rest[:length], rest[length:]
-            if length > len(piece):
-                self._lengths.appendleft((length - len(piece), source))
-            yield piece, source
-
-    def _note_tokens(self, event: StreamEvent) -> None:
-        if self._detokenizer is None:
-            return
-        for token_id, source in zip(event.token_ids, event.token_source, strict=True):
-            text = self._detokenizer.push(token_id)
-            if text:
-                self._lengths.append((len(text), source))
 
 
 def paint(text: str, source: TokenSource) -> str:
