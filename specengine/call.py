@@ -45,6 +45,11 @@ def prepare_call(prompt: object, options: Mapping[str, Any], *, progress: bool |
     return _prepare(*check_prompts(prompt), _completed(options), progress)
 
 
+def prepare_engine(options: Mapping[str, Any]) -> Call:
+    """The same of what an engine is built from: a call without prompts."""
+    return _prepare([], False, _completed(options), None)
+
+
 @dataclass(frozen=True)
 class ChatCall:
     """A checked call about conversations.

@@ -412,11 +412,14 @@ class EngineConfig:
     kv_cache_bytes: int | None = option(
         None, Integer(1, 2**50), "size of the KV cache in bytes, instead of num_blocks"
     )
-    max_batch_size: int = option(32, Integer(1, 4096), "sequences that run at the same time")
+    max_batch_size: int = option(
+        32, Integer(1, 4096), "sequences that run at the same time", flags=("--max-num-seqs",)
+    )
     max_seq_len: int | None = option(
         None,
         Integer(1, 2**31 - 1),
         "prompt and new tokens of one sequence; by default the target's context, as far as memory goes",
+        flags=("--max-model-len",),
     )
     prefill_chunk_size: int = option(512, Integer(1, 2**20), "prompt tokens computed in one step")
     num_threads: int | None = option(

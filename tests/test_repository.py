@@ -165,6 +165,7 @@ def test_every_extra_is_checked() -> None:
     assert set(PROJECT["optional-dependencies"]) == {
         "gpu",
         "report",
+        "serve",
         "docs",
         "notebooks",
         "test",
@@ -176,7 +177,7 @@ def test_every_extra_is_checked() -> None:
 @pytest.mark.parametrize(
     ("path", "extras"),
     [
-        ("constraints.txt", ("gpu", "report", "docs", "notebooks", "test", "dev")),
+        ("constraints.txt", ("gpu", "report", "serve", "docs", "notebooks", "test", "dev")),
         ("benchmarks/constraints.txt", ("bench",)),
     ],
 )

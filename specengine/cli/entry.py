@@ -17,6 +17,7 @@ from specengine.cli.exits import EXIT_INTERRUPTED, EXIT_USAGE, complain, with_ex
 COMMANDS = (
     "generate",
     "chat",
+    "serve",
     "profile",
     "bench",
     "report",

@@ -1,0 +1,298 @@
+"""The routes: what is asked for over HTTP, and how it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+from typing import Any, TypeVar
+
+import anyio.to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.sse import EventSourceResponse
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from specengine.server.answers import ChatWriter, CompletionWriter, Writer
+from specengine.server.errors import ApiError
+from specengine.server.middleware import Gate
+from specengine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from specengine.server.service import Service, Visit
+from specengine.tokenizer import Tokenizer
+
+_Value = TypeVar("_Value")
+_log = logging.getLogger("specengine.server")
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong, for people and for programs."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is none."""
+
+    error: ErrorDetail
+
+
+def build_app(service: Service) -> FastAPI:
+    """The application of a service, whose thread lives as long as the application does."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            await anyio.to_thread.run_sync(service.stop)
+
+    app = FastAPI(
+        title="specengine",
+        version=version("specengine"),
+        summary="Exact speculative decoding behind OpenAI's interface",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
+    )
+    app.add_middleware(Gate, options=service.options)
+    _add_error_handlers(app)
+    _add_state_routes(app, service)
+    _add_token_routes(app, service)
+    _add_generation_routes(app, service)
+    return app
+
+
+# Errors
+
+
+def _answer_error(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def _(request: Request, error: ApiError) -> Response:
+        return _answer_error(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def _(request: Request, error: RequestValidationError) -> Response:
+        return _answer_error(_as_api_error(error))
+
+    @app.exception_handler(HTTPException)
+    async def _(request: Request, error: HTTPException) -> Response:
+        return _answer_error(ApiError(error.status_code, str(error.detail), headers=error.headers))
+
+    @app.exception_handler(Exception)
+    async def _(request: Request, error: Exception) -> Response:
+        return _answer_error(ApiError(500, "the server failed; its log says more"))
+
+
+def _as_api_error(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a body."""
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"][1:]]
+    param = ".".join(place) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"unknown field {param!r}: it would be left unheeded"
+    elif first["type"] == "json_invalid":
+        param, message = None, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}"
+    elif first["type"] != "value_error" and param is not None:
+        message = f"{param}: {message}"
+    return ApiError(400, message, param=param)
+
+
+# Routes
+
+
+def _add_state_routes(app: FastAPI, service: Service) -> None:
+    @app.get("/health")
+    async def health() -> Response:
+        """200 while the process lives."""
+        return Response(status_code=200)
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        """200 while requests are taken; 503 while the model is loaded, and while the server shuts down."""
+        return Response(status_code=200 if service.is_ready else 503)
+
+    @app.get("/version")
+    async def get_version() -> dict[str, str]:
+        """The package's version."""
+        return {"version": app.version}
+
+    @app.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus' text format."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that is served."""
+        model = {
+            "id": service.model_name,
+            "object": "model",
+            "created": service.created,
+            "owned_by": "specengine",
+            "max_model_len": service.engine.max_seq_len,
+        }
+        return {"object": "list", "data": [model]}
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    if name not in (None, service.model_name):
+        raise ApiError(404, f"no model is called {name!r} here", param="model", code="model_not_found")
+
+
+def _add_token_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        """The token ids of a text, or of a conversation."""
+        engine, tokenizer = service.engine, _tokenizer(service)
+        _check_model(service, body.model)
+
+        def encode() -> list[int]:
+            if body.messages is not None:
+                return engine.apply_chat_template(body.messages)
+            text = body.prompt or ""
+            return tokenizer.encode(text) if body.add_special_tokens else tokenizer.encode_part(text)
+
+        tokens = await _in_thread(encode)
+        return {"count": len(tokens), "max_model_len": engine.max_seq_len, "tokens": tokens}
+
+    @app.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+        """The text of token ids."""
+        engine, tokenizer = service.engine, _tokenizer(service)
+        _check_model(service, body.model)
+        for token in body.tokens:
+            if token >= engine.vocab_size:
+                raise ApiError(
+                    400, f"token id {token} is outside 0 … {engine.vocab_size - 1}", param="tokens"
+                )
+        return {"prompt": await _in_thread(lambda: tokenizer.decode(body.tokens))}
+
+
+def _tokenizer(service: Service) -> Tokenizer:
+    tokenizer = service.engine.tokenizer
+    if tokenizer is None:
+        raise ApiError(400, f"{service.model_name} has no tokenizer")
+    return tokenizer
+
+
+async def _in_thread(function: Callable[[], _Value]) -> _Value:
+    """What takes long leaves the event loop alone; what the library refuses is the client's error."""
+    try:
+        return await anyio.to_thread.run_sync(function)
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error)) from None
+
+
+def _add_generation_routes(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Continues prompts. The answer is JSON, or with `stream` server-sent events."""
+        _check_model(service, body.model)
+        sampling = body.sampling()
+
+        async def begin(visit: Visit) -> Writer:
+            await visit.begin(body.prompt, sampling)
+            return CompletionWriter(body, visit, model_name=service.model_name)
+
+        return await _generate(service, request, body, len(body.prompt), begin)
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answers a conversation. The answer is JSON, or with `stream` server-sent events."""
+        _check_model(service, body.model)
+
+        async def begin(visit: Visit) -> Writer:
+            engine = visit.engine
+            prompt = await _in_thread(lambda: engine.render_chat(body.messages))
+            await visit.begin([prompt], body.sampling(engine.advised_sampling))
+            return ChatWriter(body, visit, model_name=service.model_name)
+
+        return await _generate(service, request, body, 1, begin)
+
+
+async def _generate(
+    service: Service,
+    request: Request,
+    body: CompletionRequest | ChatRequest,
+    num_prompts: int,
+    begin: Callable[[Visit], Awaitable[Writer]],
+) -> Response:
+    visit = service.open(num_prompts, body.n, timeout=body.timeout, streams=body.stream)
+    answer: Response | None = None
+    try:
+        async with _watched(request, visit):
+            writer = await begin(visit)
+            if body.stream:
+                answer = _Stream(visit, writer, service.options.stream_period)
+            else:
+                answer = JSONResponse(writer.whole(await visit.results()))
+        return answer
+    finally:
+        if not isinstance(answer, _Stream):
+            visit.close()
+
+
+@asynccontextmanager
+async def _watched(request: Request, visit: Visit) -> AsyncIterator[None]:
+    """Ends a visit whose client leaves. (A stream's response watches for that itself.)"""
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        visit.abort()
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+
+
+class _Stream(EventSourceResponse):
+    """A visit's events, and its end, whether anybody came to read them or not."""
+
+    def __init__(self, visit: Visit, writer: Writer, period: float) -> None:
+        super().__init__(_stream(visit, writer, period))
+        self._visit = visit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._visit.close()
+
+
+async def _stream(visit: Visit, writer: Writer, period: float) -> AsyncIterator[str]:
+    try:
+        while events := await visit.events(period=period):
+            for chunk in writer.chunks(events):
+                yield _as_data(chunk)
+        for chunk in writer.last(visit.finished):
+            yield _as_data(chunk)
+    except ApiError as error:
+        yield _as_data(error.body)
+    except Exception:
+        _log.exception("a stream failed")
+        yield _as_data(ApiError(500, "the server failed; its log says more").body)
+    yield "data: [DONE]\n\n"
+
+
+def _as_data(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
