@@ -47,3 +47,8 @@ class OutOfSlotsError(KVCacheError):
 
 class UnknownSequenceError(KVCacheError):
     """The slot names no live sequence: never allocated, or freed already."""
+
+
+def blame(error: Exception, request_id: int) -> None:
+    """Notes on what a step raises for which request that was, as its `request_id`: others need not end for it."""
+    vars(error).setdefault("request_id", request_id)

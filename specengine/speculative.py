@@ -15,6 +15,7 @@ from torch import Tensor
 
 from specengine import ranges
 from specengine.drafters.base import DraftProposal, RoundDrafter
+from specengine.errors import blame
 from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.program import JudgedLogits
 from specengine.kernels.types.round import BoundRound, RoundTensors, StateTensors
@@ -197,7 +198,11 @@ def verify_processed(
     for step in itertools.count():
         for index in going:
             row, processors = processed[starts[index] + step], batch.sequences[index].params.logits_processor
-            row.copy_(process(processors, texts[index] + drafts[index][:step], row))
+            try:
+                row.copy_(process(processors, texts[index] + drafts[index][:step], row))
+            except Exception as error:
+                blame(error, batch.sequences[index].request.request_id)
+                raise
         if going:
             changed = torch.tensor([starts[index] + step for index in going], device=logits.device)
             stats[changed] = backend.filter_rows(logits[changed], by_row.take(changed))

@@ -19,6 +19,7 @@ from specengine.drafters.base import (
     RowResult,
 )
 from specengine.drafters.given import take_proposal
+from specengine.errors import blame
 from specengine.runtime.model_runner import ModelRunner
 from specengine.runtime.sequence import Sequence as HostSequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -94,8 +95,17 @@ class HostDrafter:
         assert self._lookup is not None, f"drafter {self.name!r} looks nothing up"
         if limit <= 0:
             return []
+        try:
+            return self._follow(self._lookup, sequence, drafted, limit)
+        except Exception as error:
+            blame(error, sequence.request.request_id)
+            raise
+
+    def _follow(
+        self, lookup: LookupDrafter, sequence: HostSequence, drafted: Sequence[int], limit: int
+    ) -> list[int]:
         self.hear(sequence)
-        found = self._lookup.follow(sequence.sequence_id, drafted, limit)
+        found = lookup.follow(sequence.sequence_id, drafted, limit)
         try:
             tokens = list(map(index, found))[:limit]
         except TypeError:
