@@ -9,26 +9,31 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import resource
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import openai
 
 from specengine.engine import Engine
 from specengine.server.options import ServerOptions
-from specengine.server.run import Server, build_server
+from specengine.server.run import Server, build_server, listen
 from specengine.server.service import Service
 
 PATIENCE_SECONDS = 30.0
 
 
 class Running:
-    """options: fields of `ServerOptions`, and of `EngineConfig`; `build` makes the engine, where it is not these two
-    models'."""
+    """A server of a model, with fields of `ServerOptions` and `EngineConfig`.
+
+    build:        makes the engine, where that is another than these models'
+    step_seconds: what each step takes longer
+    """
 
     def __init__(
         self,
@@ -37,6 +42,7 @@ class Running:
         *,
         build: Callable[[], Engine] | None = None,
         server_options: dict[str, Any] | None = None,
+        step_seconds: float = 0.0,
         **config: Any,
     ) -> None:
         defaults: dict[str, Any] = {
@@ -49,14 +55,14 @@ class Running:
         make = build or (lambda: Engine(model, draft_model, **{**defaults, **config}))
         self.model = options.served_model_name or ""
         self.api_key = options.api_key
-        self.service = Service(make, options, model_name="tiny")
+        self.service = Service(lambda: slowed(make(), step_seconds), options, model_name="tiny")
         self.server: Server = build_server(self.service)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.run_until_complete(self.server.serve())
+        self.loop.run_until_complete(self.server.serve(sockets=[listen(self.service.options)]))
         self.loop.close()
 
     def __enter__(self) -> Running:
@@ -147,21 +153,42 @@ class Running:
     def send(self, content: bytes) -> bytes:
         """What comes back for these bytes, to the connection's end."""
         with self.connected() as connection:
-            try:
+            with suppress(OSError):  # the server has heard enough
                 connection.sendall(content)
-                connection.shutdown(socket.SHUT_WR)
-            except OSError:  # the server has heard enough
-                pass
             return read_all(connection)
+
+
+def slowed(engine: Engine, seconds: float) -> Engine:
+    """The same, each of whose steps takes so much longer."""
+    step = engine.step
+
+    def step_slowly() -> Any:
+        time.sleep(seconds)
+        return step()
+
+    if seconds:
+        engine.step = step_slowly  # type: ignore[method-assign]
+    return engine
+
+
+def request_bytes(path: str, body: Any, *, method: str = "POST") -> bytes:
+    """A request as it goes over the wire."""
+    content = json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}"
+    return f"{head}\r\n\r\n".encode() + content
+
+
+def resident_bytes() -> int:
+    """What this process has in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def read_all(connection: socket.socket) -> bytes:
     pieces = []
-    try:
+    with suppress(ConnectionResetError):
         while piece := connection.recv(1 << 16):
             pieces.append(piece)
-    except ConnectionResetError:
-        pass
     return b"".join(pieces)
 
 

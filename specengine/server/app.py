@@ -105,11 +105,9 @@ def _as_api_error(error: RequestValidationError) -> ApiError:
     place = [str(part) for part in first["loc"][1:]]
     param = ".".join(place) or None
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        message = f"unknown field {param!r}: it would be left unheeded"
-    elif first["type"] == "json_invalid":
+    if first["type"] == "json_invalid":
         param, message = None, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}"
-    elif first["type"] != "value_error" and param is not None:
+    elif first["type"] not in ("value_error", "unknown_field") and param is not None:
         message = f"{param}: {message}"
     return ApiError(400, message, param=param)
 

@@ -15,6 +15,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specengine.server.app import build_app
+from specengine.server.options import ServerOptions
 from specengine.server.service import Service
 
 _log = logging.getLogger("specengine.server")
@@ -23,6 +24,7 @@ MAX_HEADER_SECONDS = 10.0
 _KEEP_ALIVE_SECONDS = 5
 _MAX_HEADER_BYTES = 64 << 10
 _MAX_CONNECTIONS = 4096
+_BACKLOG = 2048
 # Connections and tasks that are left when all requests are finished, or were ended.
 _CLOSING_SECONDS = 2
 _NUM_OWN_FILES = 64
@@ -73,8 +75,10 @@ class Server(uvicorn.Server):
         self.was_forced = False
         self._service = service
         self._deadline = 0.0
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         for server in self.servers:
             for listening in server.sockets:
@@ -88,31 +92,28 @@ class Server(uvicorn.Server):
             self._deadline = time.monotonic() + service.options.shutdown_timeout
             service.drain()
             return
-        self.was_forced = True
-        self.should_exit = self.force_exit = True
+        self.was_forced = self.should_exit = True
+        if self._loop is not None:  # it may be in the middle of anything
+            self._loop.call_soon_threadsafe(service.abort_all)
 
     async def on_tick(self, counter: int) -> bool:
         service = self._service
         if service.is_draining:
             is_late = time.monotonic() >= self._deadline
             self.should_exit = self.should_exit or service.is_idle or is_late
-            if is_late or self.was_forced:
+            if is_late:
                 service.abort_all()
         return await super().on_tick(counter)
 
 
 def build_server(service: Service) -> Server:
     """uvicorn with what its defaults leave open."""
-    options = service.options
     config = uvicorn.Config(
         build_app(service),
-        host=options.host,
-        port=options.port,
         http=TimedProtocol,
         ws="none",
         lifespan="on",
         log_config=None,
-        access_log=False,
         server_header=False,
         proxy_headers=False,
         limit_concurrency=min(_MAX_CONNECTIONS, _raise_file_limit() - _NUM_OWN_FILES),
@@ -120,6 +121,7 @@ def build_server(service: Service) -> Server:
         timeout_graceful_shutdown=_CLOSING_SECONDS,
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
     )
+    logging.getLogger("uvicorn.access").disabled = True  # its lines are `Gate`'s
     server = Server(config, service)
 
     def give_up() -> None:
@@ -129,10 +131,19 @@ def build_server(service: Service) -> Server:
     return server
 
 
+def listen(options: ServerOptions) -> socket.socket:
+    """Raises `OSError` that names the address where it cannot be had."""
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    try:
+        return socket.create_server((options.host, options.port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        raise OSError(f"{options.host}:{options.port}: {error.strerror}") from None
+
+
 def serve(service: Service) -> bool:
     """Serves until a signal ends it, or the model cannot be loaded. Returns whether a second signal cut it short."""
     server = build_server(service)
-    server.run()
+    server.run(sockets=[listen(service.options)])
     if service.failure is not None:
         raise service.failure
     return server.was_forced

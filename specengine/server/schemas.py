@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, model_validator
 from pydantic.json_schema import WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from specengine import kinds
 from specengine.config import MAX_NEW_TOKENS, MAX_NUM_LOGPROBS, SamplingParams, declaration
@@ -112,6 +113,8 @@ def _of_kind(name: str, kind: kinds.Kind, about: str) -> Any:
 
 
 def _check_stop(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise TypeError(f"stop must be a string or a list of strings, got {shorten(value)}")
     if isinstance(value, list) and len(value) > MAX_NUM_STOP_STRINGS:
         raise ValueError(f"stop must hold at most {MAX_NUM_STOP_STRINGS} strings, got {len(value)}")
     return kinds.StopStrings().check("stop", value)
@@ -182,9 +185,15 @@ class _Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: each for name, each in value.items() if each is not None}
-        return value
+        if not isinstance(value, dict):
+            return value
+        given = {name: each for name, each in value.items() if each is not None}
+        unknown = next((name for name in given if name not in cls.model_fields), None)
+        if unknown is not None:  # the first of many
+            raise PydanticCustomError(
+                "unknown_field", "unknown field {name}: it would be left unheeded", {"name": shorten(unknown)}
+            )
+        return given
 
 
 class StreamOptions(_Body):

@@ -19,7 +19,8 @@ from specengine.outputs import GenerationResult, StreamEvent
 from specengine.runtime.sequence import Request
 
 _log = logging.getLogger("specengine.server")
-# Steps that may fail in a row before a request is ended for it: what passes by itself costs nobody an answer.
+# Steps that fail in a row before a request is ended of which nobody knows that it is to blame: what passes by itself
+# costs nobody an answer.
 _NUM_TRIES = 2
 _Command = Callable[[Engine], object]
 
@@ -188,8 +189,7 @@ class Worker:
         except Exception as error:  # of whatever a request brought with it; the engine is as it was before
             self._num_failures += 1
             _log.exception("a step failed (%d in a row)", self._num_failures)
-            if self._num_failures >= _NUM_TRIES:
-                self._give_up(engine, error)
+            self._give_up(engine, error)
             return
         self._num_failures = 0
         for event in events:
@@ -198,10 +198,10 @@ class Worker:
         self._tell(self._deliver, engine, events)
 
     def _give_up(self, engine: Engine, error: Exception) -> None:
-        """Ends the request that an error names, else the one that came last."""
-        blamed = self._requests.get(getattr(error, "request_id", -1)) or next(
-            reversed(self._requests.values()), None
-        )
+        """Ends the request that an error names; where it names none and is there again, the one that came last."""
+        blamed = self._requests.get(getattr(error, "request_id", -1))
+        if blamed is None and self._num_failures >= _NUM_TRIES:
+            blamed = next(reversed(self._requests.values()), None)
         if blamed is not None:
             self._tell(self._fail, blamed, error)
             engine.abort(blamed.request_id)

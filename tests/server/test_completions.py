@@ -247,6 +247,7 @@ def test_usage_so_far_can_be_in_every_event(server: Running) -> None:
     body = {
         "prompt": PROMPT,
         "max_tokens": 9,
+        "ignore_eos": True,
         "stream": True,
         "stream_options": {"continuous_usage_stats": True},
     }
