@@ -352,7 +352,7 @@ class Chooser:
 
     def choose(self, running: Collection[Sequence]) -> None:
         """Before a round of these, those among them that are not computing their prompt."""
-        chosen = [each for each in running if each.output_ids and (each.has_auto_k or self._has_ways)]
+        chosen = [each for each in running if each.output_ids and self._is_open(each)]
         if not chosen:
             self.max_rounds = MAX_ROUNDS_UNREAD
             return
@@ -362,9 +362,11 @@ class Chooser:
             return
         self.max_rounds = 1
         others = []
-        if len(running) > len(chosen) and not self._has_ways:
+        if len(running) > len(chosen):
             others = [
-                max(0, each.max_draft_tokens) for each in running if each.output_ids and not each.has_auto_k
+                max(0, each.max_draft_tokens)
+                for each in running
+                if each.output_ids and not self._is_open(each)
             ]
         self._num_held = 0
         if not self.costs.knows_plain and any(each.has_auto_k for each in chosen):
@@ -372,7 +374,14 @@ class Chooser:
             return
         if self._lookups:
             self._look(chosen)
-        unknown = next((part for part in self._steppers if not self.costs.may_guess_draft(part)), None)
+        unknown = next(
+            (
+                part
+                for part in self._steppers
+                if not self.costs.may_guess_draft(part) and any(each.may_use(part) for each in chosen)
+            ),
+            None,
+        )
         if unknown is not None and not others:
             self._part, self._k = unknown, AUTO_NUM_SPECULATIVE_TOKENS
             self._apply(self._plan_all(chosen, unknown, self._k))
@@ -393,6 +402,10 @@ class Chooser:
             self._begin_probe(due)
         self._num_probes -= 1
         self._apply(self._plan_all(chosen, self._part, self._probing[self._part].k))
+
+    def _is_open(self, sequence: Sequence) -> bool:
+        """Whether anything is to be chosen: how many drafts, or who makes them."""
+        return sequence.has_auto_k or (self._has_ways and sequence.part is None)
 
     def go_on(self, num_rounds: int) -> None:
         """So many rounds have run besides the one that was chosen for."""
@@ -521,7 +534,11 @@ class Chooser:
             most = row.reach if sequence.has_auto_k else sequence.num_speculative_tokens
             most = min(most, _room(sequence))
             row.num_output = len(sequence.output_ids)
-            row.offers = {self._lookups[part]: host.follow(sequence, (), most) for part, host in self._hosts}
+            row.offers = {
+                self._lookups[part]: host.follow(sequence, (), most)
+                for part, host in self._hosts
+                if sequence.may_use(part)
+            }
 
     # -- what is best -----------------------------------------------------------------------------------------
 
@@ -583,7 +600,7 @@ class Chooser:
         if not each_seconds:
             return 0.0
         for each, row in zip(chosen, rows, strict=True):
-            if row.last_part != part:
+            if row.last_part != part and each.may_use(part):
                 num_missed = each.num_tokens - row.num_known.get(part, 0)
                 share += num_missed / min(_HORIZON, max(1, _room(each) // _TOKENS_EACH))
         return share * each_seconds
@@ -599,6 +616,9 @@ class Chooser:
         if part < 0:
             return [[0.0] for _ in chosen]
         for each, row in zip(chosen, rows, strict=True):
+            if not each.may_use(part):
+                options.append([0.0])
+                continue
             limit, chance = (most, least) if each.has_auto_k else (each.num_speculative_tokens, 0.0)
             options.append(self._acceptance(row, way).gains(min(limit, _room(each)), chance, num_free=1))
         return options
@@ -635,7 +655,7 @@ class Chooser:
                 choices.append(offer)
                 continue
             way, more_tokens = self._steppers[part], min(_room(each) - steps, AUTO_NUM_SPECULATIVE_TOKENS)
-            for tail in self._tails[part]:
+            for tail in self._tails[part] if each.part is None else ():
                 chance = gains[steps] - gains[steps - 1]
                 more = self._acceptance(row, tail).gains(more_tokens, max(least, _LEAST_TAIL), chance=chance)
                 if gains[steps] + more[-1] > gain:
@@ -648,6 +668,9 @@ class Chooser:
         plan = []
         for each in chosen:
             self._row(each)
+            if not each.may_use(part):
+                plan.append((each, _NOTHING))
+                continue
             steps = k if each.has_auto_k else min(k, each.num_speculative_tokens)
             plan.append((each, _Choice(0.0, steps, steps, self._steppers[part])))
         return plan

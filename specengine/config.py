@@ -256,6 +256,11 @@ class SamplingParams:
         flags=("-k",),
         aliases=("num_assistant_tokens",),
     )
+    drafted_by: str | None = option(
+        None,
+        Text(),
+        "of several drafters the only one that drafts for it, by the name that the engine was given",
+    )
     draft_confidence: float = option(
         0.0,
         Number(0.0, 1.0),

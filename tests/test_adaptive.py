@@ -48,6 +48,7 @@ class Row:
     num_rounds_ahead: int = 0
     way: int = 0
     num_own_drafts: int = 0
+    part: int | None = None
     output_ids: Any = (1,)
     rounds: list[RoundCounts] = field(default_factory=list)
     round_seconds: float = 0.0
@@ -56,6 +57,9 @@ class Row:
     @property
     def max_draft_tokens(self) -> int:
         return self.num_speculative_tokens
+
+    def may_use(self, part: int) -> bool:
+        return self.part is None or self.part == part
 
 
 class World:

@@ -488,3 +488,52 @@ def test_a_tail_ends_before_a_draft_whose_distribution_is_none(
     assert_same(result, expected)
     assert result.metrics.speculative_decoding.num_draft_tokens > 0
     assert all(len(drafted) < 2 for _, drafted, _ in lookup.followed)
+
+
+# Requests that one of them alone drafts for
+
+
+@pytest.mark.parametrize("k", [3, "auto"])
+def test_a_request_is_drafted_for_by_the_one_it_names(
+    checkpoint: CheckpointFactory, monkeypatch: pytest.MonkeyPatch, k: int | str
+) -> None:
+    """Beside others that leave it open, and beside those that name another: and every text is what it was."""
+    target, draft = checkpoint("gpt2", seed=9), str(checkpoint("gpt2", seed=9, noise=0.02))
+    options: dict[str, Any] = {"max_new_tokens": 40, "ignore_eos": True, "num_speculative_tokens": k}
+    names, used = [draft, "suffix", None], {name: set() for name in (draft, "suffix", None)}  # type: ignore[var-annotated]
+    prompts = [[*make_prompt(6), *make_prompt(6)] for _ in names]
+    with Engine(target, [draft, "suffix"], dtype="float32", block_size=4, num_threads=1) as engine:
+        assert engine.draft_names == [draft, "suffix"]
+        plain = engine.generate(prompts, max_new_tokens=40, ignore_eos=True, num_speculative_tokens=0)
+        assert isinstance(plain, list)
+        launch = engine._rounds.launch
+
+        def note(sequences: list[Any], *, max_rounds: int = 1) -> int:
+            for sequence in sequences:
+                if sequence.max_draft_tokens > 0:
+                    used[sequence.params.drafted_by].add(engine._drafter.ways[sequence.way].part)  # type: ignore[union-attr]
+            return launch(sequences, max_rounds=max_rounds)
+
+        monkeypatch.setattr(engine._rounds, "launch", note)
+        params = [SamplingParams(**options, drafted_by=name) for name in names]
+        for given in ([0, 1, 2], [0], [1], [0, 1]):
+            results = engine.generate([prompts[i] for i in given], [params[i] for i in given])
+            assert isinstance(results, list)
+            for i, result in zip(given, results, strict=True):
+                assert result.token_ids == plain[i].token_ids
+        assert used[draft] == {0}
+        assert used["suffix"] == {1}
+        with pytest.raises(
+            ValueError, match=f"drafted_by='other' is none of this engine's: '{draft}', 'suffix'"
+        ):
+            engine.generate(prompts[0], drafted_by="other")
+
+
+def test_where_one_drafts_its_name_may_be_given(
+    checkpoint: CheckpointFactory, build_engine: EngineFactory
+) -> None:
+    engine = build_engine(checkpoint("gpt2", seed=9), "suffix")
+    prompt = make_prompt(6)
+    assert_same(engine.generate(prompt, drafted_by="suffix"), engine.generate(prompt))
+    with pytest.raises(ValueError, match="is none of this engine's: none"):
+        build_engine(checkpoint("gpt2", seed=9)).generate(prompt, drafted_by="suffix")

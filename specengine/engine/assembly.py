@@ -50,6 +50,13 @@ def build_config(config: EngineConfig | None, config_fields: dict[str, Any]) -> 
     return config or EngineConfig(**config_fields)
 
 
+def name_drafter(drafter: Model | Drafter) -> str:
+    """What an engine was given, as requests call it."""
+    if isinstance(drafter, str | os.PathLike):
+        return os.fspath(drafter)
+    return str(getattr(drafter, "name", type(drafter).__name__))
+
+
 def list_drafters(draft_model: DraftModel) -> tuple[Model | Drafter, ...]:
     """What drafts, checked: nothing, one thing, or all that a list has. Refuses what drafts nothing, and arguments that
     no drafter has."""

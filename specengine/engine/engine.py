@@ -135,6 +135,7 @@ class Engine:
             for draft, translation in zip(drafts, translations, strict=True)
             if draft is not None and not isinstance(translation, ByText)
         ]
+        self.draft_names = [assembly.name_drafter(drafter) for drafter in drafters]
         vocab_size = assembly.shared_vocab_size(target, own_models)
         kv_cache = assembly.build_kv_cache(
             target, own_models, self.config, max_seq_len=max_seq_len, device=self.device
@@ -190,7 +191,7 @@ class Engine:
             vocab_size=vocab_size,
             max_seq_len=self.max_seq_len,
             kv_cache=kv_cache,
-            has_drafter=self.has_drafter,
+            drafter_names=self.draft_names,
             is_lossless=self.config.forced_acceptance is None,
         )
         self._stepper = Stepper(

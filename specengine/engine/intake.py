@@ -27,6 +27,7 @@ class Intake:
     missing_tokenizer: why there is no tokenizer, if more is known than that
     eos_token_ids:     ids that end a text, unless a request ignores them
     vocab_size:        ids from here on are refused
+    drafter_names:     what drafts, by place
     complete:          adds to sampling arguments what is not among them, where a profile recommends something
     """
 
@@ -40,7 +41,7 @@ class Intake:
         vocab_size: int,
         max_seq_len: int,
         kv_cache: KVCache,
-        has_drafter: bool,
+        drafter_names: Collection[str],
         is_lossless: bool,
     ) -> None:
         self.eos_token_ids = tuple(token for token in eos_token_ids if token < vocab_size)
@@ -60,7 +61,8 @@ class Intake:
         self._vocab_size = vocab_size
         self._max_seq_len = max_seq_len
         self._kv_cache = kv_cache
-        self._has_drafter = has_drafter
+        self._drafter_names = tuple(drafter_names)
+        self._has_drafter = bool(drafter_names)
         self._is_lossless = is_lossless
         self._request_ids = itertools.count()
         self.complete: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
@@ -135,6 +137,9 @@ class Intake:
             raise ValueError(
                 f"num_speculative_tokens={params.num_speculative_tokens} needs a draft_model; this engine has none"
             )
+        if params.drafted_by is not None and params.drafted_by not in self._drafter_names:
+            known = ", ".join(map(repr, self._drafter_names)) or "none"
+            raise ValueError(f"drafted_by={params.drafted_by!r} is none of this engine's: {known}")
         for name, token_ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias token id", [token for token, _ in params.logit_bias]),
@@ -224,7 +229,7 @@ class Intake:
             stop=params.stop,
             include_stop=params.include_stop_str_in_output,
         )
-        return Sequence(
+        sequence = Sequence(
             request=request,
             sample_index=sample_index,
             text=text,
@@ -234,6 +239,11 @@ class Intake:
             eos_token_ids=() if params.ignore_eos else eos,
             banned_until=len(request.prompt_ids) + params.min_new_tokens,
         )
+        if params.drafted_by is not None and len(self._drafter_names) > 1:
+            # The way of a drafter alone has its place.
+            sequence.part = sequence.way = self._drafter_names.index(params.drafted_by)
+            sequence.num_own_drafts = num_draft
+        return sequence
 
 
 def split_params(

@@ -87,6 +87,7 @@ class Sequence:
     way, num_own_drafts: with several drafters, which of their ways (`SeveralDrafters.ways`) drafts in the next round,
               and, where a lookup goes on behind a model, how many drafts are the model's. Whoever chooses sets them
               before a step
+    part:     with several drafters, the place of the only one that may draft for it; None: any
     num_prompt_forwards: forwards over chunks of its prompt, repeated ones included
     """
 
@@ -113,8 +114,13 @@ class Sequence:
     has_auto_k: bool = False
     way: int = 0
     num_own_drafts: int = 0
+    part: int | None = None
     round_seconds: float = 0.0
     plain_seconds: float = 0.0
+
+    def may_use(self, part: int) -> bool:
+        """Whether this of several drafters may draft for it."""
+        return self.part is None or self.part == part
 
     @property
     def slot(self) -> int | None:

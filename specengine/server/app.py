@@ -145,6 +145,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
             "created": service.created,
             "owned_by": "specengine",
             "max_model_len": service.engine.max_seq_len,
+            "draft_models": service.engine.draft_names,
         }
         return {"object": "list", "data": [model]}
 

@@ -147,13 +147,14 @@ def _kind(name: str) -> kinds.Kind:
 # Options of the library that requests have under another name, with other limits, or not at all.
 _OTHERWISE = {
     *("max_new_tokens", "min_new_tokens", "logits_processor", "logprobs", "prompt_logprobs", "n"),
-    *("stop", "logit_bias", "top_k"),
+    *("stop", "logit_bias", "top_k", "drafted_by"),
 }
 _MAX_TOKENS = kinds.Integer(0, MAX_NEW_TOKENS)
 # By field: the library's option that it is.
 _OPTION_OF = {name: name for name in _DECLARED if name not in _OTHERWISE} | {
     **{name: name for name in ("n", "stop", "logit_bias", "top_k")},
     "min_tokens": "min_new_tokens",
+    "draft_model": "drafted_by",
 }
 _sampling_fields: dict[str, Any] = {
     name: (_of_kind(name, _kind(name), declaration(_DECLARED[name]).help), None)
@@ -170,6 +171,10 @@ _sampling_fields: dict[str, Any] = {
     ),
     "top_k": (
         _checked(_check_top_k, {"type": "integer", "minimum": -1, "maximum": 2**31 - 1}, "0 or -1: off"),
+        None,
+    ),
+    "draft_model": (
+        _of_kind("draft_model", _kind("drafted_by"), declaration(_DECLARED["drafted_by"]).help),
         None,
     ),
     "min_tokens": (_of_kind("min_tokens", _MAX_TOKENS, declaration(_DECLARED["min_new_tokens"]).help), None),

@@ -257,6 +257,22 @@ def test_usage_so_far_can_be_in_every_event(server: Running) -> None:
     assert counts[-1] == 9
 
 
+def test_a_request_may_name_its_drafter(start: Any, library: Engine) -> None:
+    """One of those that the server was started with, and no other: a name is no path."""
+    server = start(["suffix", "ngram"])
+    (model,) = server.client().models.list()
+    assert model.model_dump()["draft_models"] == ["suffix", "ngram"]
+    body = {"prompt": "abab" * 8, "max_tokens": 20, "temperature": 0, "num_speculative_tokens": 3}
+    expected = library.generate("abab" * 8, max_new_tokens=20).text
+    for name in ("suffix", "ngram"):
+        answer = server.complete(**body, draft_model=name)
+        assert answer["choices"][0]["text"] == expected
+        assert answer["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
+    status, answer = server.post("/v1/completions", {**body, "draft_model": "/etc/passwd"})
+    assert status == 400
+    assert "none of this engine's: 'suffix', 'ngram'" in answer["error"]["message"]
+
+
 def test_lossy_acceptance_says_so(server: Running) -> None:
     with pytest.warns(UserWarning, match="lossy"):
         answer = server.complete(acceptance="threshold", temperature=1.0)
