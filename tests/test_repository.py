@@ -280,6 +280,7 @@ def test_every_block_of_code_says_what_it_is(page: str) -> None:
     assert set(re.findall(r"^ *```(.*)\n(?:.*\n)*? *```$", text, re.MULTILINE)) <= {
         "python",
         "py",
+        "json",
         "bash",
         "text",
     }

@@ -18,6 +18,7 @@ COMMANDS = (
     "generate",
     "chat",
     "serve",
+    "run-batch",
     "profile",
     "bench",
     "report",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import typer
@@ -14,6 +16,15 @@ from specengine.errors import SpecEngineError
 from specengine.server.options import ServerOptions
 
 _KEY_VARIABLE = "SPECENGINE_API_KEY"
+
+
+@contextmanager
+def needs_serving() -> Iterator[None]:
+    """Says how to get what is missing in an installation without the extra `serve`."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise SpecEngineError(f"serving needs {error.name}: pip install 'specengine[serve]'") from None
 
 
 @takes(ServerOptions, ModelOptions, EngineConfig)
@@ -30,12 +41,10 @@ def serve(options: dict[str, Any]) -> None:
     from specengine.call import prepare_engine
 
     call = prepare_engine(options)
-    try:
+    with needs_serving():
         from specengine.server.run import configure_logging
         from specengine.server.run import serve as run
         from specengine.server.service import Service
-    except ModuleNotFoundError as error:
-        raise SpecEngineError(f"serving needs {error.name}: pip install 'specengine[serve]'") from None
     from specengine.engine import Engine
 
     def build() -> Engine:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import Any
 
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
@@ -19,14 +19,14 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from specengine.server.answers import ChatWriter, CompletionWriter, Writer
-from specengine.server.errors import ApiError
+from specengine.server.answers import Writer
+from specengine.server.endpoints import endpoint_of
+from specengine.server.errors import ApiError, explain_invalid
 from specengine.server.middleware import Gate
 from specengine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from specengine.server.service import Service, Visit
+from specengine.server.service import Service, Visit, in_thread
 from specengine.tokenizer import Tokenizer
 
-_Value = TypeVar("_Value")
 _log = logging.getLogger("specengine.server")
 
 
@@ -88,7 +88,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> Response:
-        return _answer_error(_as_api_error(error))
+        return _answer_error(explain_invalid(error.errors()[0], num_outer=1))
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> Response:
@@ -97,19 +97,6 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def _(request: Request, error: Exception) -> Response:
         return _answer_error(ApiError(500, "the server failed; its log says more"))
-
-
-def _as_api_error(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong with a body."""
-    first = error.errors()[0]
-    place = [str(part) for part in first["loc"][1:]]
-    param = ".".join(place) or None
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        param, message = None, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}"
-    elif first["type"] not in ("value_error", "unknown_field") and param is not None:
-        message = f"{param}: {message}"
-    return ApiError(400, message, param=param)
 
 
 # Routes
@@ -150,17 +137,12 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
         return {"object": "list", "data": [model]}
 
 
-def _check_model(service: Service, name: str | None) -> None:
-    if name not in (None, service.model_name):
-        raise ApiError(404, f"no model is called {name!r} here", param="model", code="model_not_found")
-
-
 def _add_token_routes(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a text, or of a conversation."""
         engine, tokenizer = service.engine, _tokenizer(service)
-        _check_model(service, body.model)
+        service.check_model(body.model)
 
         def encode() -> list[int]:
             if body.messages is not None:
@@ -168,20 +150,20 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             text = body.prompt or ""
             return tokenizer.encode(text) if body.add_special_tokens else tokenizer.encode_part(text)
 
-        tokens = await _in_thread(encode)
+        tokens = await in_thread(encode)
         return {"count": len(tokens), "max_model_len": engine.max_seq_len, "tokens": tokens}
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
         """The text of token ids."""
         engine, tokenizer = service.engine, _tokenizer(service)
-        _check_model(service, body.model)
+        service.check_model(body.model)
         for token in body.tokens:
             if token >= engine.vocab_size:
                 raise ApiError(
                     400, f"token id {token} is outside 0 … {engine.vocab_size - 1}", param="tokens"
                 )
-        return {"prompt": await _in_thread(lambda: tokenizer.decode(body.tokens))}
+        return {"prompt": await in_thread(lambda: tokenizer.decode(body.tokens))}
 
 
 def _tokenizer(service: Service) -> Tokenizer:
@@ -191,53 +173,26 @@ def _tokenizer(service: Service) -> Tokenizer:
     return tokenizer
 
 
-async def _in_thread(function: Callable[[], _Value]) -> _Value:
-    """What takes long leaves the event loop alone; what the library refuses is the client's error."""
-    try:
-        return await anyio.to_thread.run_sync(function)
-    except (ValueError, TypeError) as error:
-        raise ApiError(400, str(error)) from None
-
-
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues prompts. The answer is JSON, or with `stream` server-sent events."""
-        _check_model(service, body.model)
-        sampling = body.sampling()
-
-        async def begin(visit: Visit) -> Writer:
-            await visit.begin(body.prompt, sampling)
-            return CompletionWriter(body, visit, model_name=service.model_name)
-
-        return await _generate(service, request, body, len(body.prompt), begin)
+        return await _generate(service, request, body)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation. The answer is JSON, or with `stream` server-sent events."""
-        _check_model(service, body.model)
-
-        async def begin(visit: Visit) -> Writer:
-            engine = visit.engine
-            prompt = await _in_thread(lambda: engine.render_chat(body.messages))
-            await visit.begin([prompt], body.sampling(engine.advised_sampling))
-            return ChatWriter(body, visit, model_name=service.model_name)
-
-        return await _generate(service, request, body, 1, begin)
+        return await _generate(service, request, body)
 
 
-async def _generate(
-    service: Service,
-    request: Request,
-    body: CompletionRequest | ChatRequest,
-    num_prompts: int,
-    begin: Callable[[Visit], Awaitable[Writer]],
-) -> Response:
-    visit = service.open(num_prompts, body.n, timeout=body.timeout, streams=body.stream)
+async def _generate(service: Service, request: Request, body: CompletionRequest | ChatRequest) -> Response:
+    service.check_model(body.model)
+    endpoint = endpoint_of(body)
+    visit = service.open(endpoint.num_prompts(body), body.n, timeout=body.timeout, streams=body.stream)
     answer: Response | None = None
     try:
         async with _watched(request, visit):
-            writer = await begin(visit)
+            writer = await endpoint.begin(service, visit, body)
             if body.stream:
                 answer = _Stream(visit, writer, service.options.stream_period)
             else:

@@ -44,3 +44,17 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def explain_invalid(first: Mapping[str, Any], *, num_outer: int = 0) -> ApiError:
+    """What pydantic found wrong first, of `errors()`.
+
+    num_outer: names at the beginning of its place that are none of the body's fields
+    """
+    param = ".".join(str(part) for part in first["loc"][num_outer:]) or None
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "json_invalid":
+        param, message = None, f"the body is no JSON: {first.get('ctx', {}).get('error', message)}"
+    elif first["type"] not in ("value_error", "unknown_field") and param is not None:
+        message = f"{param}: {message}"
+    return ApiError(400, message, param=param)

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import anyio.to_thread
 
@@ -26,6 +26,15 @@ from specengine.server.worker import Generation, Worker, merge_events
 
 _log = logging.getLogger("specengine.server")
 _MAX_RETRY_AFTER = 60
+_Value = TypeVar("_Value")
+
+
+async def in_thread(function: Callable[[], _Value]) -> _Value:
+    """What takes long leaves the event loop alone; what the library refuses is the client's error."""
+    try:
+        return await anyio.to_thread.run_sync(function)
+    except (ValueError, TypeError) as error:
+        raise ApiError(400, str(error)) from None
 
 
 class Service:
@@ -47,6 +56,7 @@ class Service:
         self._engine: Engine | None = None
         self._num_admitted = 0
         self._visits: set[Visit] = set()
+        self._has_left = asyncio.Event()
         self._worker = Worker(
             build,
             on_ready=self._begin,
@@ -96,9 +106,7 @@ class Service:
 
         Raises `ApiError`: 429 while there is no room for them, 400 where there never is.
         """
-        engine = self.engine
-        count = num_prompts * num_samples
-        capacity = engine.config.max_batch_size + self.options.max_queued_requests
+        engine, count, capacity = self.engine, num_prompts * num_samples, self._capacity
         if count > capacity:
             raise ApiError(
                 400,
@@ -118,6 +126,24 @@ class Service:
         self._visits.add(visit)
         return visit
 
+    async def wait_for(self, num_prompts: int, num_samples: int, *, timeout: float | None) -> Visit:
+        """The same for those who can wait for room, and want whole results."""
+        count = num_prompts * num_samples
+        while self._num_admitted + count > self._capacity >= count:
+            self._has_left.clear()
+            await self._has_left.wait()
+        return self.open(num_prompts, num_samples, timeout=timeout, streams=False)
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ApiError` for another model than the one that is served."""
+        if name not in (None, self.model_name):
+            raise ApiError(404, f"no model is called {name!r} here", param="model", code="model_not_found")
+
+    @property
+    def _capacity(self) -> int:
+        """Sequences that run or wait."""
+        return self.engine.config.max_batch_size + self.options.max_queued_requests
+
     def submit(self, visit: Visit, requests: list[Request]) -> None:
         self._worker.submit(visit.generation, requests)
 
@@ -126,6 +152,7 @@ class Service:
         if visit in self._visits:
             self._visits.remove(visit)
             self._num_admitted -= visit.num_sequences
+            self._has_left.set()
             self._worker.abort(visit.requests)
 
     def abort(self, requests: list[Request]) -> None:
@@ -179,10 +206,7 @@ class Visit:
         def build() -> list[Request]:
             return self.engine.build_requests(list(prompts), stream_interval=MAX_ROUNDS_UNREAD, **sampling)
 
-        try:
-            self.requests = await anyio.to_thread.run_sync(build)
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error)) from None
+        self.requests = await in_thread(build)
         self._service.submit(self, self.requests)
         if self.is_expired or self.is_aborted:
             self.abort()

@@ -1,0 +1,80 @@
+"""`specengine run-batch`: a file of requests in OpenAI's batch format."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from specengine.cli.exits import complain
+from specengine.cli.options import takes
+from specengine.cli.serve import needs_serving
+from specengine.config import EngineConfig, ModelOptions
+from specengine.progress import progress_bar
+from specengine.server.options import ServerOptions
+
+_MAX_SECONDS = 86400.0  # a line may wait and run that long
+
+
+@takes(ModelOptions, EngineConfig)
+def run_batch(
+    options: dict[str, Any],
+    requests: Annotated[Path, typer.Argument(metavar="IN", help="requests, one JSON object a line")],
+    answers: Annotated[Path, typer.Argument(metavar="OUT", help="answers, in the same order")],
+    seed: Annotated[
+        int, typer.Option(help="what the seeds of requests that name none are made of, with their custom_id")
+    ] = 0,
+) -> None:
+    """Answer a file of requests in OpenAI's batch format.
+
+    Answers are written in order, each once. Run again, whatever ended the last run, it goes on where OUT ends. A
+    request that cannot be answered has an error as its answer.
+    """
+    from specengine.call import prepare_engine
+
+    call = prepare_engine(options)
+    with needs_serving():
+        from specengine.server.batch import count_answered, open_output, read_ids
+        from specengine.server.batch import run_batch as run
+        from specengine.server.service import Service
+    from specengine.engine import Engine
+
+    ids = read_ids(requests)
+    with open_output(answers) as output:
+        num_before = count_answered(output, ids, answers)
+        if num_before == len(ids):
+            complain(f"{answers}: all {len(ids)} requests are answered")
+            return
+        if num_before:
+            complain(f"{answers}: {num_before} of {len(ids)} requests are answered; going on")
+
+        def build() -> Engine:
+            return Engine(call.model, call.draft_model, config=call.config, progress=False)
+
+        async def answer_all() -> int:
+            name = options.get("model")
+            service = Service(
+                build,
+                ServerOptions(request_timeout=_MAX_SECONDS),
+                model_name="specengine" if name is None else str(name),
+            )
+            service.start()
+            try:
+                with progress_bar("answering", "requests", enabled=None) as update:
+                    return await run(
+                        service,
+                        requests,
+                        output,
+                        num_requests=len(ids),
+                        num_before=num_before,
+                        seed=seed,
+                        on_progress=update,
+                    )
+            finally:
+                await asyncio.to_thread(service.stop)
+
+        num_failed = asyncio.run(answer_all())
+    failed = f", {num_failed} of them with an error" if num_failed else ""
+    complain(f"{answers}: {len(ids) - num_before} requests answered{failed}")

@@ -1,0 +1,41 @@
+"""What can be asked for, whoever brings it: a request's body, and how its answer is begun."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from specengine.server.answers import ChatWriter, CompletionWriter, Writer
+from specengine.server.schemas import ChatRequest, CompletionRequest
+from specengine.server.service import Service, Visit, in_thread
+
+
+class Endpoint(NamedTuple):
+    """body: its fields; num_prompts: of one; begin: queues an admitted one, and returns who writes its answer"""
+
+    body: type[CompletionRequest] | type[ChatRequest]
+    num_prompts: Callable[[Any], int]
+    begin: Callable[[Service, Visit, Any], Awaitable[Writer]]
+
+
+async def begin_completion(service: Service, visit: Visit, body: CompletionRequest) -> Writer:
+    await visit.begin(body.prompt, body.sampling())
+    return CompletionWriter(body, visit, model_name=service.model_name)
+
+
+async def begin_chat(service: Service, visit: Visit, body: ChatRequest) -> Writer:
+    engine = visit.engine
+    prompt = await in_thread(lambda: engine.render_chat(body.messages))
+    await visit.begin([prompt], body.sampling(engine.advised_sampling))
+    return ChatWriter(body, visit, model_name=service.model_name)
+
+
+ENDPOINTS = {
+    "/v1/completions": Endpoint(CompletionRequest, lambda body: len(body.prompt), begin_completion),
+    "/v1/chat/completions": Endpoint(ChatRequest, lambda body: 1, begin_chat),
+}
+
+
+def endpoint_of(body: CompletionRequest | ChatRequest) -> Endpoint:
+    """The one whose body it is."""
+    return next(each for each in ENDPOINTS.values() if isinstance(body, each.body))
