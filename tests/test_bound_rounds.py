@@ -163,8 +163,10 @@ def test_an_interval_bounds_them(drafted: DraftedFactory, num_in_a_row: list[int
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
 def test_a_wrong_interval_is_refused(wrong: Any, drafted: DraftedFactory) -> None:
-    with engine_of(drafted, "draft") as engine, pytest.raises(ValueError, match="stream_interval"):
-        engine.stream(PROMPTS[0], stream_interval=wrong)
+    with engine_of(drafted, "draft") as engine:
+        for stream in (engine.stream, engine.stream_chat, engine.build_requests):
+            with pytest.raises(ValueError, match="stream_interval"):
+                stream(PROMPTS[0], stream_interval=wrong)
 
 
 @pytest.mark.parametrize("ending", ["stop token", "length"])

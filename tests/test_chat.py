@@ -306,6 +306,9 @@ def test_a_chat_is_its_prompt_continued(engine: Engine, model: Path) -> None:
     for event in streamed:
         text[event.index] += event.text_delta
     assert text == [both[0].text, both[1].text]
+    seldom = list(engine.stream_chat(TALK, stream_interval=8, **options))
+    assert "".join(event.text_delta for event in seldom) == both[0].text
+    assert len(seldom) < len(list(engine.stream_chat(TALK, **options)))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 7, "top_p": 0.9}])

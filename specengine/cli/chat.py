@@ -217,11 +217,16 @@ class Talk:
 
     def _answer(self) -> bool:
         """Answers the last message, and adds what was said; whether anything was."""
+        from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
+
         said: list[str] = []
         result = None
         try:
             self._make_room()
-            with closing(self._engine.stream_chat(self._messages, **self._sampling_now())) as events:
+            events = self._engine.stream_chat(
+                self._messages, stream_interval=MAX_ROUNDS_UNREAD, **self._sampling_now()
+            )
+            with closing(events):
                 for event in events:
                     said.append(event.text_delta)
                     self._show(event.text_delta)

@@ -415,10 +415,7 @@ class Engine:
 
         Arguments are checked at once; the requests are queued when the first event is asked for.
         """
-        self._check_open()
-        if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or stream_interval < 1:
-            raise ValueError(f"stream_interval={stream_interval!r}: expected an integer of 1 or more")
-        requests = self._intake.build_requests(prompts, params, dict(sampling))
+        requests = self.build_requests(prompts, params, stream_interval=stream_interval, **sampling)
         return self._events(requests, stream_interval)
 
     @property
@@ -456,11 +453,14 @@ class Engine:
         self,
         messages: Conversation | Collection[Conversation],
         params: SamplingParams | Collection[SamplingParams] | None = None,
+        *,
+        stream_interval: int = 1,
         **options: Unpack[ChatSamplingOptions],
     ) -> Generator[StreamEvent, None, None]:
         """The generator twin of `chat`, as `stream` is that of `generate`."""
+        _check_interval(stream_interval)
         requests, _ = self._build_chat(messages, params, dict(options))
-        return self._events(requests)
+        return self._events(requests, stream_interval)
 
     def advised_sampling(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the model's generation_config.json adds to these options of a conversation; the result of `chat` tells
@@ -523,6 +523,7 @@ class Engine:
         From any thread, and without waiting for a step. Arguments are those of `stream`.
         """
         self._check_open()
+        _check_interval(stream_interval)
         requests = self._intake.build_requests(prompts, params, dict(sampling))
         for request in requests:
             request.stream_interval = stream_interval
@@ -702,3 +703,8 @@ class Engine:
                 yield from events
         finally:
             self._give_up(requests)
+
+
+def _check_interval(stream_interval: Any) -> None:
+    if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or stream_interval < 1:
+        raise ValueError(f"stream_interval={stream_interval!r}: expected an integer of 1 or more")
