@@ -45,13 +45,18 @@ def browser() -> Iterator[Any]:
 
 def open_page(launched: Any, path: Path, *, width: int = 1280, scheme: str = "light") -> Opened:
     """A file in a window `width` wide."""
+    return open_address(launched, path.absolute().as_uri(), width=width, scheme=scheme)
+
+
+def open_address(launched: Any, address: str, *, width: int = 1280, scheme: str = "light") -> Opened:
+    """The same for whatever a browser can go to."""
     page = launched.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     page.set_default_timeout(_TIMEOUT)
     opened = Opened(page)
     page.on("request", lambda request: opened.requests.append(request.url))
     page.on("console", lambda message: opened.complaints.append(message.text))
     page.on("pageerror", lambda error: opened.complaints.append(str(error)))
-    page.goto(path.absolute().as_uri())
+    page.goto(address)
     page.wait_for_load_state("load")
     return opened
 

@@ -425,6 +425,11 @@ class Engine:
             raise self._chat_template
         return self._chat_template
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be had with the model without a template of the caller's."""
+        return isinstance(self._chat_template, str)
+
     @takes_options(SamplingParams, ChatOptions)
     def chat(
         self,

@@ -22,7 +22,8 @@ from starlette.types import Receive, Scope, Send
 from specengine.server.answers import Writer
 from specengine.server.endpoints import endpoint_of
 from specengine.server.errors import ApiError, explain_invalid
-from specengine.server.middleware import Gate
+from specengine.server.middleware import OPEN_PATHS, Gate
+from specengine.server.page import PATHS, add_page
 from specengine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from specengine.server.service import Service, Visit, in_thread
 from specengine.tokenizer import Tokenizer
@@ -66,11 +67,12 @@ def build_app(service: Service) -> FastAPI:
         redirect_slashes=False,
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
-    app.add_middleware(Gate, options=service.options)
+    app.add_middleware(Gate, options=service.options, open_paths=(*OPEN_PATHS, *PATHS))
     _add_error_handlers(app)
     _add_state_routes(app, service)
     _add_token_routes(app, service)
     _add_generation_routes(app, service)
+    add_page(app)
     return app
 
 
@@ -133,6 +135,8 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
             "owned_by": "specengine",
             "max_model_len": service.engine.max_seq_len,
             "draft_models": service.engine.draft_names,
+            "draft_model": service.engine.draft_name,
+            "has_chat_template": service.engine.has_chat_template,
         }
         return {"object": "list", "data": [model]}
 
