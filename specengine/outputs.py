@@ -24,12 +24,14 @@ class Round(NamedTuple):
     num_accepted_tokens: accepted and kept, a prefix of the drafts
     num_tokens:          that the round gave: these, and one of the target's own unless a stop came before it
     draft_token_ids:     the drafts, those that were rejected included
+    drafters:            who made each: its place in the list of drafters, 0 where there is one
     """
 
     num_draft_tokens: int
     num_accepted_tokens: int
     num_tokens: int
     draft_token_ids: list[int]
+    drafters: list[int]
 
 
 @dataclass

@@ -287,6 +287,34 @@ def test_a_parts_positions_cut_only_its_own_drafts(
     tally.check()
 
 
+def test_rounds_say_who_made_each_draft(checkpoint: CheckpointFactory, build_engine: EngineFactory) -> None:
+    """A model's own come first, as many as the lookup was told of; what the lookup found comes behind them."""
+
+    class Noting(WatchedLookup):
+        def follow(self, sequence_id: int, drafted: Sequence[int], limit: int) -> list[int]:
+            found = super().follow(sequence_id, drafted, limit)
+            tails.append((list(drafted), found))
+            return found
+
+    tails: list[tuple[list[int], list[int]]] = []
+    engine = build_engine(checkpoint(**TINY), ["self:1", Noting()])
+    for place in (0, 1):
+        always(Way(place), engine)
+        rounds = spec(engine, PROMPTS[0], K, **GREEDY, return_rounds=True).outputs[0].rounds or []
+        assert {drafter for each in rounds for drafter in each.drafters} == {place}
+    always(Way(0, 1), engine, num_own=2)
+    tails.clear()
+    rounds = spec(engine, PROMPTS[0], K, **GREEDY, return_rounds=True).outputs[0].rounds or []
+    known = [(own + found, [0] * len(own) + [1] * len(found)) for own, found in tails]
+    assert any(found for _, found in tails)
+    for each in rounds:
+        assert len(each.drafters) == each.num_draft_tokens == len(each.draft_token_ids)
+        if each.num_draft_tokens > 1:
+            assert (each.draft_token_ids, each.drafters) in [
+                (tokens[: each.num_draft_tokens], places[: each.num_draft_tokens]) for tokens, places in known
+            ]
+
+
 # -- what the models' caches hold ---------------------------------------------------------------------------------
 
 

@@ -100,6 +100,15 @@ class SeveralDrafters:
             state.stage(batch, merged.tokens)
         return merged
 
+    def who_drafts(self, batch: RunningBatch) -> list[list[int]]:
+        """For each row, and each draft that it may have, the place of the part that makes it."""
+        shares, found = self._shares(batch), []
+        for row, ((number, _), limit) in enumerate(zip(batch.ways, batch.draft_limits, strict=True)):
+            part, tail = self.ways[number]
+            num_own = shares[part][row] if part in shares else 0
+            found.append([part] * num_own + [part if tail is None else tail] * (limit - num_own))
+        return found
+
     def observe(self, batch: RunningBatch, results: Collection[RowResult | None]) -> None:
         """Each part hears what became of its rows; a model's drafts are the first, as many as the batch says."""
         place = self._who_drafts_alone(batch)

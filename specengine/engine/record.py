@@ -10,13 +10,14 @@ import torch
 
 from specengine import ranges
 from specengine.drafters.base import RowResult
+from specengine.drafters.several import SeveralDrafters
 from specengine.engine.logprobs import token_logprobs
 from specengine.engine.rounds import Flight
 from specengine.kernels.types.round import NUM_RESULT_COLUMNS, RESULT_EMITTED
 from specengine.outputs import FinishReason, TokenLogprob, TokenSource
 from specengine.runtime.kv_cache import TARGET, KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.sequence import RoundCounts, Sequence, Settled
+from specengine.runtime.sequence import Draft, RoundCounts, Sequence, Settled
 from specengine.speculative import RoundOutcome
 
 NOT_A_DISTRIBUTION = "the target's logits hold a NaN or nothing finite"
@@ -59,7 +60,7 @@ class Records:
                         self._kv_cache.manager.set_computed(result.slot, TARGET, end)
                 flight.drafter.observe(flight.batch, results)
             logprobs = self._gather_logprobs(flight, results)
-            drafts = flight.read_drafts() if is_round and flight.batch.mode.wants_drafts else None
+            drafts = _read_drafts(flight) if is_round and flight.batch.mode.wants_drafts else None
             now = time.perf_counter()
             for index, (sequence, row, result) in enumerate(
                 zip(flight.sequences, rows, results, strict=True)
@@ -75,7 +76,7 @@ class Records:
         row: list[int],
         result: RowResult,
         logprobs: list[TokenLogprob],
-        drafts: list[int] | None,
+        drafts: list[Draft] | None,
         now: float,
         *,
         is_round: bool,
@@ -120,6 +121,16 @@ class Records:
         return entries
 
 
+def _read_drafts(flight: Flight) -> list[list[Draft]]:
+    """Of each sequence, at least what was judged, and who drafted it."""
+    tokens = flight.read_drafts()
+    if isinstance(flight.drafter, SeveralDrafters):
+        places = flight.drafter.who_drafts(flight.batch)
+    else:
+        places = [[0] * len(row) for row in tokens]
+    return [[Draft(*each) for each in zip(*row, strict=False)] for row in zip(tokens, places, strict=False)]
+
+
 def _row_result(sequence: Sequence, row: list[int], *, is_round: bool) -> RowResult | None:
     """None for a sequence that was over before this, or whose prompt goes on."""
     num_emitted, num_draft, is_error = row[:NUM_RESULT_COLUMNS]
@@ -151,7 +162,7 @@ def extend(
     tokens: list[int],
     logprobs: list[TokenLogprob],
     result: RowResult,
-    drafts: list[int] | None,
+    drafts: list[Draft] | None,
     *,
     is_round: bool,
 ) -> None:

@@ -54,7 +54,9 @@ def build_rounds(sequence: Sequence, first: int, end: int) -> list[Round]:
     rounds = []
     for counts, drafts in zip(sequence.rounds[first:end], sequence.drafts[first:end], strict=True):
         drafted, accepted = metrics.needed_drafts(*counts)
-        rounds.append(Round(drafted, accepted, counts.num_kept, drafts[:drafted]))
+        needed = drafts[:drafted]
+        tokens, places = [each.token_id for each in needed], [each.drafter for each in needed]
+        rounds.append(Round(drafted, accepted, counts.num_kept, tokens, places))
     return rounds
 
 

@@ -71,6 +71,13 @@ class RoundCounts(NamedTuple):
     num_kept: int
 
 
+class Draft(NamedTuple):
+    """A token that was drafted, and the place of who drafted it in the list of drafters."""
+
+    token_id: int
+    drafter: int
+
+
 @dataclass(eq=False)
 class Sequence:
     """One sample of one request. `settled` and `place` are the truth; the rest can be made to agree with them.
@@ -81,7 +88,7 @@ class Sequence:
     text:     turns the settled tokens into text; can be built again from them
     reported: what the caller has been told
     output_ids, token_source, logprobs, rounds: see `Settled`
-    drafts:   of each round, the tokens that were judged; empty where nobody wants them
+    drafts:   of each round, what was judged; empty where nobody wants them
     num_rounds_ahead, num_tokens_ahead: rounds whose results have not been read, and the most tokens they may emit
     ways_ahead: the way in which each of them drafts, the latest last; UNDRAFTED: none
     way, num_own_drafts: with several drafters, which of their ways (`SeveralDrafters.ways`) drafts in the next round,
@@ -106,7 +113,7 @@ class Sequence:
     token_source: list[TokenSource] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     rounds: list[RoundCounts] = field(default_factory=list)
-    drafts: list[list[int]] = field(default_factory=list)
+    drafts: list[list[Draft]] = field(default_factory=list)
     num_rounds_ahead: int = 0
     num_tokens_ahead: int = 0
     ways_ahead: list[int] = field(default_factory=list)
