@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -230,12 +231,26 @@ def test_docstrings_become_lists(site: Path) -> None:
 # Its pictures
 
 
-def test_every_picture_is_there_in_light_and_dark_and_says_what_it_holds(pages: dict[str, Page]) -> None:
+def is_screenshot(picture: dict[str, str | None]) -> bool:
+    return (picture["src"] or "").startswith("screenshots/")
+
+
+def test_screenshots_are_small_and_say_what_they_show(pages: dict[str, Page]) -> None:
+    shown = [picture for page in pages.values() for picture in page.pictures if is_screenshot(picture)]
+    assert {picture["src"] for picture in shown} == {
+        f"screenshots/{path.name}" for path in (DOCS / "screenshots").iterdir()
+    }
+    for picture in shown:
+        assert len(picture["alt"] or "") > 40
+        assert (DOCS / (picture["src"] or "")).stat().st_size < 200_000
+
+
+def test_every_figure_is_there_in_light_and_dark_and_says_what_it_holds(pages: dict[str, Page]) -> None:
     drawn = load("docs_figures")
     texts = drawn.alternative_texts(json.loads(drawn.DATA.read_text(encoding="ascii")))
     shown: set[str] = set()
     for page in pages.values():
-        for picture in page.pictures:
+        for picture in itertools.filterfalse(is_screenshot, page.pictures):
             found = re.fullmatch(r"figures/([\w-]+?)(-dark)?\.svg#only-(light|dark)", picture["src"] or "")
             assert found is not None, picture
             assert (found[2] is not None) == (found[3] == "dark")
@@ -285,7 +300,7 @@ def test_every_page_opens_on_a_phone(site: Path, chromium: Any) -> None:
     for path in sorted(DOCS.glob("*.md")):
         page.goto((site / f"{path.stem}.html").as_uri())
         assert page.evaluate("document.documentElement.scrollWidth") <= PHONE, path.stem
-        for picture in page.locator("article img").all():
+        for picture in page.locator('article img[src*="#only-"]').all():
             is_dark = "#only-dark" in (picture.get_attribute("src") or "")
             assert picture.is_visible() == is_dark, path.stem
             assert picture.evaluate("each => each.naturalWidth") > 0 or not is_dark

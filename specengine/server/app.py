@@ -135,7 +135,6 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
             "owned_by": "specengine",
             "max_model_len": service.engine.max_seq_len,
             "draft_models": service.engine.draft_names,
-            "draft_model": service.engine.draft_name,
             "has_chat_template": service.engine.has_chat_template,
         }
         return {"object": "list", "data": [model]}

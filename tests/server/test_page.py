@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from browser import LOWEST_CONTRAST, Opened, browser, needs_chromium, open_address, open_page
+from law_helpers import choose_ways
 from running_server import Running, wait_until
 
 from specengine.server.page import PATHS, POLICY
@@ -44,17 +45,6 @@ def generate(page: Any, prompt: str = PROMPT) -> None:
     page.fill("#prompt", prompt)
     page.press("#prompt", "Enter")
     page.wait_for_selector(".transcript[aria-busy=false]")
-
-
-def slow_down(server: Running) -> None:
-    """Every step takes as long as with a large model."""
-    step = server.engine.step
-
-    def step_slowly() -> Any:
-        time.sleep(0.05)
-        return step()
-
-    server.engine.step = step_slowly  # type: ignore[method-assign]
 
 
 def check_innocent(opened: Opened, server: Running) -> None:
@@ -126,8 +116,8 @@ def test_models_say_what_the_page_must_know(start: Callable[..., Running]) -> No
         return dict(json.loads(server.ask("GET", "/v1/models")[2])["data"][0])
 
     drafted, plain = card(start()), card(start(None))
-    assert (drafted["draft_model"], drafted["has_chat_template"]) == ("suffix", True)
-    assert plain["draft_model"] is None
+    assert (drafted["draft_models"], drafted["has_chat_template"]) == (["suffix"], True)
+    assert plain["draft_models"] == []
 
 
 # What a browser sees
@@ -179,10 +169,36 @@ def test_a_completion_is_streamed_token_by_token(server: Running, launched: Any)
 
 
 @needs_chromium
+def test_several_drafters_are_told_apart(start: Callable[..., Running], launched: Any) -> None:
+    server = start(["self:1", "suffix"])
+    choose_ways(server.engine)
+    opened = visit(launched, server)
+    page = opened.page
+    assert page.inner_text(".server") == "model tiny · drafter self:1 + suffix"
+    page.check("[name=mode][value=completion]")
+    page.uncheck("#k-auto")
+    set_slider(page, "tokens", 120)
+    page.fill("#seed", "1")
+    generate(page)
+    drafted = page.eval_on_selector_all(
+        ".answer .t.draft", "all => all.map(each => Number(/by-(\\d)/.exec(each.className)[1]))"
+    )
+    asked = {"prompt": PROMPT, "max_tokens": 120, "temperature": 0, "seed": 1, "num_speculative_tokens": 4}
+    rounds = server.complete(**asked, return_rounds=True)["choices"][0]["rounds"]
+    assert drafted == [place for each in rounds for place in each["drafters"][: each["num_accepted_tokens"]]]
+    assert set(drafted) == {0, 1}
+    styles = {
+        page.eval_on_selector(f".legend .by-{place}", "each => getComputedStyle(each).textDecorationStyle")
+        for place in (0, 1)
+    }
+    assert len(styles) == 2
+    check_innocent(opened, server)
+
+
+@needs_chromium
 def test_text_arrives_before_the_end(start: Callable[..., Running], launched: Any) -> None:
     """And a stop leaves what there is, and ends the server's work."""
-    server = start()
-    slow_down(server)
+    server = start(step_seconds=0.05)
     opened = visit(launched, server)
     page = opened.page
     page.check("[name=mode][value=completion]")
@@ -297,7 +313,9 @@ def test_a_chat_remembers_what_was_said(server: Running, launched: Any) -> None:
 
 @needs_chromium
 def test_errors_are_told_in_words(start: Callable[..., Running], launched: Any) -> None:
-    server = start(server_options={"api_key": "secret", "max_queued_requests": 0}, max_batch_size=1)
+    server = start(
+        server_options={"api_key": "secret", "max_queued_requests": 0}, max_batch_size=1, step_seconds=0.05
+    )
     opened = open_address(launched, f"http://127.0.0.1:{server.port}/")
     page = opened.page
     page.wait_for_selector("#key:focus")
@@ -311,7 +329,6 @@ def test_errors_are_told_in_words(start: Callable[..., Running], launched: Any) 
     assert page.is_hidden("#error")
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 0, ""]
     page.check("[name=mode][value=completion]")
-    slow_down(server)
     endless: dict[str, Any] = {"prompt": "a", "max_tokens": 1000, "extra_body": {"ignore_eos": True}}
     with server.client().completions.create(model="tiny", stream=True, **endless) as stream:
         next(iter(stream))
@@ -331,7 +348,15 @@ def test_a_session_is_saved_as_one_page(server: Running, launched: Any, tmp_path
     page.check("[name=mode][value=completion]")
     page.uncheck("#k-auto")
     page.check("#beside")
-    prompt = "</script><b>&amp;"
+    prompt, fallen = "</script><b>&amp;", "</script><script>"
+
+    def spoil(route: Any) -> None:
+        """Drafts that would end the script in which the report keeps them."""
+        answer = route.fetch()
+        spoiled = answer.text().replace('"draft_texts":["', f'"draft_texts":["{fallen}')
+        route.fulfill(response=answer, body=spoiled)
+
+    page.route("**/v1/completions", spoil)
     set_slider(page, "tokens", 64)
     generate(page, prompt)
     with page.expect_download() as download:
@@ -348,6 +373,7 @@ def test_a_session_is_saved_as_one_page(server: Running, launched: Any, tmp_path
     )
     told = json.loads(saved.page.text_content(".token-view script"))
     assert "".join(token["text"] for token in told) == said
+    assert any(each["text"].startswith(fallen) for token in told for each in token["rejected"])
     saved.page.click(".token-view .t >> nth=1")
     assert f"id {told[1]['token_id']}" in saved.page.inner_text(".detail")
     assert saved.page.locator("svg[role=img]").count() == 3

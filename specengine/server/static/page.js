@@ -3,7 +3,7 @@
 import { cacheChart, positionsChart, roundsChart, show, speedChart } from "./charts.js";
 import { Client } from "./client.js";
 import { reportOf, save, verdictOf } from "./session.js";
-import { compare, element, Generation, View } from "./transcript.js";
+import { classOf, compare, element, Generation, View } from "./transcript.js";
 
 const MILLISECONDS_BETWEEN_DRAWINGS = 150;
 const MILLISECONDS_BETWEEN_READINGS = 500;
@@ -30,12 +30,13 @@ const connect = async () => {
     return;
   }
   forgetError();
-  const drafter = card.draft_model;
-  $("server").textContent = `model ${short(card.id)} · drafter ${drafter ? short(drafter) : "none"}`;
+  const names = card.draft_models.map(short);
+  $("server").textContent = `model ${short(card.id)} · drafter ${names.join(" + ") || "none"}`;
   $("drafter").replaceChildren(
-    ...(drafter ? [element("option", { value: drafter, textContent: short(drafter) })] : []),
+    ...(names.length ? [element("option", { value: "given", textContent: names.join(" + ") })] : []),
     element("option", { value: "", textContent: "none: plain decoding" }),
   );
+  if (names.length > 1) nameDrafters(names);
   const [chat, completion] = document.querySelectorAll("[name=mode]");
   chat.disabled = !card.has_chat_template;
   chat.parentElement.title = chat.disabled ? "This model was not made for conversations." : "";
@@ -43,6 +44,15 @@ const connect = async () => {
   changeMode();
   noteSettings();
   document.body.dataset.ready = "";
+};
+
+/** Several are told apart. */
+const nameDrafters = (names) => {
+  for (const each of document.querySelectorAll(".legend .drafted")) each.remove();
+  const items = names.map((name, place) =>
+    element("li", { className: "drafted" }, element("span", { className: classOf("draft", place), textContent: "draft" }), ` accepted draft of ${name}`),
+  );
+  document.querySelector(".legend").prepend(...items);
 };
 
 /** Of a path its last two parts. */
@@ -297,7 +307,7 @@ $("save").addEventListener("click", async () => {
     const now = new Date();
     const facts = [
       ["model", short(card.id)],
-      ["drafter", card.draft_model ? short(card.draft_model) : "none"],
+      ["drafter", card.draft_models.map(short).join(" + ") || "none"],
       ["saved", now.toISOString().slice(0, 16).replace("T", " ") + " UTC"],
       ["browser’s clock", "times are as they were here, the network included"],
     ];

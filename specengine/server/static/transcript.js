@@ -8,9 +8,9 @@ export const element = (name, properties = {}, ...children) => {
 
 /** What is known of a generation. Times are milliseconds since its request was sent.
  *
- *  tokens:   {token_id, text, source, round, rejected}, in order; source as in a report: "draft" accepted, "recovered"
+ *  tokens:   {token_id, text, source, round, rejected, drafter}, in order; source as in a report: "draft" accepted, "recovered"
  *            the target's where a draft was rejected, "bonus" the target's after all drafts were accepted, "target" the
- *            target's without drafts
+ *            target's without drafts; a draft's drafter is its place among the server's
  *  rounds:   {drafted, accepted}
  *  arrivals: {at, count}: so many tokens were there at that time
  *  frames:   {at, tokens}: these could be shown from then on
@@ -57,8 +57,8 @@ export class Generation {
 
   #read({ token_ids: ids, rounds }) {
     const found = [];
-    const add = (source, round, rejected = []) =>
-      found.push({ token_id: ids[found.length], text: "", source, round, rejected });
+    const add = (source, round, rejected = [], drafter = null) =>
+      found.push({ token_id: ids[found.length], text: "", source, round, rejected, drafter });
     const numInRounds = rounds.reduce((sum, round) => sum + round.num_tokens, 0);
     while (found.length < ids.length - numInRounds) add("target", null);
     for (const each of rounds) {
@@ -67,7 +67,7 @@ export class Generation {
       const own = drafted === 0 ? "target" : accepted < drafted ? "recovered" : "bonus";
       const rejected = each.draft_texts.map((text, i) => ({ token_id: each.draft_token_ids[i], text })).slice(accepted);
       for (let i = 0; i < each.num_tokens; i += 1) {
-        if (i < accepted) add("draft", place);
+        if (i < accepted) add("draft", place, [], each.drafters[i]);
         else add(own, place, rejected);
       }
     }
@@ -149,6 +149,9 @@ export const compare = (one, other) => {
   return { isIdentical: true, place: length };
 };
 
+/** How a token is marked: drafts by their drafter, too, from the third on alike. */
+export const classOf = (source, drafter) => (drafter === null ? `t ${source}` : `t ${source} by-${Math.min(drafter, 2)}`);
+
 /** The place on the page where a generation is shown. */
 export class View {
   #given;
@@ -178,12 +181,12 @@ export class View {
   /** `tokens` are new. */
   show(tokens) {
     const shown = document.createDocumentFragment();
-    for (const { text, source, rejected } of tokens) {
+    for (const { text, source, rejected, drafter } of tokens) {
       if (rejected.length) {
         const fallen = rejected.map((each) => each.text).join("");
         shown.append(element("span", { className: "fallen" }, element("del", { textContent: visible(fallen) })));
       }
-      shown.append(element("span", { className: `t ${source}`, textContent: text }));
+      shown.append(element("span", { className: classOf(source, drafter), textContent: text }));
     }
     this.#text.append(shown);
   }
