@@ -67,7 +67,6 @@ def attend(
     value_ptr,
     blocks_ptr,
     first_token,
-    num_shared,
     num_visible,
     kv_head,
     scale,
@@ -80,8 +79,7 @@ def attend(
     """The part that BLOCK_KV cached tokens have in each row's softmax: the largest score, in powers of two, and the
     sum of 2**(score - largest), `[BLOCK_Q]` each, and the values so weighted, `[BLOCK_Q, BLOCK_D]`.
 
-    positions:   `[BLOCK_Q]`, the last token that each row sees, in order
-    num_shared:  tokens that every row sees
+    positions:   `[BLOCK_Q]`, the last token that each row sees
     num_visible: tokens from there on are not read
     """
     columns = tl.arange(0, BLOCK_D)
@@ -98,17 +96,8 @@ def attend(
     scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
     largest = tl.maximum(tl.max(scores, axis=1), _LOWEST)
     weights = tl.exp2(scores - largest[:, None])
-    first_unusable = num_visible
-    if first_token + BLOCK_KV > num_shared:
-        # What is no number would be none with the weight 0 either: it is for the rows that see it.
-        is_number = value.to(tl.float32) * 0.0 == 0.0
-        unusable = tl.where(tl.min(is_number.to(tl.int32), axis=1) == 0, tokens, num_visible)
-        first_unusable = tl.min(unusable, axis=0)
-        value = tl.where(is_number, value, tl.zeros_like(value))
     operand = as_operand(round_to(weights, value.dtype))
-    mixed = tl.dot(operand, as_operand(value), input_precision="ieee")
-    mixed = tl.where((first_unusable <= positions)[:, None], float("nan"), mixed)
-    return largest, tl.sum(weights, axis=1), mixed
+    return largest, tl.sum(weights, axis=1), tl.dot(operand, as_operand(value), input_precision="ieee")
 
 
 @triton.jit
@@ -205,7 +194,6 @@ def spec_paged_attention(
                 value_ptr,
                 blocks_ptr,
                 current * SPLIT + first,
-                num_before + first_row + 1,
                 num_visible,
                 head // GROUP,
                 scale,
