@@ -196,6 +196,26 @@ def test_several_drafters_are_told_apart(start: Callable[..., Running], launched
 
 
 @needs_chromium
+@pytest.mark.parametrize(("place", "name"), [(0, "self:1"), (1, "suffix")])
+def test_one_of_several_drafters_can_be_chosen(
+    start: Callable[..., Running], launched: Any, place: int, name: str
+) -> None:
+    server = start(["self:1", "suffix"])
+    opened = visit(launched, server)
+    page = opened.page
+    page.check("[name=mode][value=completion]")
+    page.uncheck("#k-auto")
+    set_slider(page, "tokens", 120)
+    page.select_option("#drafter", label=f"only {name}")
+    generate(page)
+    drafted = page.eval_on_selector_all(
+        ".answer .t.draft", "all => all.map(each => Number(/by-(\\d)/.exec(each.className)[1]))"
+    )
+    assert set(drafted) == {place}
+    check_innocent(opened, server)
+
+
+@needs_chromium
 def test_text_arrives_before_the_end(start: Callable[..., Running], launched: Any) -> None:
     """And a stop leaves what there is, and ends the server's work."""
     server = start(step_seconds=0.05)

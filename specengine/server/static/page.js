@@ -7,6 +7,9 @@ import { classOf, compare, element, Generation, View } from "./transcript.js";
 
 const MILLISECONDS_BETWEEN_DRAWINGS = 150;
 const MILLISECONDS_BETWEEN_READINGS = 500;
+// Of the choice of a drafter: whichever the server chooses, and none.
+const ANY = "*";
+const NONE = "";
 const THEMES = ["system", "light", "dark"];
 const $ = (id) => document.getElementById(id);
 
@@ -32,10 +35,9 @@ const connect = async () => {
   forgetError();
   const names = card.draft_models.map(short);
   $("server").textContent = `model ${short(card.id)} · drafter ${names.join(" + ") || "none"}`;
-  $("drafter").replaceChildren(
-    ...(names.length ? [element("option", { value: "given", textContent: names.join(" + ") })] : []),
-    element("option", { value: "", textContent: "none: plain decoding" }),
-  );
+  const several = names.length > 1 ? card.draft_models.map((value, i) => [value, `only ${names[i]}`]) : [];
+  const options = [...(names.length ? [[ANY, names.join(" + ")]] : []), ...several, [NONE, "none: plain decoding"]];
+  $("drafter").replaceChildren(...options.map(([value, textContent]) => element("option", { value, textContent })));
   if (names.length > 1) nameDrafters(names);
   const [chat, completion] = document.querySelectorAll("[name=mode]");
   chat.disabled = !card.has_chat_template;
@@ -74,7 +76,9 @@ $("key-field").addEventListener("submit", (event) => {
 // Settings
 
 const isChat = () => document.querySelector("[name=mode]:checked").value === "chat";
-const isDrafted = () => $("drafter").value !== "";
+const isDrafted = () => $("drafter").value !== NONE;
+/** The only one that drafts, where one was chosen. */
+const readDrafter = () => ([ANY, NONE].includes($("drafter").value) ? {} : { draft_model: $("drafter").value });
 
 const noteSettings = () => {
   const isAuto = $("k-auto").checked;
@@ -128,7 +132,7 @@ const generate = async (asked) => {
   const turn = {
     isChat: isChat(),
     asked,
-    settings: `k ${k}, temperature ${settings.temperature}, acceptance ${settings.acceptance}, seed ${settings.seed}`,
+    settings: `k ${k}, ${isDrafted() ? `drafter ${$("drafter").selectedOptions[0].textContent}, ` : ""}temperature ${settings.temperature}, acceptance ${settings.acceptance}, seed ${settings.seed}`,
     generations: isBeside
       ? [new Generation("plain", true), new Generation("speculative", false)]
       : [new Generation(k === 0 ? "plain" : "speculative", k === 0)],
@@ -149,7 +153,7 @@ const generate = async (asked) => {
     // One after the other, for they would share the machine; and each finds the prompt in the prefix cache.
     if (isBeside) await warm(body, running.signal);
     for (const [i, generation] of turn.generations.entries()) {
-      const own = { ...body, num_speculative_tokens: generation.isPlain ? 0 : k };
+      const own = { ...body, ...(generation.isPlain ? { num_speculative_tokens: 0 } : { ...readDrafter(), num_speculative_tokens: k }) };
       await follow(own, generation, views[i], running.signal);
     }
     if (isBeside) {
