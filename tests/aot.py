@@ -79,10 +79,9 @@ def specialise(launch: Launch) -> tuple[dict[str, Any], dict[Any, Any], dict[Any
     return signature, constants, attributes
 
 
-def compile_launch(launch: Launch, capability: int) -> Compiled:
-    """Compiles a launch for sm_`capability` (80 or 90)."""
+def build(launch: Launch, capability: int) -> Any:
+    """A launch's kernel as Triton compiles it for sm_`capability` (80 or 90), from its cache where it is there."""
     signature, constants, attributes = specialise(launch)
-    source = ASTSource(launch.kernel, signature, constants, attributes)
     options = {
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
@@ -90,11 +89,17 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         "launch_pdl": launch.arguments.get("PDL", False),
         "maxnreg": launch.max_registers,
     }
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def compile_launch(launch: Launch, capability: int) -> Compiled:
+    """Compiles a launch for sm_`capability` (80 or 90)."""
     log = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), contextlib.redirect_stdout(log):
         knobs.compilation.always_compile = True
         knobs.nvidia.dump_ptxas_log = True
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = build(launch, capability)
     usage = re.search(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         log.getvalue(),
@@ -103,6 +108,7 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
     assert usage is not None, log.getvalue()
     stack, stores, loads, registers = map(int, usage.groups())
     shared = compiled.metadata.shared
+    signature, _, _ = specialise(launch)
     parameters = [
         name
         for name, kind in signature.items()

@@ -115,7 +115,7 @@ def test_the_command_line_is_quick_to_say_no(tmp_path: Path) -> None:
 BENCHMARKS = ROOT / "benchmarks"
 # What prints a machine and its instruction set, or adds them to rows.
 NAMES_THE_MACHINE = re.compile(r"\b(append_rows|about_processor|machine_name)\(|\breport: Report\b")
-MEASURE_NOTHING = {"pairs.py"}
+MEASURE_NOTHING = {"pairs.py", "gpu_model.py"}
 WITH_A_TABLE_OF_THEIR_OWN = {"tune_tiles.py": '"source"'}  # tiles for a GPU, whose name the table has
 
 

@@ -7,25 +7,16 @@ on such tensors, so a round that comes to its end can be recorded as a CUDA grap
 from __future__ import annotations
 
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
-import aot_suite
 import pytest
-import torch
-from aot_suite import SIZES, TRITON, integers, meta
+from aot_rounds import build_drafter, build_runner, round_launches
+from aot_suite import SIZES
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from specengine.drafters import draft_model
-from specengine.drafters.draft_model import DraftModelDrafter
-from specengine.drafters.host import HostDrafter
-from specengine.drafters.no_draft import NoDrafter
-from specengine.drafters.self_layers import SelfDrafter
-from specengine.kernels.device.launch import record
 from specengine.kernels.types.rules import Rule
-from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.state import BatchState, RoundMode
-from specengine.speculative import run_round
+from specengine.runtime.state import RoundMode
 
 pytestmark = pytest.mark.triton
 
@@ -75,31 +66,10 @@ def run(
     mode: RoundMode, k: int, drafts: str = "model", size: str = "gpt2"
 ) -> tuple[Counter[str], Counter[str]]:
     """Kernels of ours and of PyTorch's in a round of two sequences, by name."""
-    shape = SIZES[size]
-    cache = meta(NUM_LAYERS, 2, 640, shape.num_heads, 16, shape.head_dim, dtype=torch.float16)
-    kv_cache: Any = SimpleNamespace(block_size=16, tensors=[cache, cache])
-    runners = [
-        ModelRunner(
-            aot_suite.build_decoder(shape, torch.float16, NUM_LAYERS),
-            kv_cache,
-            model_index=index,
-            vocab_size=shape.vocab_size,
-        )
-        for index in range(2)
-    ]
-    state = BatchState(num_slots=8, max_seq_len=1024, device=torch.device("meta"), backend=TRITON)
-    drafter: Any = NoDrafter()
-    if k:
-        drafter = DraftModelDrafter(runners[1], name="draft", chunk_size=512)
-    if drafts == "layers":
-        decoder = runners[0].decoder.first_layers(NUM_LAYERS)
-        runner = ModelRunner(decoder, kv_cache, model_index=0, vocab_size=shape.vocab_size)
-        drafter = SelfDrafter(runner, name="layers", chunk_size=512)
-    if drafts == "upload":
-        drafter = HostDrafter(SimpleNamespace(name="scripted"), vocab_size=shape.vocab_size)
-    batch = state.select([], integers(9, 64), mode, k=k, size=2)
-    with record() as launches, PyTorchKernels() as others, torch.inference_mode():
-        run_round(batch, state, runners[0], drafter)
+    target, draft = (build_runner(SIZES[size], NUM_LAYERS, index) for index in range(2))
+    drafter = build_drafter(drafts if k else "none", target, draft)
+    others = PyTorchKernels()
+    launches = round_launches(target, drafter, mode, k, batch_size=2, watched=others)
     return Counter(launch.name for launch in launches), others.counts
 
 

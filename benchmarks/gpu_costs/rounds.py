@@ -1,0 +1,73 @@
+"""A plain token, a draft step and a round of k drafts, as sums over the launches that the engine makes for them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from aot_rounds import build_drafter, build_runner, round_launches
+from aot_suite import SIZES
+
+from gpu_costs.kernel import KernelCost, Load, cost
+from specengine.kernels.device.launch import Launch, assume_capability
+from specengine.runtime.state import RoundMode
+
+NUM_LAYERS = {"gpt2": 12, "gpt2-medium": 24, "gpt2-xl": 48, "distilgpt2": 6}
+SHAPES = {**SIZES, "distilgpt2": SIZES["gpt2"]}
+DRAFT, K = "distilgpt2", 4
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Launches in order, each with the model's account of it."""
+
+    costs: list[KernelCost]
+
+    @property
+    def us(self) -> float:
+        return sum(each.us for each in self.costs)
+
+    @property
+    def floor_us(self) -> float:
+        return sum(each.floor_us for each in self.costs)
+
+    def by_kernel(self) -> list[tuple[KernelCost, int]]:
+        """Each account once, and how many launches have it."""
+        return list(Counter(self.costs).items())
+
+
+def plain_token(target: str) -> Sum:
+    """One sequence, one token."""
+    return Sum([cost(launch, Load(rows=1)) for launch in _launches(target, 0)])
+
+
+def draft_step() -> Sum:
+    """One draft in a round: what a round of K + 1 has more than one of K, without the row more for the target."""
+    drafts, _ = _parts(DRAFT)
+    return Sum([cost(launch, Load(rows=1)) for launch in drafts[len(drafts) - len(drafts) // K :]])
+
+
+def speculative_round(target: str) -> Sum:
+    """K drafts, verification of them, and the commit."""
+    drafts, rest = _parts(target)
+    costs = [cost(launch, Load(rows=1)) for launch in drafts]
+    return Sum(costs + [cost(launch, Load(rows=K + 1)) for launch in rest])
+
+
+def _parts(target: str) -> tuple[list[Launch], list[Launch]]:
+    """A round's launches: those of its drafts, and the others."""
+    launches = _launches(target, K)
+    draws = [at for at, launch in enumerate(launches) if launch.name == "spec_head_draw"]
+    num_drawn = launches[0].name == "spec_plan_round"
+    end = draws[K - 1] + 1
+    while end < len(launches) and launches[end].name == "spec_stage_draft":
+        end += 1
+    return launches[num_drawn:end], launches[:num_drawn] + launches[end:]
+
+
+def _launches(target: str, k: int) -> list[Launch]:
+    assume_capability(90)
+    runner = build_runner(SHAPES[target], NUM_LAYERS[target], 0)
+    draft = build_runner(SHAPES[DRAFT], NUM_LAYERS[DRAFT], 1)
+    drafter = build_drafter("model" if k else "none", runner, draft)
+    return round_launches(runner, drafter, RoundMode(), k, batch_size=1)

@@ -1,0 +1,214 @@
+"""The model of a GPU's time: what it counts in machine code, and that the kernels' counts do not creep up again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gpu_costs import machine
+from gpu_costs.sass import longest_way, parse, unroll
+from gpu_costs.schedule import load_levels, time_path
+
+pytestmark = pytest.mark.triton
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A kernel of two loads, the second where the first says, a loop, a slow way of a division and an early return.
+CODE = """
+.text.spec_example:
+S2R R0, SR_CTAID.X
+ACQBULK
+LDG.E R2, desc[UR4][R4.64]
+@P0 EXIT
+LDG.E R3, desc[UR4][R2.64]
+.L_x_0:
+FADD R6, R3, R7
+SHFL.BFLY PT, R7, R6, 0x10, 0x1f
+BAR.SYNC.DEFER_BLOCKING 0x0
+@P1 BRA `(.L_x_0)
+@!P2 BRA `(.L_x_1)
+MUFU.RCP R8, R7
+MUFU.RCP R8, R8
+CALL.REL.NOINC `($slow)
+BRA `(.L_x_2)
+.L_x_1:
+MUFU.RCP R8, R7
+.L_x_2:
+LDGSTS.E.BYPASS.128 [R9], desc[UR4][R8.64]
+LDGDEPBAR
+DEPBAR.LE SB0, 0x0
+STG.E desc[UR4][R10.64], R8
+EXIT
+"""
+
+
+def listing(code: str = CODE) -> str:
+    """As nvdisasm prints it."""
+    lines = code.strip().splitlines()
+    return "\n".join(line if line.startswith(".") else f"        /*0000*/  {line} ;" for line in lines)
+
+
+def way(trips: int = 1, code: str = CODE) -> list[Any]:
+    blocks = parse(listing(code))
+    return unroll(longest_way(blocks), blocks, lambda body: trips)
+
+
+def opcodes(trips: int = 1) -> list[str]:
+    return [each.opcode.partition(".")[0] for each in way(trips)]
+
+
+def test_the_way_leaves_out_slow_paths_and_early_returns() -> None:
+    assert opcodes().count("EXIT") == 2  # the one that is not taken, and the last
+    assert "CALL" not in opcodes()
+    assert opcodes().count("MUFU") == 1
+    assert opcodes()[-1] == "EXIT"
+
+
+def test_a_loop_counts_as_often_as_it_runs() -> None:
+    for trips in (1, 5):
+        assert opcodes(trips).count("BAR") == opcodes(trips).count("SHFL") == trips
+
+
+def test_of_two_ways_the_longer_one_is_taken() -> None:
+    without_call = CODE.replace("CALL.REL.NOINC `($slow)", "FADD R8, R8, R8")
+    assert [each.opcode for each in way(code=without_call)].count("MUFU.RCP") == 2
+
+
+def test_loads_that_wait_for_loads_are_levels() -> None:
+    instructions = way()
+    levels = {each.opcode: level for each, level in zip(instructions, load_levels(instructions), strict=True)}
+    assert levels["FADD"] == levels["LDGSTS.E.BYPASS.128"] == 2
+    assert levels["STG.E"] == 3  # the copy, too
+
+
+@pytest.mark.parametrize(
+    ("line", "written", "read"),
+    [
+        ("ISETP.LE.AND P0, PT, R96, UR22, PT", {"P0"}, {"R96", "UR22"}),
+        ("LEA R54, P1, R2.reuse, UR4, 0xb", {"R54", "P1"}, {"R2", "UR4"}),
+        ("IADD3.X R73, RZ, R73, RZ, P4, !PT", {"R73"}, {"R73", "P4"}),
+        ("SHFL.BFLY PT, R7, R6, 0x10, 0x1f", {"R7"}, {"R6"}),
+        ("LDG.E.128 R4, desc[UR26][R24.64]", {"R4", "R5", "R6", "R7"}, {"R24", "R25", "UR26"}),
+        ("STS.64 [R80+UR23+0xf000], R82", set(), {"R80", "UR23", "R82"}),
+        ("@!P3 FADD R1, |R2|, -R3", {"R1"}, {"R2", "R3", "P3"}),
+        ("ATOMG.E.ADD.STRONG.GPU PT, R13, desc[UR8][R20.64], R14", {"R13"}, {"UR8", "R20", "R21", "R14"}),
+    ],
+)
+def test_what_an_instruction_reads_and_writes(line: str, written: set[str], read: set[str]) -> None:
+    (each,) = parse(listing(f".text.spec_example:\n{line}\nEXIT"))[0].instructions[:1]
+    assert (set(each.written), set(each.read)) == (written, read)
+
+
+def test_a_path_takes_at_least_its_dependent_loads() -> None:
+    load, shuffle, barrier = (machine.LATENCY[name] for name in ("LDG", "SHFL", "BAR"))
+    one, five = (time_path(way(trips), num_warps=4) for trips in (1, 5))
+    assert one.end >= 3 * load + shuffle + barrier
+    assert 4 * max(shuffle, barrier) <= five.end - one.end <= 4 * (shuffle + barrier)
+    assert time_path(way(), num_warps=8).busy > one.busy
+
+
+def test_what_comes_before_the_wait_costs_nothing() -> None:
+    late = CODE.replace("ACQBULK\n", "LDG.E R1, desc[UR4][R4.64]\nFADD R1, R1, R1\nACQBULK\n")
+    assert time_path(way(code=late), 4).end == time_path(way(), 4).end
+
+
+@pytest.mark.parametrize(
+    ("num_warps", "registers", "shared_bytes", "expected"),
+    [
+        (4, 32, 0, 16),
+        (4, 168, 0, 3),
+        (4, 128, 0, 4),
+        (4, 32, 60 << 10, 3),
+        (8, 32, 227 << 10, 1),
+        (1, 16, 0, 32),
+    ],
+)
+def test_programs_that_fit_on_a_multiprocessor(
+    num_warps: int, registers: int, shared_bytes: int, expected: int
+) -> None:
+    assert machine.programs_per_sm(num_warps, registers, shared_bytes) == expected
+
+
+# The kernels
+
+
+def run_model(tmp_path: Path, *names: str) -> dict[str, Any]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    out = tmp_path / "model.json"
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "gpu_model.py"),
+        "--json",
+        str(out),
+        "--only",
+        *names,
+    ]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "not a measurement" in done.stdout
+    found: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_model(tmp_path_factory.mktemp("model"), "gpt2-medium token", "draft step")
+
+
+# At most, of a plain gpt2-medium token: instructions and dependent loads before the first weights (attention: keys)
+# are asked for, shuffles in all, barriers of a block of K, waves.
+MOST = {
+    "spec_norm_qkv": (2300, 5, 390, 3, 1),
+    "spec_paged_attention": (195, 4, 24, 8, 1),
+    "spec_norm_linear": (2300, 5, 390, 3, 1),
+    "spec_linear_residual": (80, 1, 2, 2, 2),
+    "spec_head_draw": (2560, 5, 430, 3, 2),
+}
+MOST_US = {"gpt2-medium token": 860, "draft step": 190}
+
+
+def check_counts(kernels: list[dict[str, Any]]) -> None:
+    for kernel in kernels:
+        most = MOST.get(kernel["name"])
+        if most is not None:
+            in_a_block = (kernel["a_block"] or (0, 0))[0]
+            found = (
+                kernel["to_first_copy"],
+                kernel["levels"],
+                kernel["shuffles"],
+                in_a_block,
+                kernel["waves"],
+            )
+            assert all(one <= other for one, other in zip(found, most, strict=True)), (kernel["name"], found)
+
+
+def test_counts_do_not_creep_up(sums: dict[str, Any]) -> None:
+    kernels = sums["gpt2-medium token"]["kernels"]
+    assert MOST.keys() <= {kernel["name"] for kernel in kernels}
+    check_counts(kernels)
+    for name, most in MOST_US.items():
+        assert sums[name]["us"] <= most
+
+
+@pytest.mark.parametrize("name", ["to_first_copy", "levels", "shuffles", "waves"])
+def test_one_that_crept_up_would_be_noticed(sums: dict[str, Any], name: str) -> None:
+    kernels = [dict(kernel) for kernel in sums["gpt2-medium token"]["kernels"]]
+    for kernel in kernels:
+        if kernel[name] is not None:
+            kernel[name] += 40
+    with pytest.raises(AssertionError):
+        check_counts(kernels)
+
+
+def test_bytes_are_those_of_the_weights(sums: dict[str, Any]) -> None:
+    """gpt2-medium's 708 MB in float16, and the keys and values of 512 tokens."""
+    kernels = sums["gpt2-medium token"]["kernels"]
+    read = sum(kernel["count"] * kernel["num_bytes"] for kernel in kernels)
+    width, num_layers = 1024, 24
+    weights = 2 * width * (12 * width * num_layers + 50257)
+    assert read == weights + 2 * 2 * 512 * width * num_layers
