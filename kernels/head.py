@@ -47,9 +47,10 @@ def spec_head(
     prefetch_weight(weight_ptr, tl.minimum(columns, NUM_TOKENS - 1), 0, WEIGHT_STRIDE, PDL)
     wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
-    if tl.program_id(1) * BLOCK_M >= num_rows:
+    first_row = tl.program_id(1) * BLOCK_M
+    if first_row >= num_rows:
         return
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     logits = logit_tile(
         hidden_ptr,
@@ -60,8 +61,8 @@ def spec_head(
         weight_ptr,
         scale_ptr,
         bias_ptr,
-        rows,
-        row_mask,
+        first_row,
+        num_rows,
         columns,
         NUM_TOKENS,
         WIDTH,

@@ -77,9 +77,10 @@ def spec_parallel_norm_linear(
         prefetch_weight(first_weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
     wait(PDL)
     num_rows = count_rows(num_rows, num_rows_ptr)
-    if tl.program_id(1) * BLOCK_M >= num_rows:
+    first_row = tl.program_id(1) * BLOCK_M
+    if first_row >= num_rows:
         return
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
     if is_head:
         x = norm_multiply(
@@ -91,8 +92,8 @@ def spec_parallel_norm_linear(
             weight_ptr,
             scale_ptr,
             bias_ptr,
-            rows,
-            row_mask,
+            first_row,
+            num_rows,
             columns,
             WIDTH,
             WEIGHT_STRIDE,
@@ -132,8 +133,8 @@ def spec_parallel_norm_linear(
             mlp_weight_ptr,
             mlp_scale_ptr,
             mlp_bias_ptr,
-            rows,
-            row_mask,
+            first_row,
+            num_rows,
             columns,
             WIDTH,
             WEIGHT_STRIDE,

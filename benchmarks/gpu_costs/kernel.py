@@ -18,6 +18,7 @@ from gpu_costs import machine
 from gpu_costs.sass import Block, Instruction, longest_way, loops_on, parse, unroll
 from gpu_costs.schedule import load_levels, time_path
 from specengine.kernels.device.launch import Launch, ceil_div
+from specengine.kernels.device.linear import ROWS_AT_ONCE
 
 CAPABILITY = 90
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -204,14 +205,14 @@ def _in_a_block(code: Code) -> tuple[int, int] | None:
 
 
 def _trips(body: list[Block], launch: Launch, load: Load) -> int:
-    """How often a loop runs: over blocks of K, or over what moments are found in; any other once."""
+    """How often a loop runs: over blocks of K, or over groups of rows whose moments are found; any other once."""
     constants = launch.arguments
     if any(block.has(*_PRODUCTS) for block in body):
         if "BLOCK_K" not in constants:
             return 1  # attention: a split
         return ceil_div(ceil_div(constants["WIDTH"], constants["BLOCK_K"]), constants.get("SPLIT_K", 1))
     if "CHUNK" in constants and any(block.has("SHFL") for block in body):
-        return ceil_div(constants["WIDTH"], constants["CHUNK"])
+        return ceil_div(min(load.rows, constants["BLOCK_M"]), ROWS_AT_ONCE.value)
     return 1
 
 

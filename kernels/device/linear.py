@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specengine.kernels.device.launch import INTERPRETED
 from specengine.kernels.device.rounding import as_operand, round_to
 from specengine.kernels.types.grouped import GROUP_SIZE, GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 
-# Columns at a time in which a norm's mean and variance are found.
-STATISTICS_CHUNK = 256
+# Columns, and rows, at a time in which a norm's mean and variance are found: 32 of a thread's registers. One row to
+# four are what a token, a draft or a short verification has; each group more costs a program about a microsecond.
+STATISTICS_CHUNK = 1024
+ROWS_AT_ONCE = tl.constexpr(4)
 # In memory a weight row takes a multiple of this many elements, so that vectors of 16 bytes never straddle rows.
 ROW_MULTIPLE = 16
 
@@ -124,42 +127,64 @@ def count_rows(num_rows, num_rows_ptr):
 
 
 @triton.jit
-def mean_square(x_ptr, x_stride, rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
-    """1 / sqrt(mean x^2 + eps) of rows, `[BLOCK_M]`, chunk by chunk."""
-    squares = tl.zeros((rows.shape[0],), tl.float32)
-    columns = tl.arange(0, CHUNK)
-    for first in tl.range(0, WIDTH, CHUNK):
-        mask = row_mask[:, None] & (first + columns < WIDTH)[None, :]
-        x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * x_stride + (first + columns)[None, :], mask, other=0.0
-        )
-        squares += tl.sum(x * x, axis=1)
-    return 1.0 / tl.sqrt_rn(squares / WIDTH + eps)
-
-
-@triton.jit
-def row_moments(x_ptr, x_stride, rows, row_mask, WIDTH: tl.constexpr, CHUNK: tl.constexpr, eps):
-    """Mean and 1 / sqrt(var + eps) of rows, `[BLOCK_M]` each, chunk by chunk (Chan et al., 1983): one pass, and no
-    cancellation however far the mean is from zero."""
+def chunk_moments(
+    x_ptr, x_stride, rows, is_row, WIDTH: tl.constexpr, CHUNK: tl.constexpr, HAS_MEAN: tl.constexpr
+):
+    """Mean and mean square about it of rows, `[M]` each, chunk by chunk (Chan et al., 1983): one pass, and no
+    cancellation however far the mean is from zero. Without HAS_MEAN zero, and the mean square about zero."""
     mean = tl.zeros((rows.shape[0],), tl.float32)
     squares = tl.zeros((rows.shape[0],), tl.float32)
     columns = tl.arange(0, CHUNK)
-    for first in tl.range(0, WIDTH, CHUNK):
-        is_inside = first + columns < WIDTH
-        mask = row_mask[:, None] & is_inside[None, :]
-        x = tl.load(
-            x_ptr + rows[:, None].to(tl.int64) * x_stride + (first + columns)[None, :], mask, other=0.0
-        )
-        count = tl.minimum(WIDTH - first, CHUNK).to(tl.float32)
-        chunk_mean = tl.sum(x, axis=1) / count
-        centred = tl.where(is_inside[None, :], x - chunk_mean[:, None], 0.0)
-        chunk_squares = tl.sum(centred * centred, axis=1)
-        before = first + 0.0
-        total = before + count
-        delta = chunk_mean - mean
-        mean += delta * (count / total)
-        squares += chunk_squares + delta * delta * (before * count / total)
-    return mean, 1.0 / tl.sqrt_rn(squares / WIDTH + eps)
+    for first in tl.static_range(0, WIDTH, CHUNK):
+        count = tl.minimum(WIDTH - first, CHUNK)
+        is_inside = columns < count
+        at = rows[:, None].to(tl.int64) * x_stride + (first + columns)[None, :]
+        x = tl.load(x_ptr + at, is_row[:, None] & is_inside[None, :], other=0.0)
+        if HAS_MEAN:
+            weight = count.to(tl.float32)
+            share = weight / (first + weight)
+            chunk_mean = tl.sum(x, axis=1) / weight
+            centred = tl.where(is_inside[None, :], x - chunk_mean[:, None], 0.0)
+            delta = chunk_mean - mean
+            mean += delta * share
+            squares += tl.sum(centred * centred, axis=1) + delta * delta * (first * share)
+        else:
+            squares += tl.sum(x * x, axis=1)
+    return mean, squares / WIDTH
+
+
+@triton.jit
+def row_moments(
+    x_ptr,
+    x_stride,
+    first_row,
+    num_rows,
+    eps,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Mean and 1 / sqrt(var + eps) of the rows from first_row on, `[BLOCK_M]` each; without HAS_MEAN zero and
+    1 / sqrt(mean x^2 + eps). Only as many groups of rows are read as there are rows; of the others both are zero."""
+    ROWS: tl.constexpr = ROWS_AT_ONCE
+    mean = tl.zeros((BLOCK_M,), tl.float32)
+    inverse = tl.zeros((BLOCK_M,), tl.float32)
+    group = tl.arange(0, BLOCK_M) // ROWS
+    for first in tl.range(0, tl.minimum(num_rows - first_row, BLOCK_M), ROWS):
+        rows = first_row + first + tl.arange(0, ROWS)
+        own_mean, variance = chunk_moments(x_ptr, x_stride, rows, rows < num_rows, WIDTH, CHUNK, HAS_MEAN)
+        is_own = group == first // ROWS
+        inverse = tl.where(is_own, repeat(1.0 / tl.sqrt_rn(variance + eps), BLOCK_M), inverse)
+        if HAS_MEAN:
+            mean = tl.where(is_own, repeat(own_mean, BLOCK_M), mean)
+    return mean, inverse
+
+
+@triton.jit
+def repeat(x, LENGTH: tl.constexpr):
+    """x again and again, up to `[LENGTH]`."""
+    return tl.reshape(tl.broadcast_to(x[None, :], (LENGTH // x.shape[0], x.shape[0])), (LENGTH,))
 
 
 @triton.jit
@@ -185,6 +210,17 @@ def load_groups(weight_ptr, columns, k, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.c
 
 
 @triton.jit
+def keep_layout(x):
+    """x, fp32, behind which no work is moved: left to itself the compiler has every warp norm all of a tile."""
+    if INTERPRETED:
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def multiply_range(
     accumulator,
     x_ptr,
@@ -205,8 +241,8 @@ def multiply_range(
 ):
     """accumulator `[BLOCK_M, BLOCK_N]` fp32 + the rows times the weights of `columns`, over blocks of K in order.
 
-    norm_weight_ptr: None for rows as they are; else they are normed first, with `mean` (None without a bias) and
-                     `inverse`
+    norm_weight_ptr: None for rows as they are; else they are normed first, with `mean` (read where
+                     there is a bias) and `inverse`
     columns:         `[BLOCK_N]`, all within the weight
     """
     for block in tl.range(first_block, last_block):
@@ -230,6 +266,8 @@ def multiply_range(
                 x = (x - mean[:, None]) * inverse[:, None] * scale[None, :] + shift[None, :]
             else:
                 x = x * inverse[:, None] * scale[None, :]
+            if weight.dtype == tl.float16 or weight.dtype == tl.bfloat16:
+                x = keep_layout(x)
         if weight.dtype == tl.int8:
             not_finite = tl.sum(x * 0.0, axis=1)  # NaN where a row holds NaN or infinity, else 0
             size = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SIZE)
@@ -330,8 +368,8 @@ def norm_multiply(
     weight_ptr,
     scale_ptr,
     bias_ptr,
-    rows,
-    row_mask,
+    first_row,
+    num_rows,
     columns,
     WIDTH: tl.constexpr,
     WEIGHT_STRIDE: tl.constexpr,
@@ -340,12 +378,13 @@ def norm_multiply(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """norm(rows) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32; see `Norm`."""
-    if norm_bias_ptr is not None:
-        mean, inverse = row_moments(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
-    else:
-        mean = None
-        inverse = mean_square(hidden_ptr, hidden_stride, rows, row_mask, WIDTH, CHUNK, eps)
+    """norm(rows from first_row on) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32; see `Norm`."""
+    HAS_MEAN: tl.constexpr = norm_bias_ptr is not None
+    mean, inverse = row_moments(
+        hidden_ptr, hidden_stride, first_row, num_rows, eps, WIDTH, CHUNK, HAS_MEAN, BLOCK_M
+    )
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
     total = multiply_range(
         tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
         hidden_ptr,

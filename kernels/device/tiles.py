@@ -8,7 +8,7 @@ not in them gets a shape by rule.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,10 @@ from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil
 BLOCK_M = 16  # rows of every tile: one mma.sync tile, so that one row costs what sixteen do
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
 
+# Multiprocessors of an A100 and of an H200, and bytes of shared memory that each gives its programs.
+_MULTIPROCESSORS = {80: 108, 90: 132}
+_SHARED_BYTES = {80: 164 << 10, 90: 228 << 10}
+_RESERVED_BYTES = 1 << 10  # of each program's, for the system
 # Enough programs that every multiprocessor has one or two.
 _WANTED_PROGRAMS = {80: 216, 90: 264}
 # Of weights, in each program: what memory delivers in the time that it takes to answer, over the programs.
@@ -87,11 +91,11 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
     if op == "head":
         if is_exact and capability == 80:
             block_k = 32  # deeper tiles spill there
-        is_ragged = in_features % block_k != 0
-        if capability == 90 and not is_exact and (dtype == torch.int8 or is_ragged):
-            # Left to itself, ptxas keeps to 128 registers at the price of a spill (gpt2-xl, SmolLM2-135M).
-            return Tile(128, block_k, num_stages=3, max_registers=168)
-        return Tile(128, block_k, num_warps=8 if is_exact and capability == 90 else 4, num_stages=3)
+        if capability == 90:
+            # Left to itself, ptxas keeps to 128 or 168 registers at the price of a spill. As many programs fit either
+            # way.
+            return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3, max_registers=200)
+        return Tile(128, block_k, num_stages=3)
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
     split_k = 1
@@ -101,5 +105,20 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
             if ceil_div(out_features, block_n) * split_k >= wanted:
                 break
             split_k *= 2
-    num_stages = 1 + _BYTES_IN_FLIGHT // (block_n * block_k * dtype.itemsize)
-    return Tile(block_n, block_k, split_k, num_stages=max(3, min(num_stages, 6)))
+    num_stages = max(3, min(1 + _BYTES_IN_FLIGHT // (block_n * block_k * dtype.itemsize), 6))
+    tile = Tile(block_n, block_k, split_k, num_stages=num_stages)
+    # Fewer stages where all programs then run at once: the last of two waves leaves most of the GPU idle.
+    resident = ceil_div(ceil_div(out_features, block_n) * split_k, _MULTIPROCESSORS[capability])
+    shapes = [replace(tile, num_stages=stages) for stages in range(num_stages, 2, -1)]
+    fit = [each for each in shapes if resident * _shared_bytes(op, each, dtype) <= _SHARED_BYTES[capability]]
+    return fit[0] if fit else tile
+
+
+def _shared_bytes(op: str, tile: Tile, dtype: torch.dtype) -> int:
+    """Shared memory of a program: the weights and fp32 rows of the stages under way, what norms are made of, and the
+    tile that is multiplied."""
+    columns = tile.block_n * dtype.itemsize + BLOCK_M * 4
+    if op != "linear_residual":
+        columns += 2 * 4
+    multiplied = 0 if op == "linear_residual" else BLOCK_M * tile.block_k * max(2, dtype.itemsize)
+    return (tile.num_stages - 1) * tile.block_k * columns + multiplied + _RESERVED_BYTES
