@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,14 @@ from specengine.engine import Engine, assembly
 from specengine.fetched import find_fetched
 from specengine.ops.backend import Backend
 
+# What tests of the server need, and a machine without network may lack (docs/gpu.md).
+MISSING_FOR_SERVER = [
+    name
+    for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "schemathesis", "yaml")
+    if find_spec(name) is None
+]
+collect_ignore = ["server"] if MISSING_FOR_SERVER else []
+
 torch.set_num_threads(1)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Shells start what is in the background so, and programs inherit it; tests press Ctrl-C.
@@ -39,6 +48,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 if kernel_cases.DEVICE.type == "cpu":
     patch_once_a_launch()
 markers.watch_launches()
+
+
+def pytest_report_header() -> list[str]:
+    """What is left out."""
+    missing = ", ".join(MISSING_FOR_SERVER)
+    return [f"tests/server is left out: there is no {missing}"] if missing else []
 
 
 @pytest.hookimpl(wrapper=True)
