@@ -256,7 +256,7 @@ class SamplingParams:
         flags=("-k",),
         aliases=("num_assistant_tokens",),
     )
-    drafted_by: str | None = option(
+    only_drafter: str | None = option(
         None,
         Text(),
         "of several drafters the only one that drafts for it, by the name that the engine was given",

@@ -65,7 +65,7 @@ class SamplingOptions(TypedDict, total=False):
     """independent samples. Default: 1."""
     num_speculative_tokens: int | str
     """draft tokens a round. Default: 'auto'."""
-    drafted_by: str | None
+    only_drafter: str | None
     """of several drafters the only one that drafts for it, by the name that the engine was given. Default: None."""
     draft_confidence: float
     """a draft model stops before a token of which it is less certain; 0 turns it off. Default: 0.0."""

@@ -18,6 +18,7 @@ from chat_templates import CHATML, LLAMA_2, LLAMA_3, MISTRAL, TEMPLATES, save_ch
 import specengine
 from specengine import ChatTemplateError, Engine, ModelLoadError, SamplingParams, conversations
 from specengine.conversations import ChatTemplate, advised_sampling, check_conversations
+from specengine.engine import rounds
 from specengine.models.checkpoints import open_checkpoint
 from specengine.template_worker import MAX_ADDRESS_SPACE
 from specengine.tokenizer import Tokenizer
@@ -289,7 +290,7 @@ def test_one_conversation_or_several() -> None:
 # Answers
 
 
-def test_a_chat_is_its_prompt_continued(engine: Engine, model: Path) -> None:
+def test_a_chat_is_its_prompt_continued(engine: Engine, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"max_new_tokens": 12, "ignore_eos": True}
     both = engine.chat([TALK, [USER]], **options)
     assert isinstance(both, list)
@@ -306,6 +307,7 @@ def test_a_chat_is_its_prompt_continued(engine: Engine, model: Path) -> None:
     for event in streamed:
         text[event.index] += event.text_delta
     assert text == [both[0].text, both[1].text]
+    monkeypatch.setattr(rounds, "_MAX_UNREAD_SECONDS", 60.0)
     seldom = list(engine.stream_chat(TALK, stream_interval=8, **options))
     assert "".join(event.text_delta for event in seldom) == both[0].text
     assert len(seldom) < len(list(engine.stream_chat(TALK, **options)))

@@ -539,11 +539,11 @@ def test_a_request_is_drafted_for_by_the_one_it_names(
         def note(sequences: list[Any], *, max_rounds: int = 1) -> int:
             for sequence in sequences:
                 if sequence.max_draft_tokens > 0:
-                    used[sequence.params.drafted_by].add(engine._drafter.ways[sequence.way].part)  # type: ignore[union-attr]
+                    used[sequence.params.only_drafter].add(engine._drafter.ways[sequence.way].part)  # type: ignore[union-attr]
             return launch(sequences, max_rounds=max_rounds)
 
         monkeypatch.setattr(engine._rounds, "launch", note)
-        params = [SamplingParams(**options, drafted_by=name) for name in names]
+        params = [SamplingParams(**options, only_drafter=name) for name in names]
         for given in ([0, 1, 2], [0], [1], [0, 1]):
             results = engine.generate([prompts[i] for i in given], [params[i] for i in given])
             assert isinstance(results, list)
@@ -552,9 +552,9 @@ def test_a_request_is_drafted_for_by_the_one_it_names(
         assert used[draft] == {0}
         assert used["suffix"] == {1}
         with pytest.raises(
-            ValueError, match=f"drafted_by='other' is none of this engine's: '{draft}', 'suffix'"
+            ValueError, match=f"only_drafter='other' is none of this engine's: '{draft}', 'suffix'"
         ):
-            engine.generate(prompts[0], drafted_by="other")
+            engine.generate(prompts[0], only_drafter="other")
 
 
 def test_where_one_drafts_its_name_may_be_given(
@@ -562,6 +562,6 @@ def test_where_one_drafts_its_name_may_be_given(
 ) -> None:
     engine = build_engine(checkpoint("gpt2", seed=9), "suffix")
     prompt = make_prompt(6)
-    assert_same(engine.generate(prompt, drafted_by="suffix"), engine.generate(prompt))
+    assert_same(engine.generate(prompt, only_drafter="suffix"), engine.generate(prompt))
     with pytest.raises(ValueError, match="is none of this engine's: none"):
-        build_engine(checkpoint("gpt2", seed=9)).generate(prompt, drafted_by="suffix")
+        build_engine(checkpoint("gpt2", seed=9)).generate(prompt, only_drafter="suffix")

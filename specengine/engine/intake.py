@@ -137,9 +137,9 @@ class Intake:
             raise ValueError(
                 f"num_speculative_tokens={params.num_speculative_tokens} needs a draft_model; this engine has none"
             )
-        if params.drafted_by is not None and params.drafted_by not in self._drafter_names:
+        if params.only_drafter is not None and params.only_drafter not in self._drafter_names:
             known = ", ".join(map(repr, self._drafter_names)) or "none"
-            raise ValueError(f"drafted_by={params.drafted_by!r} is none of this engine's: {known}")
+            raise ValueError(f"only_drafter={params.only_drafter!r} is none of this engine's: {known}")
         for name, token_ids in (
             ("stop_token_ids", params.stop_token_ids),
             ("logit_bias token id", [token for token, _ in params.logit_bias]),
@@ -239,9 +239,9 @@ class Intake:
             eos_token_ids=() if params.ignore_eos else eos,
             banned_until=len(request.prompt_ids) + params.min_new_tokens,
         )
-        if params.drafted_by is not None and len(self._drafter_names) > 1:
+        if params.only_drafter is not None and len(self._drafter_names) > 1:
             # The way of a drafter alone has its place.
-            sequence.part = sequence.way = self._drafter_names.index(params.drafted_by)
+            sequence.part = sequence.way = self._drafter_names.index(params.only_drafter)
             sequence.num_own_drafts = num_draft
         return sequence
 

@@ -147,14 +147,14 @@ def _kind(name: str) -> kinds.Kind:
 # Options of the library that requests have under another name, with other limits, or not at all.
 _OTHERWISE = {
     *("max_new_tokens", "min_new_tokens", "logits_processor", "logprobs", "prompt_logprobs", "n"),
-    *("stop", "logit_bias", "top_k", "drafted_by"),
+    *("stop", "logit_bias", "top_k", "only_drafter"),
 }
 _MAX_TOKENS = kinds.Integer(0, MAX_NEW_TOKENS)
 # By field: the library's option that it is.
 _OPTION_OF = {name: name for name in _DECLARED if name not in _OTHERWISE} | {
     **{name: name for name in ("n", "stop", "logit_bias", "top_k")},
     "min_tokens": "min_new_tokens",
-    "draft_model": "drafted_by",
+    "draft_model": "only_drafter",
 }
 _sampling_fields: dict[str, Any] = {
     name: (_of_kind(name, _kind(name), declaration(_DECLARED[name]).help), None)
@@ -174,7 +174,7 @@ _sampling_fields: dict[str, Any] = {
         None,
     ),
     "draft_model": (
-        _of_kind("draft_model", _kind("drafted_by"), declaration(_DECLARED["drafted_by"]).help),
+        _of_kind("draft_model", _kind("only_drafter"), declaration(_DECLARED["only_drafter"]).help),
         None,
     ),
     "min_tokens": (_of_kind("min_tokens", _MAX_TOKENS, declaration(_DECLARED["min_new_tokens"]).help), None),
