@@ -54,6 +54,7 @@ class Metrics:
             ["model_name", "position"],
             registry=self._registry,
         )
+        self._num_accepted_at.labels(model_name, "0")  # there before anything was accepted
         self._rollback_blocks = counter(
             "rollback_blocks",
             "KV positions that rejected drafts had taken, in blocks: (draft_tokens - accepted_tokens) / block size; a "
