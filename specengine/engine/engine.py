@@ -382,11 +382,11 @@ class Engine:
         streamer: Callable[[StreamEvent], object] | None,
     ) -> GenerationResult | list[GenerationResult]:
         results: list[GenerationResult | None] = [None] * len(requests)
-        num_done = 0
+        num_done, interval = 0, 1 if streamer is not None else MAX_ROUNDS_UNREAD
         title = f"generating ({self.target_name})"
         with (
             progress_bar(title, "prompts", enabled=False if is_single else progress) as update,
-            closing(self._events(requests, 1 if streamer is not None else MAX_ROUNDS_UNREAD)) as events,
+            closing(self._events(_spaced(requests, interval))) as events,
         ):
             for event in events:
                 if streamer is not None:
@@ -415,8 +415,7 @@ class Engine:
 
         Arguments are checked at once; the requests are queued when the first event is asked for.
         """
-        requests = self.build_requests(prompts, params, stream_interval=stream_interval, **sampling)
-        return self._events(requests, stream_interval)
+        return self._events(self.build_requests(prompts, params, stream_interval=stream_interval, **sampling))
 
     @property
     def chat_template(self) -> str | None:
@@ -465,7 +464,7 @@ class Engine:
         """The generator twin of `chat`, as `stream` is that of `generate`."""
         _check_interval(stream_interval)
         requests, _ = self._build_chat(messages, params, dict(options))
-        return self._events(requests, stream_interval)
+        return self._events(_spaced(requests, stream_interval))
 
     def advised_sampling(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """What the model's generation_config.json adds to these options of a conversation; the result of `chat` tells
@@ -529,10 +528,7 @@ class Engine:
         """
         self._check_open()
         _check_interval(stream_interval)
-        requests = self._intake.build_requests(prompts, params, dict(sampling))
-        for request in requests:
-            request.stream_interval = stream_interval
-        return requests
+        return _spaced(self._intake.build_requests(prompts, params, dict(sampling)), stream_interval)
 
     def add_request(self, prompt: Prompt | Request, params: SamplingParams | None = None) -> int:
         """Queues one prompt, or what `build_requests` made of it, for `step` and returns its request id."""
@@ -688,12 +684,8 @@ class Engine:
                 self._lock.release()
             self._tell_waiting()
 
-    def _events(
-        self, requests: list[Request], stream_interval: int = 1
-    ) -> Generator[StreamEvent, None, None]:
+    def _events(self, requests: list[Request]) -> Generator[StreamEvent, None, None]:
         outbox = Outbox()
-        for request in requests:
-            request.stream_interval = stream_interval
         try:
             self._queue(outbox, requests)
             while True:
@@ -713,3 +705,9 @@ class Engine:
 def _check_interval(stream_interval: Any) -> None:
     if isinstance(stream_interval, bool) or not isinstance(stream_interval, int) or stream_interval < 1:
         raise ValueError(f"stream_interval={stream_interval!r}: expected an integer of 1 or more")
+
+
+def _spaced(requests: list[Request], stream_interval: int) -> list[Request]:
+    for request in requests:
+        request.stream_interval = stream_interval
+    return requests

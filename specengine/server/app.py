@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from specengine.server.answers import Writer
-from specengine.server.endpoints import endpoint_of
+from specengine.server.endpoints import ENDPOINTS
 from specengine.server.errors import ApiError, explain_invalid
 from specengine.server.middleware import OPEN_PATHS, Gate
 from specengine.server.page import PATHS, add_page
@@ -190,7 +190,7 @@ def _add_generation_routes(app: FastAPI, service: Service) -> None:
 
 async def _generate(service: Service, request: Request, body: CompletionRequest | ChatRequest) -> Response:
     service.check_model(body.model)
-    endpoint = endpoint_of(body)
+    endpoint = ENDPOINTS[request.scope["path"]]
     visit = service.open(endpoint.num_prompts(body), body.n, timeout=body.timeout, streams=body.stream)
     answer: Response | None = None
     try:

@@ -34,8 +34,3 @@ ENDPOINTS = {
     "/v1/completions": Endpoint(CompletionRequest, lambda body: len(body.prompt), begin_completion),
     "/v1/chat/completions": Endpoint(ChatRequest, lambda body: 1, begin_chat),
 }
-
-
-def endpoint_of(body: CompletionRequest | ChatRequest) -> Endpoint:
-    """The one whose body it is."""
-    return next(each for each in ENDPOINTS.values() if isinstance(body, each.body))
