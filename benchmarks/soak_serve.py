@@ -5,8 +5,11 @@
 
 `specengine serve` runs as a process of its own with room for half of the clients; each client asks again and again,
 waits when it is told to (429), leaves early now and then in the middle of a stream, and now and then sends what is no
-request. At the end: no answer was 5xx, every request that was taken was finished or left by its client, the server
-holds as many files and blocks as at the start, its memory stopped growing, and a sample of the texts is the library's.
+request. Before that, first tokens are timed with and without a thousand connections that say nothing.
+
+At the end: no answer was 5xx, every request that was taken was finished or left by its client, the server
+holds as many files and blocks as at the start, its memory stopped growing, a sample of the texts is the library's, and
+of a hundred first tokens the slowest but one was not half as slow again beside idle connections.
 
 Exits with 1 if any of that does not hold.
 """
@@ -18,6 +21,7 @@ import asyncio
 import json
 import random
 import re
+import resource
 import signal
 import statistics
 import subprocess
@@ -50,6 +54,9 @@ MALFORMED_BODIES: tuple[Any, ...] = (
 )
 STARTUP_SECONDS = 120.0
 MOST_SLOPE = 1.0  # MiB for each 10,000 requests
+# Connections that say nothing, how often first tokens are timed with and without them in turn, and how many each time.
+NUM_IDLE, NUM_TURNS, NUM_TIMED = 1000, 4, 50
+MOST_IDLE_COST = 1.5  # 99th percentile of first tokens, beside them and alone
 
 
 @dataclass
@@ -222,7 +229,12 @@ async def soak(server: Server, given: argparse.Namespace) -> tuple[Tally, dict[s
         # Each way once, so that what is made on first use is there.
         for k in (0, 4):
             await client.post("/v1/completions", json={"prompt": "x", "num_speculative_tokens": k})
-        held = {"files": server.num_files, "blocks": await read_metric(client, "kv_cache_usage_perc")}
+        idle = await time_beside_idle(server, client)
+        held = {
+            "first_token_p99_ms": idle,
+            "files": server.num_files,
+            "blocks": await read_metric(client, "kv_cache_usage_perc"),
+        }
         tally = Tally()
         deadline = time.monotonic() + given.seconds
 
@@ -252,6 +264,34 @@ async def soak(server: Server, given: argparse.Namespace) -> tuple[Tally, dict[s
     await asyncio.sleep(1.0)  # connections that were closed
     held["files_after"] = server.num_files
     return tally, held
+
+
+async def time_beside_idle(server: Server, client: httpx.AsyncClient) -> dict[str, float]:
+    """Milliseconds, 99th percentiles of first tokens: alone, and beside connections that say little or nothing."""
+    host, port = server.url.removeprefix("http://").split(":")
+    took: dict[str, list[float]] = {"alone": [], "beside": []}
+
+    async def time_first_tokens(times: list[float]) -> None:
+        for _ in range(NUM_TIMED):
+            began = time.monotonic()
+            (await client.post("/v1/completions", json={"prompt": "x", "max_tokens": 1})).raise_for_status()
+            times.append(time.monotonic() - began)
+
+    async def speak_slowly(writer: asyncio.StreamWriter) -> None:
+        for byte in b"GET /health HTTP/1.1\r\nX-Slow: " + b"x" * 60:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(1.0)
+
+    for _ in range(NUM_TURNS):
+        await time_first_tokens(took["alone"])
+        idle = [await asyncio.open_connection(host, int(port)) for _ in range(NUM_IDLE)]
+        speaking = asyncio.create_task(speak_slowly(idle[0][1]))
+        await time_first_tokens(took["beside"])
+        speaking.cancel()
+        for _, writer in idle:
+            writer.close()
+    await asyncio.sleep(1.0)  # connections that were closed
+    return {name: round(1e3 * statistics.quantiles(times, n=100)[98], 1) for name, times in took.items()}
 
 
 async def read_metric(client: httpx.AsyncClient, name: str) -> float:
@@ -294,6 +334,8 @@ def main() -> int:
     given = parser.parse_args()
     if given.clients < 4 or given.seconds <= 0 or given.max_num_seqs < 1:
         parser.error("at least 4 clients, 1 sequence, and some seconds")
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
     server = Server(given)
     try:
         tally, held = asyncio.run(soak(server, given))
@@ -328,6 +370,11 @@ def main() -> int:
         *([] if held["files_after"] <= held["files"] else ["files are left open"]),
         *([] if held["is_idle"] and held["blocks_after"] == held["blocks"] else ["blocks are left"]),
         *([] if slope <= MOST_SLOPE else ["memory grows"]),
+        *(
+            []
+            if held["first_token_p99_ms"]["beside"] <= MOST_IDLE_COST * held["first_token_p99_ms"]["alone"]
+            else ["idle connections slow others"]
+        ),
         *([] if num_wrong == 0 and tally.samples else ["texts are not the library's"]),
         *([] if exit_status == 0 else [f"the server ended with {exit_status}"]),
     ]

@@ -177,11 +177,14 @@ def test_a_request_that_can_never_fit_is_told_the_limit(server: Running, start: 
         (server, {"prompt": [5] * 5000}, wanted),
         (small, {"prompt": [5] * 40, "max_tokens": 60}, "the engine has 19"),
     ]:
-        began = time.monotonic()
-        status, answer = where.post("/v1/completions", body)
-        assert status == 400
-        assert limit in answer["error"]["message"], answer
-        assert time.monotonic() - began < 1.0
+        took = []
+        for _ in range(5):
+            began = time.monotonic()
+            status, answer = where.post("/v1/completions", body)
+            took.append(time.monotonic() - began)
+            assert status == 400
+            assert limit in answer["error"]["message"], answer
+        assert sorted(took)[len(took) // 2] < 0.1
 
 
 def test_requests_of_several_times_the_pool_take_turns(start: Start, library: Engine) -> None:
@@ -231,7 +234,10 @@ def test_a_request_ends_when_its_time_is_over(start: Start, stream: bool) -> Non
 def test_slow_headers_time_out_and_idle_connections_hurt_nobody(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R6: a byte at a time, a thousand that say nothing, and one that says half of a second request."""
+    """R6: a byte at a time, a thousand that say nothing, and one that says half of a second request.
+
+    That the slowest answers do not become slower either, benchmarks/soak_serve.py shows.
+    """
     monkeypatch.setattr(run, "MAX_HEADER_SECONDS", 2.0)
     server = start()
 
