@@ -69,12 +69,13 @@ def check_bool(name: str, value: object) -> bool:
 
 def check_text(name: str, value: str) -> str:
     """Refuses what no UTF-8 can hold, by its place: half of a surrogate pair, as bytes that are no UTF-8 become."""
-    for place, character in enumerate(value):
-        if "\ud800" <= character <= "\udfff":
-            raise ValueError(
-                f"{name} must be text, got {character!r} at position {place}: half of a surrogate pair, or a byte "
-                "that is no UTF-8"
-            )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} must be text, got {value[error.start]!r} at position {error.start}: half of a surrogate pair, or "
+            "a byte that is no UTF-8"
+        ) from None
     return value
 
 

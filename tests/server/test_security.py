@@ -56,7 +56,7 @@ def unharmed(server: Running) -> Iterator[None]:
         yield
     assert resident_bytes() - before < 50 * MEGABYTE
     assert watch.worked < 0.25
-    assert watch.passed < 1.0  # the machine may have other things to do
+    assert watch.passed < 2.0  # the machine may have other things to do
     server.check_alive()
     server.check_clean()
 
