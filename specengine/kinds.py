@@ -46,6 +46,18 @@ def check_int(name: str, value: object, low: int, high: int) -> int:
     return number
 
 
+def check_ids(name: str, ids: Sequence[Any], high: int = MAX_TOKEN_ID) -> list[int]:
+    """`ids` as ints in [0, high]; as `check_int` where one is not, naming its place."""
+    # The same at the speed of C, for Python's own ints: there may be hundreds of thousands.
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= high:
+        return list(ids)
+    checked = []
+    for place, each in enumerate(ids):
+        is_right = type(each) is int and 0 <= each <= high
+        checked.append(each if is_right else check_int(f"{name}[{place}]", each, 0, high))
+    return checked
+
+
 def check_number(name: str, value: object) -> float:
     """`value` as a finite float; TypeError or ValueError naming parameter and value otherwise."""
     if isinstance(value, bool | str | bytes):
@@ -429,7 +441,7 @@ class BadWords(Repeated):
             )
         if isinstance(word, str):
             return check_text(name, word)
-        return tuple(check_int(f"{name} token id", token_id, 0, MAX_TOKEN_ID) for token_id in word)
+        return tuple(check_ids(name, word))
 
     def parse(self, text: str) -> Any:
         return unescape(text)
@@ -446,7 +458,7 @@ class TokenIds(Repeated):
         if value is None:
             return ()
         ids = value if isinstance(value, Sequence | set | frozenset) else (value,)
-        return tuple(sorted({check_int(name, token_id, 0, MAX_TOKEN_ID) for token_id in ids}))
+        return tuple(sorted(set(check_ids(name, tuple(ids)))))
 
     def parse(self, text: str) -> Any:
         return Integer(0, MAX_TOKEN_ID).parse(text)

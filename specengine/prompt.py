@@ -6,7 +6,7 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from specengine.kinds import check_int, check_text
+from specengine.kinds import check_ids, check_text
 
 Prompt = str | Sequence[int]
 MAX_NUM_IDS = 2**31
@@ -51,7 +51,7 @@ def check_prompt(name: str, prompt: object, *, num_ids: int = MAX_NUM_IDS) -> st
 def _check_ids(name: str, ids: list[Any], num_ids: int) -> list[int]:
     if not ids:
         raise ValueError(f"{name} must not be empty, got []")
-    return [check_int(f"{name}[{place}]", token_id, 0, num_ids - 1) for place, token_id in enumerate(ids)]
+    return check_ids(name, ids, num_ids - 1)
 
 
 def _as_list(name: str, value: object) -> list[Any]:
@@ -61,7 +61,8 @@ def _as_list(name: str, value: object) -> list[Any]:
         raise TypeError(
             f"{name} must be a string, a list of token ids or a list of these, got {reprlib.repr(value)}"
         )
-    return [_plain(item) for item in converted]
+    items = list(converted)
+    return items if set(map(type, items)) == {int} else [_plain(item) for item in items]
 
 
 def _plain(value: Any) -> Any:

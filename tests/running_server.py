@@ -7,6 +7,7 @@ with Running(model, draft) as server:
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.client
 import json
 import resource
@@ -74,6 +75,7 @@ class Running:
         self.server.should_exit = True
         self._thread.join(PATIENCE_SECONDS)
         assert not self._thread.is_alive(), "the server did not end"
+        gc.unfreeze()
 
     def ready(self) -> Running:
         wait_until(lambda: self.service.is_ready)

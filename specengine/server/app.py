@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
@@ -29,6 +30,7 @@ from specengine.server.service import Service, Visit, in_thread
 from specengine.tokenizer import Tokenizer
 
 _log = logging.getLogger("specengine.server")
+_LARGE_TEXT = 100_000  # characters
 
 
 class ErrorDetail(BaseModel):
@@ -141,6 +143,9 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:
+    # A text of two million characters takes a hundred times as much memory while it is worked on: one at a time.
+    one_at_a_time = anyio.CapacityLimiter(1)
+
     @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
         """The token ids of a text, or of a conversation."""
@@ -151,9 +156,12 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             if body.messages is not None:
                 return engine.apply_chat_template(body.messages)
             text = body.prompt or ""
-            return tokenizer.encode(text) if body.add_special_tokens else tokenizer.encode_part(text)
+            tokens = tokenizer.encode(text) if body.add_special_tokens else tokenizer.encode_part(text)
+            if len(text) > _LARGE_TEXT:
+                _return_memory()
+            return tokens
 
-        tokens = await in_thread(encode)
+        tokens = await in_thread(encode, limiter=one_at_a_time)
         return {"count": len(tokens), "max_model_len": engine.max_seq_len, "tokens": tokens}
 
     @app.post("/detokenize")
@@ -161,12 +169,16 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
         """The text of token ids."""
         engine, tokenizer = service.engine, _tokenizer(service)
         service.check_model(body.model)
-        for token in body.tokens:
-            if token >= engine.vocab_size:
-                raise ApiError(
-                    400, f"token id {token} is outside 0 … {engine.vocab_size - 1}", param="tokens"
-                )
-        return {"prompt": await in_thread(lambda: tokenizer.decode(body.tokens))}
+        largest = max(body.tokens, default=0)
+        if largest >= engine.vocab_size:
+            raise ApiError(400, f"token id {largest} is outside 0 … {engine.vocab_size - 1}", param="tokens")
+        return {"prompt": await in_thread(lambda: tokenizer.decode(body.tokens), limiter=one_at_a_time)}
+
+
+def _return_memory() -> None:
+    """What large texts took goes back to the system; glibc would keep it."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _tokenizer(service: Service) -> Tokenizer:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import resource
 import socket
@@ -127,8 +128,15 @@ def build_server(service: Service) -> Server:
     def give_up() -> None:
         server.should_exit = True
 
-    service.on_failed = give_up
+    service.on_ready, service.on_failed = _freeze_heap, give_up
     return server
+
+
+def _freeze_heap() -> None:
+    """What is there when the model is loaded stays: collections of garbage, each of which stops everybody, need not go
+    through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def listen(options: ServerOptions) -> socket.socket:

@@ -23,6 +23,7 @@ from specengine.prompt import check_prompts
 from specengine.server.options import MAX_NUM_BIASED_TOKENS, MAX_NUM_SAMPLES, MAX_NUM_STOP_STRINGS
 
 MAX_NUM_PROMPTS = 4096
+MAX_NUM_MESSAGES = 4096
 DEFAULT_MAX_TOKENS = 16
 _Json = dict[str, Any]
 
@@ -242,10 +243,9 @@ class _Generating(_Sampling):  # type: ignore[misc]
 
 
 def _check_prompt(value: Any) -> list[Any]:
-    prompts, _ = check_prompts(value)
-    if len(prompts) > MAX_NUM_PROMPTS:
-        raise ValueError(f"prompt must hold at most {MAX_NUM_PROMPTS} prompts, got {len(prompts)}")
-    return prompts
+    if isinstance(value, list) and len(value) > MAX_NUM_PROMPTS and isinstance(value[0], str | list):
+        raise ValueError(f"prompt must hold at most {MAX_NUM_PROMPTS} prompts, got {len(value)}")
+    return check_prompts(value)[0]
 
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -303,6 +303,8 @@ class CompletionRequest(_Generating):
 
 
 def _check_messages(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > MAX_NUM_MESSAGES:
+        raise ValueError(f"messages must hold at most {MAX_NUM_MESSAGES} messages, got {len(value)}")
     conversations, is_single = check_conversations(value)
     if not is_single:
         raise ValueError("messages must be one conversation: a list of messages")
@@ -312,6 +314,7 @@ def _check_messages(value: Any) -> Any:
 _MESSAGES: _Json = {
     "type": "array",
     "minItems": 1,
+    "maxItems": MAX_NUM_MESSAGES,
     "items": {
         "type": "object",
         "required": ["role", "content"],
@@ -379,4 +382,4 @@ class DetokenizeRequest(_Body):
 def _check_ids(value: Any) -> list[int]:
     if not isinstance(value, list):
         raise TypeError(f"tokens must be a list of token ids, got {shorten(value)}")
-    return [kinds.check_int(f"tokens[{i}]", each, 0, kinds.MAX_TOKEN_ID) for i, each in enumerate(value)]
+    return kinds.check_ids("tokens", value)

@@ -29,10 +29,15 @@ _MAX_RETRY_AFTER = 60
 _Value = TypeVar("_Value")
 
 
-async def in_thread(function: Callable[[], _Value]) -> _Value:
-    """What takes long leaves the event loop alone; what the library refuses is the client's error."""
+async def in_thread(
+    function: Callable[[], _Value], *, limiter: anyio.CapacityLimiter | None = None
+) -> _Value:
+    """What takes long leaves the event loop alone; what the library refuses is the client's error.
+
+    limiter: how many of these may run at once
+    """
     try:
-        return await anyio.to_thread.run_sync(function)
+        return await anyio.to_thread.run_sync(function, limiter=limiter)
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error)) from None
 
@@ -41,6 +46,7 @@ class Service:
     """An engine that serves, from before it is loaded until it is drained.
 
     build:     makes the engine, in the thread that steps it
+    on_ready:  called when it is there
     failure:   why it could not be made
     on_failed: called then
     """
@@ -50,6 +56,7 @@ class Service:
         self.model_name = options.served_model_name or model_name
         self.metrics = Metrics(self.model_name)
         self.failure: BaseException | None = None
+        self.on_ready: Callable[[], object] = lambda: None
         self.on_failed: Callable[[], object] = lambda: None
         self.is_draining = False
         self.created = int(time.time())
@@ -167,6 +174,7 @@ class Service:
         self._engine = engine
         self.metrics.watch(engine)
         draft = f", drafted for by {engine.draft_name}" if engine.has_drafter else ""
+        self.on_ready()
         _log.info("ready: %s%s, context of %d tokens", self.model_name, draft, engine.max_seq_len)
 
     def _fail(self, error: BaseException) -> None:

@@ -169,6 +169,27 @@ def test_many_errors_are_one(server: Running) -> None:
     refused(server, {f"field{i}": 1 for i in range(50_000)})
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (COMPLETIONS, {"prompt": [5] * 600_000}, 400),
+        (COMPLETIONS, {"prompt": [5] * 400_000 + [True]}, 400),
+        (COMPLETIONS, {"prompt": [[5]] * 400_000}, 400),
+        (COMPLETIONS, {"prompt": ["a"] * 400_000}, 400),
+        (COMPLETIONS, {"prompt": "x", "stop_token_ids": [5] * 600_000, "max_tokens": 1}, 200),
+        (COMPLETIONS, {"prompt": "x", "bad_words": [[5] * 256] * 1024, "max_tokens": 1}, 200),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}] * 40_000}, 400),
+        (CHAT, {"messages": [{"role": "user", "content": "a" * 1_900_000}]}, 400),
+        ("/tokenize", {"prompt": "a" * 600_000}, 200),
+        ("/detokenize", {"tokens": [5] * 200_000}, 200),
+    ],
+    ids=range(10),
+)
+def test_large_bodies_hold_nobody_up(server: Running, path: str, body: Any, status: int) -> None:
+    """As large as a body may be. (How long the loop was busy with it, `unharmed` looks at.)"""
+    assert server.post(path, body)[0] == status
+
+
 # Programs and places in a request
 
 
