@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from specengine.cli.exits import complain
 from specengine.cli.options import takes
-from specengine.cli.serve import needs_serving
+from specengine.cli.serving import needs
 from specengine.config import EngineConfig, ModelOptions
 from specengine.progress import progress_bar
 from specengine.server.options import ServerOptions
@@ -32,15 +31,18 @@ def run_batch(
     Answers are written in order, each once. Run again, whatever ended the last run, it goes on where OUT ends. A
     request that cannot be answered has an error as its answer.
     """
-    from specengine.call import prepare_engine
+    with needs("serve", what="serving"):
+        from specengine.server.batch import (
+            answering,
+            count_answered,
+            open_output,
+            read_ids,
+            read_lines,
+            write_answers,
+        )
+        from specengine.server.build import build_service
 
-    call = prepare_engine(options)
-    with needs_serving():
-        from specengine.server.batch import count_answered, open_output, read_ids
-        from specengine.server.batch import run_batch as run
-        from specengine.server.service import Service
-    from specengine.engine import Engine
-
+    service = build_service(options, ServerOptions(request_timeout=_MAX_SECONDS))
     ids = read_ids(requests)
     with open_output(answers) as output:
         num_before = count_answered(output, ids, answers)
@@ -49,32 +51,17 @@ def run_batch(
             return
         if num_before:
             complain(f"{answers}: {num_before} of {len(ids)} requests are answered; going on")
-
-        def build() -> Engine:
-            return Engine(call.model, call.draft_model, config=call.config, progress=False)
-
-        async def answer_all() -> int:
-            name = options.get("model")
-            service = Service(
-                build,
-                ServerOptions(request_timeout=_MAX_SECONDS),
-                model_name="specengine" if name is None else str(name),
+        lines = read_lines(requests, skip=num_before)
+        with (
+            answering(service, seed=seed) as answer,
+            progress_bar("answering", "requests", enabled=None) as update,
+        ):
+            num_failed = write_answers(
+                answer(lines),
+                output,
+                on_progress=update,
+                num_before=num_before,
+                num_requests=len(ids),
             )
-            service.start()
-            try:
-                with progress_bar("answering", "requests", enabled=None) as update:
-                    return await run(
-                        service,
-                        requests,
-                        output,
-                        num_requests=len(ids),
-                        num_before=num_before,
-                        seed=seed,
-                        on_progress=update,
-                    )
-            finally:
-                await asyncio.to_thread(service.stop)
-
-        num_failed = asyncio.run(answer_all())
     failed = f", {num_failed} of them with an error" if num_failed else ""
     complain(f"{answers}: {len(ids) - num_before} requests answered{failed}")

@@ -1,4 +1,4 @@
-"""Files of requests in OpenAI's batch format, answered in order by an engine of this process.
+"""Files of requests in OpenAI's batch format, answered in order.
 
 A line of the input is {"custom_id": …, "method": "POST", "url": "/v1/chat/completions", "body": {…}}, a line of the
 output {"id": …, "custom_id": …, "response": {"status_code": …, "request_id": …, "body": …}, "error": null}.
@@ -9,26 +9,30 @@ runs again goes on behind it.
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from anyio.from_thread import start_blocking_portal
 from pydantic import ValidationError
 
 from specengine.errors import SpecEngineError
 from specengine.json_file import shorten
 from specengine.server.answers import Writer
+from specengine.server.build import load
 from specengine.server.endpoints import ENDPOINTS
 from specengine.server.errors import ApiError, explain_invalid
 from specengine.server.service import Service
 
 _Json = dict[str, Any]
+Answers = Callable[[Iterable[tuple[int, bytes]]], Iterator[_Json]]
 _MAX_SEED = 2**63
 
 
@@ -39,7 +43,7 @@ class BatchError(SpecEngineError):
 def read_ids(path: Path) -> list[str]:
     """The `custom_id` of every line. Raises `BatchError` naming the first line that is no request."""
     ids: dict[str, int] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         ids_before = len(ids)
         custom_id = _read_request(line, f"{path}, line {number}")["custom_id"]
         ids.setdefault(custom_id, number)
@@ -59,8 +63,7 @@ def count_answered(output: IO[bytes], ids: list[str], path: Path) -> int:
     for line in output:
         if not line.endswith(b"\n"):
             break
-        custom_id = _custom_id(line)
-        if count == len(ids) or custom_id != ids[count]:
+        if count == len(ids) or (_object_of(line) or {}).get("custom_id") != ids[count]:
             raise BatchError(
                 f"{path}, line {count + 1}: not an answer to this input; remove it, or name another output"
             )
@@ -81,47 +84,55 @@ def open_output(path: Path) -> Iterator[IO[bytes]]:
         yield output
 
 
-async def run_batch(
-    service: Service,
-    source: Path,
-    output: IO[bytes],
-    *,
-    num_requests: int,
-    num_before: int,
-    seed: int,
-    on_progress: Callable[[int, int], object],
-) -> int:
-    """Answers what is not answered yet; the service has begun to load. Returns how many of these answers are errors.
+@contextmanager
+def answering(service: Service, *, seed: int) -> Iterator[Answers]:
+    """Loads the service, on an event loop in a thread of its own, and gives what answers lines there: they are given
+    with their numbers, and come as what is written for them, in their order, each as soon as its turn comes.
 
     seed: of it and its `custom_id` a request that names no seed gets one: run again, alone or elsewhere, it gives the
           same text
+
+    Raises why the engine could not be made.
     """
-    while not service.is_ready:
-        if service.failure is not None:
-            raise service.failure
-        await asyncio.sleep(0.01)
-    # So many are begun ahead of the one that is to be written: enough to keep every place taken.
-    ahead = asyncio.Semaphore(2 * service.engine.config.max_batch_size)
-    turns: asyncio.Queue[asyncio.Task[_Json] | None] = asyncio.Queue()
+    with start_blocking_portal() as portal:
+        try:
+            portal.call(load, service)
+            # So many are begun ahead of the one whose turn it is: enough to keep every place taken.
+            num_ahead = 2 * service.engine.config.max_batch_size
 
-    async def begin_all() -> None:
-        for number, line in _lines(source, skip=num_before):
-            await ahead.acquire()
-            turns.put_nowait(asyncio.create_task(_answer_line(service, line, f"batch-{number}", seed)))
-        turns.put_nowait(None)
+            def answers(requests: Iterable[tuple[int, bytes]]) -> Iterator[_Json]:
+                begun: deque[Future[_Json]] = deque()
+                for number, line in requests:
+                    begun.append(portal.start_task_soon(_answer_line, service, line, f"batch-{number}", seed))
+                    if len(begun) == num_ahead:
+                        yield begun.popleft().result()
+                while begun:
+                    yield begun.popleft().result()
 
-    beginning = asyncio.create_task(begin_all())
-    num_done, num_failed = num_before, 0
-    on_progress(num_done, num_requests)
-    while (task := await turns.get()) is not None:
-        answer = await task
-        ahead.release()
+            yield answers
+        finally:
+            service.stop()
+
+
+def write_answers(
+    answers: Iterable[_Json],
+    output: IO[bytes],
+    *,
+    num_before: int,
+    num_requests: int,
+    on_progress: Callable[[int, int], object],
+) -> int:
+    """Each in a line of its own, there as soon as it is known. Returns how many of them are errors.
+
+    num_before: lines that are there already
+    """
+    num_failed = 0
+    on_progress(num_before, num_requests)
+    for num_done, answer in enumerate(answers, start=num_before + 1):
         num_failed += answer["response"]["status_code"] != 200
         output.write(json.dumps(answer, separators=(",", ":")).encode() + b"\n")
         output.flush()
-        num_done += 1
         on_progress(num_done, num_requests)
-    await beginning
     return num_failed
 
 
@@ -159,7 +170,7 @@ def _with_seed(request: _Json, seed: int) -> Any:
     return {**body, "seed": int.from_bytes(digest[:8], "little") % _MAX_SEED}
 
 
-def _lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
     """Lines that are not empty, with their numbers, all but the first `skip` of them."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
@@ -172,12 +183,10 @@ def _lines(path: Path, skip: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_request(line: bytes, where: str) -> _Json:
-    try:
-        request = json.loads(line)
-    except (ValueError, RecursionError):
-        raise BatchError(f"{where}: no JSON") from None
-    if not isinstance(request, dict):
-        raise BatchError(f"{where}: expected an object, got {shorten(request)}")
+    request = _object_of(line)
+    if request is None:
+        text = line.decode(errors="replace").strip()
+        raise BatchError(f"{where}: expected a JSON object, got {shorten(text)}")
     custom_id, method, url = (request.get(name) for name in ("custom_id", "method", "url"))
     if not isinstance(custom_id, str):
         raise BatchError(f"{where}: custom_id must be a string, got {shorten(custom_id)}")
@@ -190,9 +199,10 @@ def _read_request(line: bytes, where: str) -> _Json:
     return request
 
 
-def _custom_id(line: bytes) -> Any:
+def _object_of(line: bytes) -> _Json | None:
+    """None where it is no object."""
     try:
-        answered = json.loads(line)
+        content = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return answered.get("custom_id") if isinstance(answered, dict) else None
+    return content if isinstance(content, dict) else None

@@ -178,9 +178,9 @@ def test_an_output_of_another_input_is_left_alone(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("nonsense", "line 2: no JSON"),
-        ("[" * 100_000, "line 2: no JSON"),
-        ("[]", "line 2: expected an object, got []"),
+        ("nonsense", "line 2: expected a JSON object, got 'nonsense'"),
+        ("[" * 100_000, "line 2: expected a JSON object, got '[[["),
+        ("[]", "line 2: expected a JSON object, got '[]'"),
         ('{"custom_id": 7}', "line 2: custom_id must be a string, got 7"),
         (json.dumps(request(0)), "line 2: 'request 0' is line 1's custom_id"),
         (json.dumps({**request(1), "method": "GET"}), "line 2: method must be 'POST', got 'GET'"),
