@@ -166,6 +166,7 @@ def test_every_extra_is_checked() -> None:
         "gpu",
         "report",
         "serve",
+        "ray",
         "docs",
         "notebooks",
         "test",
@@ -177,7 +178,7 @@ def test_every_extra_is_checked() -> None:
 @pytest.mark.parametrize(
     ("path", "extras"),
     [
-        ("constraints.txt", ("gpu", "report", "serve", "docs", "notebooks", "test", "dev")),
+        ("constraints.txt", ("gpu", "report", "serve", "ray", "docs", "notebooks", "test", "dev")),
         ("benchmarks/constraints.txt", ("bench",)),
     ],
 )

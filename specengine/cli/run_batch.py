@@ -9,7 +9,7 @@ import typer
 
 from specengine.cli.exits import complain
 from specengine.cli.options import takes
-from specengine.cli.serving import needs
+from specengine.cli.serving import RayAddress, UsesRay, check_ray, needs
 from specengine.config import EngineConfig, ModelOptions
 from specengine.progress import progress_bar
 from specengine.server.options import ServerOptions
@@ -25,12 +25,21 @@ def run_batch(
     seed: Annotated[
         int, typer.Option(help="what the seeds of requests that name none are made of, with their custom_id")
     ] = 0,
+    ray: UsesRay = False,
+    ray_workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="engines; by default one for each GPU, else for each machine (with --ray)"),
+    ] = None,
+    ray_address: RayAddress = None,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format.
 
     Answers are written in order, each once. Run again, whatever ended the last run, it goes on where OUT ends. A
     request that cannot be answered has an error as its answer.
+
+    With --ray the engines are actors of a Ray cluster, which may be many machines. Texts are the same.
     """
+    check_ray(ray, ray_workers=ray_workers, ray_address=ray_address)
     with needs("serve", what="serving"):
         from specengine.server.batch import (
             answering,
@@ -42,7 +51,16 @@ def run_batch(
         )
         from specengine.server.build import build_service
 
-    service = build_service(options, ServerOptions(request_timeout=_MAX_SECONDS))
+    server_options = ServerOptions(request_timeout=_MAX_SECONDS)
+    if ray:
+        with needs("ray", what="--ray"):
+            from specengine.server.ray_batch import answering_on_ray
+
+        begun = answering_on_ray(
+            options, server_options, seed=seed, num_workers=ray_workers, address=ray_address
+        )
+    else:
+        begun = answering(build_service(options, server_options), seed=seed)
     ids = read_ids(requests)
     with open_output(answers) as output:
         num_before = count_answered(output, ids, answers)
@@ -53,7 +71,7 @@ def run_batch(
             complain(f"{answers}: {num_before} of {len(ids)} requests are answered; going on")
         lines = read_lines(requests, skip=num_before)
         with (
-            answering(service, seed=seed) as answer,
+            begun as answer,
             progress_bar("answering", "requests", enabled=None) as update,
         ):
             num_failed = write_answers(

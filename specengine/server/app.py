@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 from specengine.server.answers import Writer
 from specengine.server.endpoints import ENDPOINTS
 from specengine.server.errors import ApiError, explain_invalid
+from specengine.server.metrics import CONTENT_TYPE
 from specengine.server.middleware import OPEN_PATHS, Gate
 from specengine.server.page import PATHS, add_page
 from specengine.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
@@ -70,7 +71,7 @@ def build_app(service: Service) -> FastAPI:
         responses={"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}},
     )
     app.add_middleware(Gate, options=service.options, open_paths=(*OPEN_PATHS, *PATHS))
-    _add_error_handlers(app)
+    add_error_handlers(app)
     _add_state_routes(app, service)
     _add_token_routes(app, service)
     _add_generation_routes(app, service)
@@ -85,7 +86,9 @@ def _answer_error(error: ApiError) -> JSONResponse:
     return JSONResponse(error.body, error.status, headers=error.headers)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
+def add_error_handlers(app: FastAPI) -> None:
+    """Every answer that is none has OpenAI's form."""
+
     @app.exception_handler(ApiError)
     async def _(request: Request, error: ApiError) -> Response:
         return _answer_error(error)
@@ -125,7 +128,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Prometheus' text format."""
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:

@@ -9,10 +9,13 @@ import resource
 import socket
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Protocol
 
 import h11
 import uvicorn
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from specengine.server.app import build_app
@@ -64,6 +67,22 @@ class TimedProtocol(H11Protocol):
             self.transport.close()
 
 
+class Serving(Protocol):
+    """What a process asks of whatever answers its requests, here (`Service`) or elsewhere."""
+
+    options: ServerOptions
+    failure: BaseException | None
+    on_failed: Callable[[], object]
+    is_draining: bool
+
+    @property
+    def is_idle(self) -> bool: ...
+
+    def drain(self) -> None: ...
+
+    def abort_all(self) -> None: ...
+
+
 class Server(uvicorn.Server):
     """Takes no more requests from the first signal on, and ends when those it has are finished; at the second signal
     they are ended where they stand.
@@ -71,7 +90,7 @@ class Server(uvicorn.Server):
     was_forced: whether there was a second
     """
 
-    def __init__(self, config: uvicorn.Config, service: Service) -> None:
+    def __init__(self, config: uvicorn.Config, service: Serving) -> None:
         super().__init__(config)
         self.was_forced = False
         self._service = service
@@ -107,12 +126,16 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def build_server(service: Service) -> Server:
-    """uvicorn with what its defaults leave open."""
+def build_server(service: Serving, app: ASGIApp | None = None) -> Server:
+    """uvicorn with what its defaults leave open. `app`: by default that of a `Service`"""
+    if app is None:
+        assert isinstance(service, Service), "who is elsewhere has an application of its own"
+        app = build_app(service)
     config = uvicorn.Config(
-        build_app(service),
+        app,
         http=TimedProtocol,
         ws="none",
+        loop="asyncio",  # uvloop would come and go with what else is installed
         lifespan="on",
         log_config=None,
         server_header=False,
@@ -148,9 +171,9 @@ def listen(options: ServerOptions) -> socket.socket:
         raise OSError(f"{options.host}:{options.port}: {error.strerror}") from None
 
 
-def serve(service: Service) -> bool:
+def serve(service: Serving, app: ASGIApp | None = None) -> bool:
     """Serves until a signal ends it, or the model cannot be loaded. Returns whether a second signal cut it short."""
-    server = build_server(service)
+    server = build_server(service, app)
     server.run(sockets=[listen(service.options)])
     if service.failure is not None:
         raise service.failure

@@ -85,6 +85,11 @@ class Service:
         return self._engine is not None and not self.is_draining
 
     @property
+    def is_alive(self) -> bool:
+        """Whether there is still somebody who steps the engine."""
+        return self._worker.is_alive
+
+    @property
     def is_idle(self) -> bool:
         """Whether nobody waits for an answer."""
         return not self._visits

@@ -137,6 +137,11 @@ class Worker:
         self._commands.put(None)
         self._thread.join(timeout)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread still runs."""
+        return self._thread.is_alive()
+
     def submit(self, generation: Generation, requests: list[Request]) -> None:
         """Queues the requests, one for each of the generation's places."""
         for place, request in enumerate(requests):

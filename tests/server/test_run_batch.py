@@ -211,3 +211,23 @@ def test_wrong_arguments(tmp_path: Path, source: Path, run: Callable[..., Any]) 
     done = CliRunner().invoke(app, ["run-batch", str(source), str(tmp_path / "o"), "--model", "/nowhere"])
     assert done.exit_code == 1
     assert "Traceback" not in done.output
+
+
+def test_rays_options_want_ray(tmp_path: Path, source: Path, run: Callable[..., Any]) -> None:
+    for option in (("--ray-workers", "2"), ("--ray-address", "127.0.0.1:6379")):
+        done = run(source, tmp_path / "out.jsonl", *option)
+        assert done.exit_code == 2
+        assert f"{option[0]} is of no use without --ray" in done.stderr
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["serve", "run-batch"])
+def test_without_ray_it_says_what_to_install(source: Path, tmp_path: Path, command: str) -> None:
+    arguments = {"serve": [], "run-batch": [str(source), str(tmp_path / "out.jsonl")]}[command]
+    code = (
+        "import sys; sys.modules['ray'] = None\n"
+        f"from specengine.cli import main; main({[command, *arguments, '--ray']!r})"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert output.returncode == 1
+    assert output.stderr == "specengine: --ray needs ray: pip install 'specengine[ray]'\n"
