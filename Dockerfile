@@ -6,7 +6,7 @@
 #         --model /models/target --draft-model /models/draft
 #
 # PIP_FLAGS tells pip where packages come from, for instance an index with PyTorch's builds for CPUs, which are smaller:
-# --build-arg PIP_FLAGS="--extra-index-url ...".
+# --build-arg PIP_FLAGS="--extra-index-url ...". EXTRAS=ray adds what many machines need (examples/serving/kuberay.yaml).
 ARG PYTHON=3.11
 FROM python:${PYTHON}-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ ninja-build && rm -rf /var/lib/apt/lists/*
@@ -21,7 +21,8 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY csrc csrc
 COPY kernels kernels
 COPY specengine specengine
-RUN pip install --no-cache-dir $PIP_FLAGS -c constraints.txt --no-build-isolation ".[serve]"
+ARG EXTRAS=serve
+RUN pip install --no-cache-dir $PIP_FLAGS -c constraints.txt --no-build-isolation ".[$EXTRAS]"
 
 FROM python:${PYTHON}-slim
 RUN useradd --create-home --uid 10001 specengine

@@ -44,19 +44,18 @@ def test_the_dashboard_shows_what_a_server_measures_and_all_of_it(server: Runnin
     assert labels == {"le", "position", "finished_reason"}
 
 
-def flags() -> set[str]:
-    """Of `specengine serve`."""
-    command = get_command(app).commands["serve"]  # type: ignore[attr-defined]
+def flags(name: str = "serve") -> set[str]:
+    """Of a command."""
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
     return {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
 
 
-def manifests() -> Iterator[dict[str, Any]]:
-    for path in sorted(SERVING.glob("*.yaml")):
-        yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+def manifests(name: str) -> Iterator[dict[str, Any]]:
+    yield from yaml.safe_load_all((SERVING / name).read_text(encoding="utf-8"))
 
 
 def test_what_the_manifests_start_and_probe_is_there(server: Running) -> None:
-    deployment = next(each for each in manifests() if each["kind"] == "Deployment")
+    deployment = next(each for each in manifests("kubernetes.yaml") if each["kind"] == "Deployment")
     pod = deployment["spec"]["template"]
     (container,) = pod["spec"]["containers"]
     assert {argument.partition("=")[0] for argument in container["args"]} <= flags()
@@ -71,10 +70,35 @@ def test_what_the_manifests_start_and_probe_is_there(server: Running) -> None:
     )
     delay = int(container["lifecycle"]["preStop"]["exec"]["command"][1])
     assert pod["spec"]["terminationGracePeriodSeconds"] > int(timeout) + delay + 5
-    service = next(each for each in manifests() if each["kind"] == "Service")
+    service = next(each for each in manifests("kubernetes.yaml") if each["kind"] == "Service")
     labels = deployment["spec"]["selector"]["matchLabels"]
     assert service["spec"]["selector"] == labels == pod["metadata"]["labels"]
     assert service["spec"]["ports"][0]["targetPort"] == container["ports"][0]["name"]
+
+
+def test_what_the_ray_jobs_start_is_there() -> None:
+    serving, service, batch = manifests("kuberay.yaml")
+    (command, name, *arguments) = shlex.split(serving["spec"]["entrypoint"])
+    assert (command, name) == ("specengine", "serve")
+    assert {argument.partition("=")[0] for argument in arguments} <= flags(name)
+    pod = serving["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    (port,) = (argument.partition("=")[2] for argument in arguments if argument.startswith("--port"))
+    (listening,) = pod["spec"]["containers"][0]["ports"]
+    assert listening == {"name": service["spec"]["ports"][0]["targetPort"], "containerPort": int(port)}
+    assert service["spec"]["selector"] == pod["metadata"]["labels"]
+    (timeout,) = (text.partition("=")[2] for text in arguments if text.startswith("--shutdown-timeout"))
+    assert pod["spec"]["terminationGracePeriodSeconds"] > int(timeout) + 5
+    (command, name, *arguments) = shlex.split(batch["spec"]["entrypoint"])
+    assert (command, name) == ("specengine", "run-batch")
+    assert {argument for argument in arguments if argument.startswith("--")} <= flags(name)
+    (mount,) = batch["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0][
+        "volumeMounts"
+    ]
+    assert all(Path(each).parent == Path(mount["mountPath"]) for each in arguments if each.startswith("/"))
+    pinned = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    for job in (serving, batch):
+        assert [job["spec"]["rayClusterSpec"]["rayVersion"]] == pinned
+        assert job["spec"]["rayClusterSpec"]["authOptions"] == {"mode": "token"}
 
 
 def test_the_image_starts_what_is_there_and_holds_the_whole_package() -> None:
