@@ -268,9 +268,12 @@ def test_a_request_may_name_its_drafter(start: Any, library: Engine) -> None:
         answer = server.complete(**body, draft_model=name)
         assert answer["choices"][0]["text"] == expected
         assert answer["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
-    status, answer = server.post("/v1/completions", {**body, "draft_model": "/etc/passwd"})
-    assert status == 400
-    assert "none of this engine's: 'suffix', 'ngram'" in answer["error"]["message"]
+    chat = {"messages": CONVERSATION}
+    for path, asked in (("/v1/completions", body), ("/v1/chat/completions", chat)):
+        status, answer = server.post(path, {**asked, "draft_model": "/etc/passwd"})
+        assert (status, answer["error"]["param"]) == (400, "draft_model")
+        expected_message = "draft_model='/etc/passwd' is none of this server's: 'suffix', 'ngram'"
+        assert answer["error"]["message"] == expected_message
 
 
 def test_lossy_acceptance_says_so(server: Running) -> None:
