@@ -31,14 +31,15 @@ _NEW_SHARE = 0.1
 class Metrics:
     """The metrics of one server, each labelled with its model's name; the event loop's.
 
+    prefix:       of their names
     mean_latency: seconds that requests took lately, from their arrival to their last token
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, *, prefix: str) -> None:
         disable_created_metrics()  # type: ignore[no-untyped-call]  # when each began: nobody asks
         self.mean_latency = 1.0
         self._registry = CollectorRegistry()
-        self._model_name = model_name
+        self._model_name, self._prefix = model_name, prefix
         self._latest_round: RoundTimes | None = None
         self._block_size = 1  # the engine's, from `watch` on
         counter, histogram = self._counter, self._histogram
@@ -50,7 +51,7 @@ class Metrics:
             "1 + accepted_tokens / drafts, over rounds with drafts",
         )
         self._num_accepted_at = Counter(
-            "specengine:spec_decode_num_accepted_tokens_per_pos",
+            f"{prefix}:spec_decode_num_accepted_tokens_per_pos",
             "drafts accepted at each position, from 0 on; acceptance at position i = this / drafts",
             ["model_name", "position"],
             registry=self._registry,
@@ -69,7 +70,7 @@ class Metrics:
         )
         self._generation_tokens = counter("generation_tokens", "tokens generated, of all samples")
         self._finished = Counter(
-            "specengine:request_success",
+            f"{prefix}:request_success",
             "samples that ended, by why: stop, length, abort or error",
             ["model_name", "finished_reason"],
             registry=self._registry,
@@ -164,15 +165,15 @@ class Metrics:
         return generate_latest(self._registry)
 
     def _counter(self, name: str, help: str) -> Counter:
-        counter = Counter(f"specengine:{name}", help, ["model_name"], registry=self._registry)
+        counter = Counter(f"{self._prefix}:{name}", help, ["model_name"], registry=self._registry)
         return counter.labels(self._model_name)
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
         histogram = Histogram(
-            f"specengine:{name}", help, ["model_name"], buckets=buckets, registry=self._registry
+            f"{self._prefix}:{name}", help, ["model_name"], buckets=buckets, registry=self._registry
         )
         return histogram.labels(self._model_name)
 
     def _gauge(self, name: str, help: str, read: Any) -> None:
-        gauge = Gauge(f"specengine:{name}", help, ["model_name"], registry=self._registry)
+        gauge = Gauge(f"{self._prefix}:{name}", help, ["model_name"], registry=self._registry)
         gauge.labels(self._model_name).set_function(read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from specengine.config import declaration, option
-from specengine.kinds import Integer, Number, Text
+from specengine.kinds import Choice, Integer, Number, Text
 
 # What one request may ask for, besides the library's own limits.
 MAX_NUM_SAMPLES = 16
@@ -42,6 +42,11 @@ class ServerOptions:
         Number(0.0, 10.0),
         "seconds between the events of a stream; 0 sends tokens as they come, and so tells how many drafts each "
         "round accepted",
+    )
+    metrics_prefix: str = option(
+        "specengine",
+        Choice(("specengine", "vllm")),
+        "what metrics' names begin with; vllm is for clients and dashboards that look for vLLM's",
     )
 
     def __post_init__(self) -> None:

@@ -54,7 +54,7 @@ class Service:
     def __init__(self, build: Callable[[], Engine], options: ServerOptions, *, model_name: str) -> None:
         self.options = options
         self.model_name = options.served_model_name or model_name
-        self.metrics = Metrics(self.model_name)
+        self.metrics = Metrics(self.model_name, prefix=options.metrics_prefix)
         self.failure: BaseException | None = None
         self.on_ready: Callable[[], object] = lambda: None
         self.on_failed: Callable[[], object] = lambda: None

@@ -49,6 +49,18 @@ def test_every_name_is_there_with_its_formula(server: Running) -> None:
     assert {f"specengine:{name}_total" for name in NAMES["counter"]} <= suffixed
 
 
+def test_names_may_be_vllms(start: Callable[..., Running]) -> None:
+    """Its benchmark client reads lines that begin with `vllm:spec_decode`."""
+    server = start(server_options={"metrics_prefix": "vllm"})
+    server.complete(prompt="abab" * 8, max_tokens=20, num_speculative_tokens=3, temperature=0)
+    text = server.ask("GET", "/metrics")[2].decode()
+    names = set(re.findall(r"^(\w+:\w+?)(?:_bucket|_sum|_count)?\{", text, re.MULTILINE))
+    totals = {f"vllm:{name}_total" for name in NAMES["counter"]}
+    assert names == totals | {f"vllm:{name}" for name in (*NAMES["gauge"], *NAMES["histogram"])}
+    (drafted,) = re.findall(r"^vllm:spec_decode_num_draft_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+    assert float(drafted) > 0
+
+
 def test_sums_of_what_requests_say_are_the_counters(start: Callable[..., Running]) -> None:
     """Exactly, whatever k, and with requests that were aborted in the middle."""
     server = start(step_seconds=0.002)
