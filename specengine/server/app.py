@@ -14,12 +14,25 @@ from typing import Any
 import anyio.to_thread
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import JSONResponse
 from fastapi.sse import EventSourceResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
+from specengine.server.answer_schemas import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    CompletionChunk,
+    ErrorBody,
+    Model,
+    ModelList,
+    Text,
+    Tokens,
+    Version,
+    add_chunks,
+    success,
+)
 from specengine.server.answers import Writer
 from specengine.server.endpoints import ENDPOINTS
 from specengine.server.errors import ApiError, explain_invalid
@@ -34,19 +47,13 @@ _log = logging.getLogger("specengine.server")
 _LARGE_TEXT = 100_000  # characters
 
 
-class ErrorDetail(BaseModel):
-    """What is wrong, for people and for programs."""
+class _App(FastAPI):
+    """Describes what streams send, too."""
 
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """Every answer that is none."""
-
-    error: ErrorDetail
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            self.openapi_schema = add_chunks(super().openapi())
+        return self.openapi_schema
 
 
 def build_app(service: Service) -> FastAPI:
@@ -60,7 +67,7 @@ def build_app(service: Service) -> FastAPI:
         finally:
             await anyio.to_thread.run_sync(service.stop)
 
-    app = FastAPI(
+    app = _App(
         title="specengine",
         version=version("specengine"),
         summary="Exact speculative decoding behind OpenAI's interface",
@@ -110,39 +117,41 @@ def add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_state_routes(app: FastAPI, service: Service) -> None:
-    @app.get("/health")
+    @app.get("/health", response_class=Response)
     async def health() -> Response:
         """200 while the process lives."""
         return Response(status_code=200)
 
-    @app.get("/ready")
+    @app.get("/ready", response_class=Response)
     async def ready() -> Response:
         """200 while requests are taken; 503 while the model is loaded, and while the server shuts down."""
-        return Response(status_code=200 if service.is_ready else 503)
+        if not service.is_ready:
+            service.engine  # noqa: B018 - raises, and says why
+        return Response(status_code=200)
 
     @app.get("/version")
-    async def get_version() -> dict[str, str]:
+    async def get_version() -> Version:
         """The package's version."""
-        return {"version": app.version}
+        return Version(version=app.version)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    plain_text = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+    @app.get("/metrics", response_class=Response, responses={200: plain_text})
     async def metrics() -> Response:
         """Prometheus' text format."""
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models() -> ModelList:
         """The model that is served."""
-        model = {
-            "id": service.model_name,
-            "object": "model",
-            "created": service.created,
-            "owned_by": "specengine",
-            "max_model_len": service.engine.max_seq_len,
-            "draft_models": service.engine.draft_names,
-            "has_chat_template": service.engine.has_chat_template,
-        }
-        return {"object": "list", "data": [model]}
+        model = Model(
+            id=service.model_name,
+            created=service.created,
+            max_model_len=service.engine.max_seq_len,
+            draft_models=service.engine.draft_names,
+            has_chat_template=service.engine.has_chat_template,
+        )
+        return ModelList(data=[model])
 
 
 def _add_token_routes(app: FastAPI, service: Service) -> None:
@@ -150,7 +159,7 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
     one_at_a_time = anyio.CapacityLimiter(1)
 
     @app.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest) -> Tokens:
         """The token ids of a text, or of a conversation."""
         engine, tokenizer = service.engine, _tokenizer(service)
         service.check_model(body.model)
@@ -165,17 +174,18 @@ def _add_token_routes(app: FastAPI, service: Service) -> None:
             return tokens
 
         tokens = await in_thread(encode, limiter=one_at_a_time)
-        return {"count": len(tokens), "max_model_len": engine.max_seq_len, "tokens": tokens}
+        return Tokens(count=len(tokens), max_model_len=engine.max_seq_len, tokens=tokens)
 
     @app.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(body: DetokenizeRequest) -> Text:
         """The text of token ids."""
         engine, tokenizer = service.engine, _tokenizer(service)
         service.check_model(body.model)
         largest = max(body.tokens, default=0)
         if largest >= engine.vocab_size:
             raise ApiError(400, f"token id {largest} is outside 0 … {engine.vocab_size - 1}", param="tokens")
-        return {"prompt": await in_thread(lambda: tokenizer.decode(body.tokens), limiter=one_at_a_time)}
+        text = await in_thread(lambda: tokenizer.decode(body.tokens), limiter=one_at_a_time)
+        return Text(prompt=text)
 
 
 def _return_memory() -> None:
@@ -192,12 +202,12 @@ def _tokenizer(service: Service) -> Tokenizer:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=success(Completion, CompletionChunk))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues prompts. The answer is JSON, or with `stream` server-sent events."""
         return await _generate(service, request, body)
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=success(ChatCompletion, ChatCompletionChunk))
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers a conversation. The answer is JSON, or with `stream` server-sent events."""
         return await _generate(service, request, body)

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import hypothesis
+import pydantic
 import pytest
 import schemathesis
-from running_server import Running
+from running_server import Running, events_of
 from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from specengine.server import answer_schemas
 
 PATHS = (
     *("/v1/models", "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"),
     *("/health", "/ready", "/metrics", "/version"),
 )
+CHECKS = [
+    *(not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance),
+]
+# Everything that an answer can have.
+WHOLE: dict[str, Any] = {
+    "max_tokens": 12,
+    "seed": 3,
+    "num_speculative_tokens": 4,
+    "return_token_ids": True,
+    "return_token_source": True,
+    "return_rounds": True,
+}
+COMPLETION = {**WHOLE, "prompt": "abab" * 6, "echo": True, "logprobs": 2, "prompt_logprobs": 1}
+CHAT = {**WHOLE, "messages": [{"role": "user", "content": "abab" * 6}], "logprobs": True, "top_logprobs": 2}
 # No request takes longer, whatever is asked for.
 SECONDS = 10.0
 
@@ -42,7 +65,7 @@ def send_examples(described: Any, path: str, num_examples: int) -> set[int]:
         @hypothesis.given(operation.as_strategy(generation_mode=mode))
         def send(case: Any) -> None:
             answer = case.call(timeout=SECONDS)
-            case.validate_response(answer, checks=[not_a_server_error])
+            case.validate_response(answer, checks=CHECKS)
             statuses.add(answer.status_code)
 
         try:
@@ -82,3 +105,52 @@ def test_fields_are_described_as_the_library_declares_them(server: Running) -> N
     assert "coupled" in fields["acceptance"]["enum"]
     assert fields["num_speculative_tokens"]["anyOf"][0]["maximum"] == 64
     assert all("description" in field for name, field in fields.items() if name != "stream_options")
+
+
+@pytest.mark.parametrize("more", [{}, {"n": 2}, {"stop": ["a"]}, {"temperature": 0}], ids=str)
+@pytest.mark.parametrize(
+    ("path", "body", "whole", "chunk"),
+    [
+        ("/v1/completions", COMPLETION, answer_schemas.Completion, answer_schemas.CompletionChunk),
+        (
+            "/v1/chat/completions",
+            CHAT,
+            answer_schemas.ChatCompletion,
+            answer_schemas.ChatCompletionChunk,
+        ),
+    ],
+)
+def test_answers_are_as_they_are_described(
+    server: Running, path: str, body: dict[str, Any], whole: Any, chunk: Any, more: dict[str, Any]
+) -> None:
+    """With everything that they can have, and nothing that is not described."""
+    status, answer = server.post(path, {**body, **more})
+    assert status == 200
+    whole.model_validate(answer, strict=True)
+    named = answer["choices"][0]
+    assert named["token_ids"]
+    assert named["rounds"]
+    assert named["token_source"]
+    usage = {"include_usage": True, "continuous_usage_stats": True}
+    events = events_of(server.ask("POST", path, {**body, **more, "stream": True, "stream_options": usage})[2])
+    assert events.pop() == "[DONE]"
+    assert len(events) > 2
+    for event in events:
+        chunk.model_validate(event, strict=True)
+    with pytest.raises(pydantic.ValidationError, match="surprise"):
+        whole.model_validate({**answer, "surprise": 1})
+
+
+def test_what_streams_send_is_described(server: Running) -> None:
+    document = json.loads(server.ask("GET", "/openapi.json")[2])
+    schemas = document["components"]["schemas"]
+    for path, name in (
+        ("/v1/completions", "CompletionChunk"),
+        ("/v1/chat/completions", "ChatCompletionChunk"),
+    ):
+        content = document["paths"][path]["post"]["responses"]["200"]["content"]
+        described = content["text/event-stream"]["itemSchema"]["properties"]["data"]["contentSchema"]
+        assert described == {"$ref": f"#/components/schemas/{name}"}
+        assert schemas[name]["additionalProperties"] is False
+    named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
+    assert named <= set(schemas)
