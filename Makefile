@@ -1,6 +1,6 @@
 # Every target sets up what it needs in .venv, once; `make help` lists them.
 # PYTHON=python3.12 chooses the interpreter, PIP_FLAGS="--index-url ..." where packages come from, BENCH_FLAGS what
-# bench-generate and bench-gguf measure, TEST_WORKERS how many processes share the tests.
+# bench-generate, bench-gguf and bench-serve measure, TEST_WORKERS how many processes share the tests.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -31,7 +31,7 @@ BENCH_FLAGS ?=
 SANITIZED := build/sanitized
 SANITIZED_BUILT := $(SANITIZED)/.built-$(NATIVE_HASH)
 
-.PHONY: help demo test test-slow docs lint format bench bench-generate bench-gguf notebooks sanitize rehearse-gpu install clean
+.PHONY: help demo test test-slow docs lint format bench bench-generate bench-gguf bench-serve notebooks sanitize rehearse-gpu install clean
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -59,6 +59,10 @@ bench-generate: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## End-to-end generation bes
 bench-gguf: $(NATIVE_BUILT) $(BENCH_INSTALLED)  ## SmolLM2 from one GGUF file, beside llama.cpp (BENCH_FLAGS="--help")
 	@$(BIN)/python -m specengine fetch smollm2 > /dev/null
 	@PIP_FLAGS="$(PIP_FLAGS)" $(BENCH_PYTHON) benchmarks/bench_gguf.py $(BENCH_FLAGS)
+
+bench-serve: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## The server, beside llama.cpp's and beside the library (BENCH_FLAGS="--help")
+	@$(BIN)/python -m specengine fetch smollm2 > /dev/null
+	@PIP_FLAGS="$(PIP_FLAGS)" $(BIN)/python benchmarks/bench_serve.py $(BENCH_FLAGS)
 
 notebooks: $(NATIVE_BUILT) $(TOOLS_INSTALLED)  ## Execute examples/notebooks anew (some minutes)
 	@$(BIN)/python tools/notebooks.py

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -179,6 +180,45 @@ def test_another_processor_has_builds_of_its_own(builds: list[str], monkeypatch:
     monkeypatch.setattr(llama_builds, "read_features", lambda: AVX512)
     assert llama_builds.find_or_make(llama_builds.ladder()[0], print) != native
     assert len(builds) == 2
+
+
+def test_the_server_is_made_of_the_packages_sources_and_once(
+    builds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Downloaded, configured as every build is, and only its program kept."""
+    commands: list[list[str]] = []
+
+    def run(command: list[str], environment: dict[str, str], log: Path) -> int:
+        commands.append(command)
+        if "download" in command:
+            source = tmp_path / "package" / "vendor" / "llama.cpp"
+            source.mkdir(parents=True)
+            shutil.make_archive(
+                str(Path(command[command.index("--dest") + 1]) / "package"), "gztar", tmp_path, "package"
+            )
+        elif "--build" in command:
+            program = Path(command[command.index("--build") + 1]) / "bin" / "llama-server"
+            program.parent.mkdir(parents=True)
+            program.write_text("it", encoding="utf-8")
+        return 0
+
+    monkeypatch.setattr(llama_builds, "run_quietly", run)
+    monkeypatch.setattr(llama_builds.shutil, "which", lambda name: f"/usr/bin/{name}")
+    first, *_ = llama_builds.ladder()
+    paths = {llama_builds.find_or_make_server(first, print) for _ in range(2)}
+    (path,) = paths
+    assert path.read_text(encoding="utf-8") == "it"
+    assert [command[1] if command[0] == "cmake" else "pip" for command in commands] == [
+        "pip",
+        "-S",
+        "--build",
+    ]
+    assert f"llama-cpp-python=={llama_builds.read_version()}" in commands[0]
+    assert {"-DGGML_NATIVE=ON", "-DLLAMA_OPENSSL=OFF"} < set(commands[1])
+    assert [each.name for each in path.parent.parent.iterdir() if each.is_dir()] == [path.parent.name]
+    monkeypatch.setattr(llama_builds.shutil, "which", lambda name: None)
+    with pytest.raises(UnavailableError, match="needs CMake"):
+        llama_builds.find_or_make_server(llama_builds.ladder()[1], print)
 
 
 def test_only_what_the_processor_has_is_listed_and_tiles_never(

@@ -29,6 +29,12 @@ CONSTRAINTS = ROOT / "benchmarks" / "constraints.txt"
 PACKAGE = "llama-cpp-python"
 BUILD_SECONDS = 3600.0
 ALWAYS = ("LLAVA_BUILD=OFF",)  # no images here
+SERVER = "llama-server"
+# One file, which asks nothing of a network; without its page.
+SERVER_ALWAYS = (
+    *("CMAKE_BUILD_TYPE=Release", "BUILD_SHARED_LIBS=OFF", "LLAMA_OPENSSL=OFF", "LLAMA_USE_PREBUILT_UI=OFF"),
+    *("LLAMA_BUILD_TESTS=OFF", "LLAMA_BUILD_EXAMPLES=OFF"),
+)
 # Options of CMake, and what the processor and the system must both allow, as /proc/cpuinfo names it.
 FEATURES = {
     "GGML_SSE42": ("sse4_2",),
@@ -88,22 +94,53 @@ def read_version() -> str:
 
 def find_or_make(build: Build, say: Say) -> Path:
     """The directory that the package is imported from. Raises `UnavailableError` where it cannot be built."""
-    version, recipe = read_version(), (ALWAYS, build.options, sorted(read_features()))
+
+    def make(unfinished: Path, log: Path) -> None:
+        options = " ".join(f"-D{option}" for option in (*ALWAYS, *build.options))
+        run_or_raise(install_command(unfinished), {"CMAKE_ARGS": options}, log)
+
+    return _find_or_make("", ALWAYS, build, say, make)
+
+
+def find_or_make_server(build: Build, say: Say) -> Path:
+    """llama.cpp's own server, which takes many requests at a time, of the sources that the package brings; needs CMake.
+
+    Raises `UnavailableError` where it cannot be built.
+    """
+
+    def make(unfinished: Path, log: Path) -> None:
+        if shutil.which("cmake") is None:
+            raise UnavailableError("its server needs CMake to be built, and there is none")
+        with tempfile.TemporaryDirectory(dir=BUILDS) as scratch:
+            run_or_raise(download_command(Path(scratch)), {}, log)
+            (archive,) = Path(scratch).glob("*.tar.gz")
+            shutil.unpack_archive(archive, scratch)
+            (sources,) = Path(scratch).glob("*/vendor/llama.cpp")
+            options = [f"-D{option}" for option in (*SERVER_ALWAYS, *build.options)]
+            built = Path(scratch) / "built"
+            run_or_raise(["cmake", "-S", str(sources), "-B", str(built), *options], {}, log)
+            parallel = ["--parallel", str(len(os.sched_getaffinity(0)))]
+            run_or_raise(["cmake", "--build", str(built), "--target", SERVER, *parallel], {}, log)
+            shutil.move(built / "bin" / SERVER, unfinished / SERVER)
+
+    return _find_or_make("server-", SERVER_ALWAYS, build, say, make) / SERVER
+
+
+def _find_or_make(
+    prefix: str, always: tuple[str, ...], build: Build, say: Say, make: Callable[[Path, Path], None]
+) -> Path:
+    """The directory of what `make` puts into one, given it and a log."""
+    version, recipe = read_version(), (always, build.options, sorted(read_features()))
     key = hashlib.sha256(repr(recipe).encode()).hexdigest()[:12]
-    path = BUILDS / f"{version}-{build.name.replace(' ', '-')}-{key}"
+    path = BUILDS / f"{version}-{prefix}{build.name.replace(' ', '-')}-{key}"
     if path.exists():
         return path
-    say(f"  llama.cpp {version}: building it, {build.name} (once; some minutes)")
+    say(f"  llama.cpp {version}: building it, {prefix}{build.name} (once; some minutes)")
     BUILDS.mkdir(parents=True, exist_ok=True)
     log = path.with_name(f"{path.name}.log")
     unfinished = Path(tempfile.mkdtemp(prefix="unfinished-", dir=BUILDS))
     try:
-        options = [f"-D{option}" for option in (*ALWAYS, *build.options)]
-        status = run_quietly(install_command(unfinished), {"CMAKE_ARGS": " ".join(options)}, log)
-        if status != 0:
-            raise UnavailableError(
-                f"it could not be made (see {os.path.relpath(log, ROOT)}): {first_error(log)}"[:300]
-            )
+        make(unfinished, log)
         with suppress(OSError):  # another benchmark was quicker
             unfinished.rename(path)
     finally:
@@ -118,6 +155,22 @@ def install_command(directory: Path) -> list[str]:
     given = shlex.split(os.environ.get("PIP_FLAGS", ""))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "install"]
     return [*pip, *given, *how, "--target", str(directory), PACKAGE]
+
+
+def download_command(directory: Path) -> list[str]:
+    """The package's sources, which have llama.cpp's in them."""
+    given = shlex.split(os.environ.get("PIP_FLAGS", ""))
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "download"]
+    how = ["--no-deps", "--no-binary", PACKAGE, "--dest", str(directory)]
+    return [*pip, *given, *how, f"{PACKAGE}=={read_version()}"]
+
+
+def run_or_raise(command: list[str], environment: dict[str, str], log: Path) -> None:
+    """Raises `UnavailableError` with what was wrong."""
+    if run_quietly(command, environment, log) != 0:
+        raise UnavailableError(
+            f"it could not be made (see {os.path.relpath(log, ROOT)}): {first_error(log)}"[:300]
+        )
 
 
 def run_quietly(command: list[str], environment: dict[str, str], log: Path) -> int:
