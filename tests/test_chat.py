@@ -18,7 +18,7 @@ from chat_templates import CHATML, LLAMA_2, LLAMA_3, MISTRAL, TEMPLATES, save_ch
 import specengine
 from specengine import ChatTemplateError, Engine, ModelLoadError, SamplingParams, conversations
 from specengine.conversations import ChatTemplate, advised_sampling, check_conversations
-from specengine.engine import rounds
+from specengine.engine import stepper
 from specengine.models.checkpoints import open_checkpoint
 from specengine.template_worker import MAX_ADDRESS_SPACE
 from specengine.tokenizer import Tokenizer
@@ -307,10 +307,11 @@ def test_a_chat_is_its_prompt_continued(engine: Engine, model: Path, monkeypatch
     for event in streamed:
         text[event.index] += event.text_delta
     assert text == [both[0].text, both[1].text]
-    monkeypatch.setattr(rounds, "_MAX_UNREAD_SECONDS", 60.0)
-    seldom = list(engine.stream_chat(TALK, stream_interval=8, **options))
+    monkeypatch.setattr(stepper, "UNREAD_SECONDS_A_ROUND", 60.0)
+    plain = {**options, "num_speculative_tokens": 0}
+    seldom = list(engine.stream_chat(TALK, stream_interval=8, **plain))
     assert "".join(event.text_delta for event in seldom) == both[0].text
-    assert len(seldom) < len(list(engine.stream_chat(TALK, **options)))
+    assert len(seldom) < len(list(engine.stream_chat(TALK, **plain)))
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 7, "top_p": 0.9}])

@@ -217,14 +217,14 @@ class Talk:
 
     def _answer(self) -> bool:
         """Answers the last message, and adds what was said; whether anything was."""
-        from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
+        from specengine.runtime.sequence import SMOOTH_STREAM_INTERVAL
 
         said: list[str] = []
         result = None
         try:
             self._make_room()
             events = self._engine.stream_chat(
-                self._messages, stream_interval=MAX_ROUNDS_UNREAD, **self._sampling_now()
+                self._messages, stream_interval=SMOOTH_STREAM_INTERVAL, **self._sampling_now()
             )
             with closing(events):
                 for event in events:

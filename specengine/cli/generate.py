@@ -94,7 +94,7 @@ def _generate_silently(call: Call, engine: Engine) -> GenerationResult:
 def _stream_text(call: Call, engine: Engine, *, color: str) -> GenerationResult:
     from specengine.api import stream_events
     from specengine.cli.terminal import legend, paint, wants_color
-    from specengine.runtime.sequence import MAX_ROUNDS_UNREAD
+    from specengine.runtime.sequence import SMOOTH_STREAM_INTERVAL
     from specengine.runtime.text import TokenPainter
 
     is_colored = wants_color(color, sys.stdout)
@@ -106,7 +106,7 @@ def _stream_text(call: Call, engine: Engine, *, color: str) -> GenerationResult:
     painter = TokenPainter(engine.tokenizer, ids)
     result = None
     # Nobody sees a few milliseconds.
-    with closing(stream_events(call, engine, stream_interval=MAX_ROUNDS_UNREAD)) as events:
+    with closing(stream_events(call, engine, stream_interval=SMOOTH_STREAM_INTERVAL)) as events:
         for event in events:
             for piece, source in painter.split(event):
                 sys.stdout.write(paint(piece, source) if is_colored else piece)

@@ -29,8 +29,6 @@ from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RoundMode, RunningBatch, round_mode
 from specengine.speculative import RoundOutcome, bind_round, run_round
 
-# Nobody waits longer than this, and a round, for the host to look: who comes, stops or interrupts.
-_MAX_UNREAD_SECONDS = 0.016
 # Of a recording: batch size, k, mode, and who drafts (see `RoundDrafter.prepare`).
 _Key = tuple[int, int, RoundMode, Hashable]
 
@@ -130,25 +128,20 @@ class Rounds:
             if who is not None:
                 self._record((size, k, mode, who), drafter)
 
-    @property
-    def may_run_in_a_row(self) -> bool:
-        """Whether some may, before the host has looked at the first."""
-        return self.recorder is None and self.drafter.may_run_ahead
+    def may_run_in_a_row(self, running: list[Sequence]) -> bool:
+        """Whether some of these may, before the host has looked at the first."""
+        return self.recorder is None and not self._awaits_results(running)
 
     def must_read(self, running: list[Sequence]) -> bool:
         """Whether a round of these has to wait for a result: its drafter wants to know what was accepted, or code of
         a request's own which tokens there are."""
         if not self._flights:
             return False
-        knows = self.drafter.may_run_ahead
-        return any(
-            sequence.params.logits_processor or (not knows and sequence.max_draft_tokens > 0)
-            for sequence in running
-        )
+        return self._awaits_results(running) or any(each.params.logits_processor for each in running)
 
-    def launch(self, sequences: list[Sequence], *, max_rounds: int = 1) -> int:
-        """Queues a round of these sequences, or up to `max_rounds` in a row where they run in one call, and returns
-        how many; reads no result."""
+    def launch(self, sequences: list[Sequence], *, max_rounds: int = 1, max_seconds: float = 0.0) -> int:
+        """Queues a round of these sequences, or up to `max_rounds` in a row, of which none begins after `max_seconds`,
+        where they run in one call; returns how many, and reads no result."""
         k = max(0, *(sequence.max_draft_tokens for sequence in sequences))
         watch = self._clock.start(len(sequences), k)
         drafter, mode, size = self._who_drafts(k), round_mode(sequences), len(sequences)
@@ -173,7 +166,7 @@ class Rounds:
             if mode.is_read_at_once or not drafter.may_run_ahead:
                 max_rounds = 1
             stop_ids = [token for sequence in sequences for token in sequence.ending_ids]
-            rounds = bound.run(max_rounds, _MAX_UNREAD_SECONDS, stop_ids)
+            rounds = bound.run(max_rounds, max_seconds, stop_ids)
             watches = self._clock.split(watch, [parts for _, parts in rounds])
             for (rows, parts), each in zip(rounds, watches, strict=True):
                 ranges.tell(parts)
@@ -241,6 +234,10 @@ class Rounds:
         self.clear()
         self._recordings.clear()
         self._bound.clear()
+
+    def _awaits_results(self, running: list[Sequence]) -> bool:
+        """Whether who drafts for these wants to know what the round before accepted."""
+        return not self.drafter.may_run_ahead and any(each.max_draft_tokens > 0 for each in running)
 
     def _who_drafts(self, k: int) -> RoundDrafter:
         return self.drafter if k else self._no_drafter

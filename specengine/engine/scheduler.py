@@ -87,6 +87,8 @@ class Scheduler:
         is_all = len(prefilled) == len(self.running) and not self.waiting
         if not is_all or self._manager.num_free_blocks * _ROOMY_SHARE < self._kv_cache.num_usable_blocks:
             max_rounds = 1
+        while max_rounds > 1 and self._num_blocks(prefilled, max_rounds) > self._manager.num_free_blocks:
+            max_rounds //= 2
         decoding = self._reserve(prefilled, max_rounds)
         if is_all:
             return Plan([], decoding, max_rounds)
@@ -135,6 +137,14 @@ class Scheduler:
 
     def _is_prefilled(self, sequence: Sequence) -> bool:
         return bool(sequence.output_ids) and self.num_computed(sequence) >= sequence.num_tokens_to_compute
+
+    def _num_blocks(self, decoding: list[Sequence], num_rounds: int) -> int:
+        """The most blocks that so many rounds of those may need besides what they hold, one that is shared included."""
+        blocks_for = self._kv_cache.blocks_for
+        return sum(
+            blocks_for(each.max_num_computed(num_rounds)) - blocks_for(each.num_tokens) + 1
+            for each in decoding
+        )
 
     def _reserve(self, decoding: list[Sequence], num_rounds: int) -> list[Sequence]:
         """Blocks for rounds of those; whoever is preempted for that, or may emit no more, is left out."""

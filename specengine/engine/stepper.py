@@ -16,7 +16,12 @@ from specengine.engine.rounds import Flight, Rounds
 from specengine.engine.scheduler import Plan, Scheduler
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.model_runner import ModelRunner
-from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Request, Sequence
+from specengine.runtime.sequence import (
+    MAX_ROUNDS_UNREAD,
+    UNREAD_SECONDS_A_ROUND,
+    Request,
+    Sequence,
+)
 from specengine.runtime.state import BatchState
 
 
@@ -97,7 +102,11 @@ class Stepper:
         if plan.chunks:
             self._prompts.run(plan.chunks)
         if plan.decoding:
-            num_rounds = self._rounds.launch(plan.decoding, max_rounds=plan.num_rounds)
+            num_rounds = self._rounds.launch(
+                plan.decoding,
+                max_rounds=plan.num_rounds,
+                max_seconds=UNREAD_SECONDS_A_ROUND * self._num_unread(),
+            )
             self.chooser.go_on(num_rounds - 1)
         while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
             self._collect(flight)
@@ -106,10 +115,13 @@ class Stepper:
 
     def _max_rounds(self) -> int:
         """How many may run in a row before the host looks at the first."""
-        if not self._rounds.may_run_in_a_row:
+        if not self._rounds.may_run_in_a_row(self.scheduler.running):
             return 1
-        wanted = [sequence.max_rounds_unread for sequence in self.scheduler.running]
-        return min(MAX_ROUNDS_UNREAD, self.chooser.max_rounds, *wanted)
+        return min(self.chooser.max_rounds, self._num_unread())
+
+    def _num_unread(self) -> int:
+        """Rounds of which nobody here wants to know before they are over."""
+        return min([MAX_ROUNDS_UNREAD, *(each.max_rounds_unread for each in self.scheduler.running)])
 
     def _collect_one(self) -> bool:
         """Reads what has been under way longest; whether there was anything."""

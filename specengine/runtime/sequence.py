@@ -23,8 +23,12 @@ from specengine.runtime.text import TextStream
 _sequence_ids = itertools.count()
 # Of a round, the way to draft of a sequence that drafts nothing.
 UNDRAFTED = -1
-# The most rounds that run before the host looks at the first of them.
-MAX_ROUNDS_UNREAD = 8
+# The most rounds that run before the host looks at the first of them, and where somebody watches a text appear: with
+# UNREAD_SECONDS_A_ROUND, that is no more than 64 and 16 ms.
+MAX_ROUNDS_UNREAD = 32
+SMOOTH_STREAM_INTERVAL = 8
+# For each round that may remain unread, whoever comes, stops or interrupts waits so long at most, and a round.
+UNREAD_SECONDS_A_ROUND = 0.002
 
 
 class Settled(NamedTuple):

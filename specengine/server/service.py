@@ -18,7 +18,7 @@ import anyio.to_thread
 from specengine.engine import Engine
 from specengine.outputs import GenerationResult, StreamEvent
 from specengine.prompt import Prompt
-from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Request
+from specengine.runtime.sequence import SMOOTH_STREAM_INTERVAL, Request
 from specengine.server.errors import ApiError
 from specengine.server.metrics import Metrics
 from specengine.server.options import ServerOptions
@@ -217,7 +217,9 @@ class Visit:
         """Checks and tokenises the prompts, and queues them. Raises `ApiError` for what cannot be."""
 
         def build() -> list[Request]:
-            return self.engine.build_requests(list(prompts), stream_interval=MAX_ROUNDS_UNREAD, **sampling)
+            return self.engine.build_requests(
+                list(prompts), stream_interval=SMOOTH_STREAM_INTERVAL, **sampling
+            )
 
         self.requests = await in_thread(build)
         self._service.submit(self, self.requests)
