@@ -26,6 +26,41 @@ _DRAFTED = tl.constexpr(RESULT_DRAFTED)
 _ERROR = tl.constexpr(RESULT_ERROR)
 
 
+@triton.jit
+def commit_row(
+    b,
+    emitted,
+    is_running,
+    is_bad,
+    num_accepted,
+    num_draft,
+    slot,
+    start,
+    tokens_ptr,
+    tokens_stride,
+    seq_len_ptr,
+    length_limit_ptr,
+    record_ptr,
+    K: tl.constexpr,
+):
+    """Writes sequence b's row of the record and, where it runs, what emitted `[BLOCK]` makes of its state."""
+    column = tl.arange(0, emitted.shape[0])
+    is_error = is_running & is_bad
+    num_emitted = tl.where(is_running & (is_error == 0), num_accepted + 1, 0)
+    record_ptr += b * (_NUM_RESULT_COLUMNS + K + 1)
+    tl.store(record_ptr + _EMITTED, num_emitted)
+    tl.store(record_ptr + _DRAFTED, tl.where(is_running, num_draft, 0))
+    tl.store(record_ptr + _ERROR, is_error.to(tl.int32))
+    tl.store(record_ptr + _NUM_RESULT_COLUMNS + column, emitted, column <= K)
+    if is_running:
+        if is_error:
+            tl.store(length_limit_ptr + slot, 0)
+        else:
+            row_ptr = tokens_ptr + slot.to(tl.int64) * tokens_stride
+            tl.store(row_ptr + start + column, emitted, column < num_emitted)
+            tl.store(seq_len_ptr + slot, start + num_emitted)
+
+
 @triton.jit(
     do_not_specialize=[
         "tokens_stride",
@@ -57,23 +92,22 @@ def spec_commit_round(
     b = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     emitted = tl.load(emitted_ptr + b * (K + 1) + column, column <= K, 0)
-    is_running = tl.load(is_running_ptr + b) != 0
-    is_error = is_running & (tl.load(error_ptr + b) != 0)
-    num_accepted = tl.minimum(tl.maximum(tl.load(num_accepted_ptr + b), 0), K)
-    num_emitted = tl.where(is_running & (is_error == 0), num_accepted + 1, 0)
-    record_ptr += b * (_NUM_RESULT_COLUMNS + K + 1)
-    tl.store(record_ptr + _EMITTED, num_emitted)
-    tl.store(record_ptr + _DRAFTED, tl.where(is_running, tl.load(num_draft_ptr + b), 0))
-    tl.store(record_ptr + _ERROR, is_error.to(tl.int32))
-    tl.store(record_ptr + _NUM_RESULT_COLUMNS + column, emitted, column <= K)
-    if is_running:
-        slot = tl.load(slots_ptr + b).to(tl.int64)
-        if is_error:
-            tl.store(length_limit_ptr + slot, 0)
-        else:
-            start = tl.load(start_ptr + b)
-            tl.store(tokens_ptr + slot * tokens_stride + start + column, emitted, column < num_emitted)
-            tl.store(seq_len_ptr + slot, start + num_emitted)
+    commit_row(
+        b,
+        emitted,
+        tl.load(is_running_ptr + b) != 0,
+        tl.load(error_ptr + b) != 0,
+        tl.minimum(tl.maximum(tl.load(num_accepted_ptr + b), 0), K),
+        tl.load(num_draft_ptr + b),
+        tl.load(slots_ptr + b),
+        tl.load(start_ptr + b),
+        tokens_ptr,
+        tokens_stride,
+        seq_len_ptr,
+        length_limit_ptr,
+        record_ptr,
+        K,
+    )
 
 
 def commit_round(

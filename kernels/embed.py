@@ -44,6 +44,15 @@ def spec_embed(
     tl.store(out_ptr + row.to(tl.int64) * WIDTH + columns, hidden, mask)
 
 
+def check_tables(token_table: Tensor, position_table: Tensor | None) -> None:
+    """Raises `ValueError` unless both are contiguous tables of one width."""
+    for name, table in (("token_table", token_table), ("position_table", position_table)):
+        if table is not None and (table.dim() != 2 or table.shape[1] != token_table.shape[1]):
+            raise ValueError(f"{name}: expected [rows, {token_table.shape[-1]}], got {list(table.shape)}")
+        if table is not None and not table.is_contiguous():
+            raise ValueError(f"{name}: expected a contiguous table")
+
+
 def embed(
     token_ids: Tensor,
     positions: Tensor,
@@ -66,11 +75,7 @@ def embed(
             raise ValueError(
                 f"{name}: expected contiguous [T] torch.int32, got {list(ids.shape)} {ids.dtype}"
             )
-    for name, table in (("token_table", token_table), ("position_table", position_table)):
-        if table is not None and (table.dim() != 2 or table.shape[1] != token_table.shape[1]):
-            raise ValueError(f"{name}: expected [rows, {token_table.shape[-1]}], got {list(table.shape)}")
-        if table is not None and not table.is_contiguous():
-            raise ValueError(f"{name}: expected a contiguous table")
+    check_tables(token_table, position_table)
     num_tokens, width = token_table.shape
     out = torch.empty(token_ids.numel(), width, device=token_ids.device)
     launch(

@@ -1,8 +1,9 @@
 """The next token of each row without its logits, in one launch: a tile of 128 logits is computed, raced and forgotten.
 
 Each program raises its rows' best race keys (an integer maximum: no order matters); the last program of a row tile
-turns them into tokens and leaves the keys at zero. Rows with filters need their logits: where any row has one, the
-draw is `head`, `filter_rows` and `sample_rows`, with the same bits. See `specengine.kernels.reference.head_draw`.
+turns them into tokens and leaves the keys at zero; where the tokens are drafts it also stages them. Rows with filters
+need their logits: where any row has one, the draw is `head`, `filter_rows` and `sample_rows`, with the same bits. See
+`specengine.kernels.reference.head_draw`.
 """
 
 from __future__ import annotations
@@ -24,19 +25,55 @@ from specengine.kernels.device.noise import (
     race_key,
     scale_logits,
 )
-from specengine.kernels.device.race import check_columns, check_small
+from specengine.kernels.device.race import check_columns, check_output, check_small, check_table
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.device.workspace import zeroed
 from specengine.kernels.filter_rows import filter_rows
 from specengine.kernels.head import head
 from specengine.kernels.sample_rows import sample_rows
+from specengine.kernels.stage_draft import stage_draft
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.rows import SamplingRows
 
 _STAT_ERROR = 3
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit
+def stage_rows(
+    rows,
+    tokens,
+    is_bad,
+    step,
+    tokens_ptr,
+    tokens_stride,
+    slots_ptr,
+    seq_len_ptr,
+    is_drafting_ptr,
+    draft_tokens_ptr,
+    num_draft_ptr,
+    num_sequences,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    """`stage_draft` of the draws of some rows, `[M]` each; rows beyond those drawn have token -1."""
+    b = tl.arange(0, BLOCK_B)
+    is_sequence = b < num_sequences
+    is_drafting = (tl.load(is_drafting_ptr + b, is_sequence, 0) != 0).to(tl.int32)
+    slot = tl.load(slots_ptr + b, is_sequence, 0).to(tl.int64)
+    seq_len = tl.load(seq_len_ptr + b, is_sequence, 0)
+    num_draft = tl.load(num_draft_ptr + b, is_sequence, 0)
+    row = tl.cumsum(is_drafting, axis=0) - is_drafting
+    is_own = (row[None, :] == rows[:, None]) & (is_drafting[None, :] != 0)
+    token = tl.max(tl.where(is_own, tokens[:, None], -1), axis=0)
+    ends = tl.max(tl.where(is_own, is_bad[:, None].to(tl.int32), 0), axis=0) != 0
+    is_drawn = token >= 0
+    tl.store(tokens_ptr + slot * tokens_stride + seq_len + step, token, is_drawn)
+    tl.store(draft_tokens_ptr + b.to(tl.int64) * K + step, token, is_drawn)
+    tl.store(num_draft_ptr + b, tl.minimum(num_draft, step), is_drawn & ends)
+
+
+@triton.jit(do_not_specialize=["num_rows", "step", "slots_ptr", "is_drafting_ptr", "num_sequences"])
 def spec_head_draw(
     hidden_ptr,
     hidden_stride,
@@ -57,6 +94,17 @@ def spec_head_draw(
     error_ptr,
     num_rows,
     num_rows_ptr,
+    step,
+    state_tokens_ptr,
+    state_tokens_stride,
+    slots_ptr,
+    seq_len_ptr,
+    is_drafting_ptr,
+    draft_tokens_ptr,
+    num_draft_ptr,
+    num_sequences,
+    K: tl.constexpr,
+    BLOCK_B: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
     VOCAB_SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -126,6 +174,23 @@ def spec_head_draw(
         is_bad = (flag > 0) | (key_score(best) == NEGATIVE_INFINITY)
         tl.store(tokens_ptr + rows, key_token(best), row_mask)
         tl.store(error_ptr + rows, is_bad.to(tl.int32), row_mask)
+        if draft_tokens_ptr is not None:
+            stage_rows(
+                rows,
+                tl.where(row_mask, key_token(best), -1),
+                is_bad,
+                step,
+                state_tokens_ptr,
+                state_tokens_stride,
+                slots_ptr,
+                seq_len_ptr,
+                is_drafting_ptr,
+                draft_tokens_ptr,
+                num_draft_ptr,
+                num_sequences,
+                K,
+                BLOCK_B,
+            )
 
 
 def head_draw(
@@ -139,10 +204,12 @@ def head_draw(
     has_filters: bool = True,
     token_ids: Tensor | None = None,
     num_rows: Tensor | None = None,
+    staging: Staging | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `specengine.kernels.reference.head_draw`.
 
     num_rows: `[1]` int32 on the device: rows from there on are padding and are left alone
+    staging:  what else to do with the draws: `stage_draft`
     """
     num_tokens = check_head(hidden, weight, vocab_size, token_ids)
     count, device = hidden.shape[0], hidden.device
@@ -153,7 +220,11 @@ def head_draw(
         base = torch.zeros_like(positions)
         drawn = (rows, positions, rng.STREAM_TARGET, base)
         tokens, _ = sample_rows(logits, stats, *drawn, num_rows=num_rows)
-        return tokens, stats[:, _STAT_ERROR].int()
+        error = stats[:, _STAT_ERROR].int()
+        if staging is not None:
+            step, state_tokens, slots, seq_len, is_drafting, *drafts = staging
+            stage_draft(step, state_tokens, slots, seq_len, is_drafting, tokens, error, *drafts)
+        return tokens, error
     tokens = torch.empty(count, dtype=torch.int32, device=device)
     error = torch.empty_like(tokens)
     tile = choose_tile("head", weight.out_features, weight.in_features, weight.weight.dtype, device)
@@ -181,6 +252,9 @@ def head_draw(
         error,
         count,
         num_rows,
+        *_staging_arguments(staging),
+        K=1 if staging is None else staging.draft_tokens.shape[1],
+        BLOCK_B=1 if staging is None else triton.next_power_of_2(max(staging.slots.numel(), 1)),
         NUM_TOKENS=num_tokens,
         VOCAB_SIZE=vocab_size,
         WIDTH=weight.in_features,
@@ -192,3 +266,23 @@ def head_draw(
         **tile.options,
     )
     return tokens, error
+
+
+def _staging_arguments(staging: Staging | None) -> tuple[Tensor | int | None, ...]:
+    """What the kernel stages by, in its order."""
+    if staging is None:
+        return (None,) * 9
+    count, k = staging.slots.numel(), staging.draft_tokens.shape[-1]
+    if not 0 <= staging.step < k:
+        raise ValueError(f"step: {staging.step} is outside 0 … {k - 1}, the columns of draft_tokens")
+    return (
+        staging.step,
+        check_table("tokens", staging.tokens),
+        staging.tokens.stride(0),
+        check_small("slots", staging.slots, (count,), torch.int32),
+        check_small("seq_len", staging.seq_len, (count,), torch.int32),
+        check_small("is_drafting", staging.is_drafting, (count,), torch.int32),
+        check_output("draft_tokens", staging.draft_tokens, (count, k), torch.int32),
+        check_output("num_draft", staging.num_draft, (count,), torch.int32),
+        count,
+    )

@@ -21,6 +21,22 @@ MAX_PAIRS = 1024
 MAX_BLOCK = 32
 
 
+@triton.jit
+def load_each(ptrs, at, mask):
+    """Elements of several vectors, as a tuple: all are asked for before one is stored, which a load would wait for."""
+    values = ()
+    for i in tl.static_range(len(ptrs)):
+        values += (tl.load(ptrs[i] + at, mask),)  # type: ignore[assignment]
+    return values
+
+
+@triton.jit
+def store_each(ptrs, values, at, mask):
+    """What `load_each` gave, to several vectors."""
+    for i in tl.static_range(len(ptrs)):
+        tl.store(ptrs[i] + at, values[i], mask)
+
+
 @triton.jit(do_not_specialize=["q_start_ptr", "num_sequences", "num_tokens", "num_rows"])
 def spec_row_keys(
     sequence_ptrs,
@@ -50,9 +66,10 @@ def spec_row_keys(
     # Of a batch without tokens, rows that nobody uses may be of nobody.
     owner = tl.minimum(owner, num_sequences - 1)
     token = tl.minimum(tl.maximum(token, 0), num_tokens - 1)
-    for i in tl.static_range(len(row_ptrs)):
-        tl.store(row_ptrs[i] + row, tl.load(sequence_ptrs[i] + owner, is_row), is_row)
-    tl.store(row_position_ptr + row, tl.load(position_ptr + token, is_row) + 1, is_row)
+    position = tl.load(position_ptr + token, is_row)
+    keys = load_each(sequence_ptrs, owner, is_row)
+    store_each(row_ptrs, keys, row, is_row)
+    tl.store(row_position_ptr + row, position + 1, is_row)
 
 
 def row_keys(

@@ -39,6 +39,8 @@ class RoundOutcome(NamedTuple):
     logits:       `[R, V]` fp32, the target's raw logits; None where its draws decided
     row_start:    `[B]` int32, sequence b's first row of `logits`
     drafts:       `[B, k]` int32, what was judged
+    drawn, drawn_error: `[R]` int32, the target's draws where `commit` is yet to match drafts with them, and to write
+                  tokens, num_accepted and error; else None
     """
 
     tokens: Tensor
@@ -48,6 +50,8 @@ class RoundOutcome(NamedTuple):
     logits: Tensor | None
     row_start: Tensor
     drafts: Tensor
+    drawn: Tensor | None = None
+    drawn_error: Tensor | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -149,8 +153,11 @@ def match(
     proposal: DraftProposal,
     batch: RunningBatch,
 ) -> RoundOutcome:
-    """`verify` where the target has drawn already: row row_start[b] + i, `[R]` int32 each, decides seq_len[b] + i."""
+    """`verify` where the target has drawn already: row row_start[b] + i, `[R]` int32 each, decides seq_len[b] + i.
+    Where launches are dear it is left to `commit`."""
     plan, outcome = batch.planned, _empty_outcome(proposal, row_start)
+    if backend.has_launches:
+        return outcome._replace(drawn=drawn, drawn_error=drawn_error)
     drafts = Drafts(row_start, plan.seq_len, proposal.num_tokens, proposal.tokens)
     given = (drafts, batch.rows, plan.is_running, outcome.verdict)
     backend.match_draws(drawn, drawn_error, *given, batch.forced_acceptance)
@@ -228,6 +235,9 @@ def _needs_next(sequence: Sequence, num_accepted: int, draft: int, step: int) ->
 def commit(outcome: RoundOutcome, batch: RunningBatch, state: BatchState) -> Tensor:
     """Makes the outcome part of the sequences. Returns what the host reads, `[B, 3 + k + 1]` int32: see the
     `commit_round` op."""
+    if outcome.drawn is not None and outcome.drawn_error is not None:
+        drafts = Drafts(outcome.row_start, batch.seq_len, outcome.num_draft, outcome.drafts)
+        return state.commit_draws(batch, outcome.drawn, outcome.drawn_error, drafts, outcome.verdict)
     return state.commit(batch, outcome.tokens, outcome.num_accepted, outcome.num_draft, outcome.error)
 
 

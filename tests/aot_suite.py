@@ -20,13 +20,14 @@ from torch import Tensor
 
 from specengine.kernels.device.launch import Launch, assume_capability, record
 from specengine.kernels.device.linear import row_widths
-from specengine.kernels.types.drafts import DraftLaw, Drafts, Verdict
+from specengine.kernels.types.drafts import DraftLaw, Drafts, Staging, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
 from specengine.ops.load import load_backend
+from specengine.runtime.batch import Feed, build_forward_batch
 
 TRITON = load_backend("triton", torch.device("cuda"))
 BLOCK_SIZE = 16
@@ -173,15 +174,21 @@ def build_batch(size: Size, num_sequences: int, q_len: int) -> ForwardBatch:
 
 
 def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[Launch]:
-    """What a verification of k drafts launches: logits with statistics, and draws without logits."""
+    """What a verification of k drafts launches, logits with statistics and draws without logits, and what a draft."""
     kv_dtype = float_of(dtype)
     kv_cache = meta(num_layers, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
     off = DrawKeys(SamplingRows.empty(1, "meta"), has_filters=False)
+    tokens, one = integers(64, size.max_positions), integers(1)
+    staging = Staging(1, tokens, one, one, one, integers(1, NUM_DRAFT), one)
+    feed, table = Feed(one, one, one, 1, 1), integers(64, size.max_positions // BLOCK_SIZE)
     with record() as launches:
         decoder, batch = build_decoder(size, dtype, num_layers), build_batch(size, 1, NUM_DRAFT + 1)
         decoder.forward(batch, kv_cache, size.vocab_size)
         decoder.forward_stats(batch, kv_cache, size.vocab_size, off)
         decoder.draw(batch, kv_cache, size.vocab_size, off)
+        entry = (off.rows, decoder.weights.token_table, decoder.weights.position_table)
+        draft = build_forward_batch(TRITON, tokens, table, one, feed, entry, block_size=BLOCK_SIZE)
+        decoder.draw(draft, kv_cache, size.vocab_size, off, staging)
     return launches
 
 
@@ -253,16 +260,18 @@ def round_launches(num_sequences: int, row_length: int = 50304) -> list[Launch]:
         judged = Drafts(of_sequence, plan.seq_len, of_sequence, drafts)
         judged_by = (SamplingRows.empty(num_sequences, "meta"), plan.is_running, Verdict(*results))
         for forced in (None, 0.7):
-            TRITON.match_draws(integers(num_rows), integers(num_rows), judged, *judged_by, forced)
+            drawn = (integers(num_rows), integers(num_rows), judged, *judged_by)
+            TRITON.match_draws(*drawn, forced)
+            TRITON.commit_draws(*drawn, tokens, *state[:2], of_sequence, forced)
         ended = (of_sequence, plan.seq_len, plan.is_running, *results[:2], of_sequence, of_sequence)
         TRITON.commit_round(tokens, *state[:2], *ended)
     return launches
 
 
 def num_kernels_a_layer(size: Size) -> int:
-    """Kernels of two layers less those of one, in one forward of the three recorded ones."""
+    """Kernels of two layers less those of one, in one forward of the four recorded ones."""
     one, two = (len(forward_launches(size, torch.float16, count)) for count in (1, 2))
-    return (two - one) // 3
+    return (two - one) // 4
 
 
 def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:

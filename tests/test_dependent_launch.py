@@ -23,7 +23,7 @@ from torch import Tensor
 
 from specengine import SamplingParams
 from specengine.kernels.device import launch as launching
-from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.drafts import Drafts, Staging, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.rules import Rule
@@ -104,6 +104,18 @@ def there(**tensors: Tensor) -> SimpleNamespace:
     return SimpleNamespace(**{name: tensor.to(DEVICE) for name, tensor in tensors.items()})
 
 
+def build_verdict(count: int, width: int) -> Verdict:
+    shapes = ((count, width), (count,), (count,))
+    return Verdict(*(torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in shapes))
+
+
+def build_staging(count: int) -> Staging:
+    """Every sequence drafts, the first ones in the last slots."""
+    numbers = torch.arange(count, dtype=torch.int32, device=DEVICE)
+    tokens, ones = numbers.new_zeros(count, 32), torch.ones_like(numbers)
+    return Staging(1, tokens, numbers.flip(0), 3 + numbers, ones, numbers.new_zeros(count, 4), 4 * ones)
+
+
 def random_linear(out_features: int, in_features: int, dtype: torch.dtype) -> PackedLinear:
     ops = load_backend("triton", DEVICE)
     weight = random_rows(out_features, in_features, seed=out_features) * in_features**-0.5
@@ -143,12 +155,12 @@ class EveryOp:
         tokens = torch.randint(self.vocab_size, (2, 32), generator=generator).int().to(DEVICE)
         kv_cache = torch.full(self.shape, 0.25 * (turn % 7), dtype=self.kv_dtype, device=DEVICE)
         ragged = (tokens, self.block_table, lengths.slots, lengths.start, lengths.q_len, lengths.num_logits)
-        ids, positions, kv_slots, q_start, context_len, logit_rows = ops.expand_batch(
-            *ragged, BLOCK_SIZE, num_tokens=23, num_logit_rows=6
-        )
+        entry = (SamplingRows.empty(2, DEVICE), self.table, None)
+        start = ops.begin_forward(*ragged, BLOCK_SIZE, *entry, num_tokens=23, num_logit_rows=6)
+        _, positions, kv_slots, q_start, context_len, logit_rows = start.expanded
         places = (positions, kv_slots, kv_cache, None)
         batch = (self.block_table, lengths.slots, q_start, context_len)
-        hidden = ops.embed(ids, positions, self.table, None)
+        hidden = start.hidden
         for _ in range(self.num_layers):
             query = ops.norm_qkv(hidden, norm, linear.qkv, *places)
             attended = ops.paged_attention(query, kv_cache, *batch)
@@ -172,13 +184,14 @@ class EveryOp:
             seeds=random_seeds(6),
         )
         each = SamplingRows.empty(6, DEVICE)._replace(**vars(row))
-        drawn, draw_error = ops.head_draw(*head, each, positions, has_filters=False)
+        staging = build_staging(6)
+        drawn, draw_error = ops.head_draw(*head, each, positions, has_filters=False, staging=staging)
         logits = ops.head(*head)
         _, plain_stats = ops.head_stats(*head, each)
         stats = ops.filter_rows(logits, each)
         sampled = ops.sample_rows(logits, stats, each, positions, 0, positions * 0)
         top = ops.token_logprobs(logits, drawn, 5)
-        results = [drawn, draw_error, logits, plain_stats, stats, *sampled, *top]
+        results = [drawn, draw_error, *staging[1:], logits, plain_stats, stats, *sampled, *top]
         sequence = there(
             row_start=torch.tensor([0, 3], dtype=torch.int32),
             num_draft=torch.tensor([2, 2], dtype=torch.int32),
@@ -191,12 +204,15 @@ class EveryOp:
         drafts = Drafts(sequence.row_start, sequence.seq_len, sequence.num_draft, drafted)
         rows = SamplingRows.empty(2, DEVICE)._replace(temperature=sequence.temperature, seeds=sequence.seeds)
         for rule in Rule:
-            shapes = ((2, 3), (2,), (2,))
-            verdict = Verdict(*(torch.zeros(size, dtype=torch.int32, device=DEVICE) for size in shapes))
+            verdict = build_verdict(2, 3)
             ruled = rows._replace(rule=torch.full_like(rows.rule, int(rule)))
             getattr(ops, rule.op)(logits, stats, drafts, ruled, sequence.is_running, verdict)
             results += verdict
-        return results
+        verdict, state = build_verdict(2, 3), [torch.zeros_like(sequence.seq_len) for _ in range(2)]
+        judged = (drawn, draw_error, drafts, rows, sequence.is_running, verdict)
+        slots = torch.tensor([1, 0], dtype=torch.int32, device=DEVICE)
+        record = ops.commit_draws(*judged, tokens, *state, slots)
+        return [*results, *verdict, *state, tokens, record]
 
 
 def assert_same_bits(results: list[Tensor], expected: list[Tensor], where: str) -> None:

@@ -169,7 +169,9 @@ MOST = {
     "spec_linear_residual": (80, 1, 2, 2, 1),
     "spec_head_draw": (880, 2, 96, 2, 2),
 }
-MOST_US = {"gpt2-medium token": 630, "draft step": 162}
+# Loads one after the other, in launches without weights.
+MOST_LEVELS = {"spec_plan_round": 2, "spec_begin_forward": 3, "spec_commit_draws": 2}
+MOST_US = {"gpt2-medium token": 620, "draft step": 153}
 
 
 def check_counts(kernels: list[dict[str, Any]]) -> None:
@@ -185,11 +187,12 @@ def check_counts(kernels: list[dict[str, Any]]) -> None:
                 kernel["waves"],
             )
             assert all(one <= other for one, other in zip(found, most, strict=True)), (kernel["name"], found)
+        assert kernel["levels"] <= MOST_LEVELS.get(kernel["name"], kernel["levels"]), kernel["name"]
 
 
 def test_counts_do_not_creep_up(sums: dict[str, Any]) -> None:
     kernels = sums["gpt2-medium token"]["kernels"]
-    assert MOST.keys() <= {kernel["name"] for kernel in kernels}
+    assert MOST.keys() | MOST_LEVELS.keys() == {kernel["name"] for kernel in kernels}
     check_counts(kernels)
     for name, most in MOST_US.items():
         assert sums[name]["us"] <= most

@@ -762,9 +762,9 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
     build, reached = model_runner.build_forward_batch, {}
 
     def stale(
-        backend: Backend, tokens: Tensor, table: Tensor, slots: Tensor, feed: Feed, **sizes: int
+        backend: Backend, tokens: Tensor, table: Tensor, slots: Tensor, feed: Feed, *entry: Any, **sizes: int
     ) -> Any:
-        batch = build(backend, tokens, table, slots, feed, **sizes)
+        batch = build(backend, tokens, table, slots, feed, *entry, **sizes)
         start, q_len = feed.start, feed.q_len
         known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
         reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))

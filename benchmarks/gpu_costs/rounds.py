@@ -60,8 +60,6 @@ def _parts(target: str) -> tuple[list[Launch], list[Launch]]:
     draws = [at for at, launch in enumerate(launches) if launch.name == "spec_head_draw"]
     num_drawn = launches[0].name == "spec_plan_round"
     end = draws[K - 1] + 1
-    while end < len(launches) and launches[end].name == "spec_stage_draft":
-        end += 1
     return launches[num_drawn:end], launches[:num_drawn] + launches[end:]
 
 

@@ -116,7 +116,7 @@ KERNEL_TESTS = {
         "parallel_norm_linear",
         "parallel_linear_residual",
     ),
-    "attention": ("paged_attention", "embed", "expand_batch", "noise"),
+    "attention": ("paged_attention", "embed", "expand_batch", "begin_forward", "noise"),
     "head": (
         "head",
         "head_draw",
@@ -136,6 +136,7 @@ KERNEL_TESTS = {
         "block_verify",
         "lossy_verify",
         "commit_round",
+        "commit_draws",
     ),
 }
 # Tests that run many times what could go wrong once; and those that only compile.

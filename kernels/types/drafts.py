@@ -40,6 +40,18 @@ class Drafts(NamedTuple):
     law: DraftLaw | None = None
 
 
+class Staging(NamedTuple):
+    """Where draws go as draft `step` of the sequences that draft; see the `stage_draft` op, in its order."""
+
+    step: int
+    tokens: Tensor
+    slots: Tensor
+    seq_len: Tensor
+    is_drafting: Tensor
+    draft_tokens: Tensor
+    num_draft: Tensor
+
+
 class Verdict(NamedTuple):
     """What was decided of B sequences; written where a sequence was judged, else left alone.
 

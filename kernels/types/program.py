@@ -104,6 +104,28 @@ class Program:
     head_token_ids: Tensor | None = None
 
 
+class ForwardStart(NamedTuple):
+    """What the `begin_forward` op makes: the first six as in a `ForwardBatch`, and as `expand_batch` gives them.
+
+    hidden:   `[T, D]` fp32, what enters the first layer
+    row_keys: `[R]` each, what each of `logit_rows` is judged by and the position that it decides, int32
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    q_start: Tensor
+    context_len: Tensor
+    logit_rows: Tensor
+    hidden: Tensor | None
+    row_keys: tuple[SamplingRows, Tensor] | None
+
+    @property
+    def expanded(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """What `expand_batch` gives."""
+        return self[:6]
+
+
 class ForwardBatch(NamedTuple):
     """A ragged batch of B sequences and T tokens; a prompt chunk, one token or k + 1 tokens are all the same.
 
@@ -118,6 +140,7 @@ class ForwardBatch(NamedTuple):
     wants_all_logits: whether these are all tokens
     num_tokens, num_logit_rows: `[1]` int32 on the device where rows from there on are padding; None: there is none,
                  or (of logit rows) padding costs nothing that matters
+    hidden, row_keys: what `begin_forward` has made of it already; None: nothing
     """
 
     token_ids: Tensor
@@ -131,6 +154,8 @@ class ForwardBatch(NamedTuple):
     wants_all_logits: bool = False
     num_tokens: Tensor | None = None
     num_logit_rows: Tensor | None = None
+    hidden: Tensor | None = None
+    row_keys: tuple[SamplingRows, Tensor] | None = None
 
 
 class DrawKeys(NamedTuple):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from specengine.drafters.base import DraftProposal, DraftSource, RowResult
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.program import ForwardBatch
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rules import Rule
@@ -235,7 +236,8 @@ class _Draft:
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return
         if not (batch.reads_law or batch.mode.has_confidence):
-            self._stage(step, *runner.draw(rows, batch))
+            where = (batch.tokens, batch.slots, plan.seq_len, wanted)
+            runner.draw(rows, batch, Staging(step, *where, self._tokens, self._num_draft))
             return
         _, logits, stats = runner.judge(rows, batch)
         tokens, log_probs = self._sample(step, rows, logits, stats)

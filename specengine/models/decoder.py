@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import (
     DraftRows,
@@ -141,13 +142,19 @@ class Decoder:
         return self._executor.forward_stats(batch, kv_cache, vocab_size, keys)
 
     def draw(
-        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+        self,
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+        vocab_size: int,
+        keys: DrawKeys,
+        staging: Staging | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`forward`, then each logit row's draw with the target's noise; no logits are stored.
 
-        Returns tokens `[R]` int32, and `[R]` int32 that is 1 where the logits were not a distribution.
+        Returns tokens `[R]` int32, and `[R]` int32 that is 1 where the logits were not a distribution. With `staging`
+        they are staged as drafts, too.
         """
-        return self._executor.draw(batch, kv_cache, vocab_size, keys)
+        return self._executor.draw(batch, kv_cache, vocab_size, keys, staging)
 
     def draft(
         self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys

@@ -10,10 +10,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from specengine.kernels.types.drafts import Drafts, Verdict
+from specengine.kernels.types.drafts import Drafts, Staging, Verdict
 from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
-from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits, Program
+from specengine.kernels.types.program import (
+    DraftRows,
+    DrawKeys,
+    ForwardBatch,
+    ForwardStart,
+    JudgedLogits,
+    Program,
+)
 from specengine.kernels.types.round import BoundRound, RoundPlan, RoundTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
@@ -32,11 +39,17 @@ class Executor(Protocol):
         """`forward`, and what the `transform_rows` and `filter_rows` ops make of these logits."""
 
     def draw(
-        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+        self,
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+        vocab_size: int,
+        keys: DrawKeys,
+        staging: Staging | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The token that follows each of `batch.logit_rows`, and its error flag, as the `head_draw` op gives them.
 
-        Rows with transforms draw from what the `transform_rows` op makes of their logits.
+        Rows with transforms draw from what the `transform_rows` op makes of their logits. With `staging` the tokens
+        are staged, as by the `stage_draft` op.
         """
 
     def draft(
@@ -73,6 +86,9 @@ class Backend(Protocol):
     # Whether `expand_batch` makes batches of the size the host names, padded, and row ops take `num_rows`, which
     # stands on the device; else batches have the size that the lengths say, and no padding.
     has_padding: bool
+    # Whether an op is a launch, which takes longer than what many do: then those are used that do several's work
+    # (`begin_forward`, `commit_draws`, and `head_draw` with a `staging`).
+    has_launches: bool
 
     def set_num_threads(self, num_threads: int) -> None:
         """CPU threads that the ops may use from now on: this backend's own, or, where the ops are PyTorch's, those of
@@ -105,6 +121,23 @@ class Backend(Protocol):
         num_tokens: int | None = None,
         num_logit_rows: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]: ...
+
+    def begin_forward(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        q_len: Tensor,
+        num_logits: Tensor,
+        block_size: int,
+        rows: SamplingRows,
+        token_table: Tensor,
+        position_table: Tensor | None,
+        *,
+        num_tokens: int | None = None,
+        num_logit_rows: int | None = None,
+    ) -> ForwardStart: ...
 
     def embed(
         self, token_ids: Tensor, positions: Tensor, token_table: Tensor, position_table: Tensor | None
@@ -306,6 +339,21 @@ class Backend(Protocol):
         verdict: Verdict,
         forced_acceptance: float | None = None,
     ) -> None: ...
+
+    def commit_draws(
+        self,
+        drawn: Tensor,
+        drawn_error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+        tokens: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        slots: Tensor,
+        forced_acceptance: float | None = None,
+    ) -> Tensor: ...
 
     def commit_round(
         self,

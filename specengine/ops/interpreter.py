@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
@@ -55,7 +56,12 @@ class Interpreter:
         return JudgedLogits(logits, logits, stats)
 
     def draw(
-        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+        self,
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+        vocab_size: int,
+        keys: DrawKeys,
+        staging: Staging | None = None,
     ) -> tuple[Tensor, Tensor]:
         program, ops = self._program, self._backend
         hidden = self._logit_inputs(batch, kv_cache)
@@ -66,8 +72,12 @@ class Interpreter:
             judged = self._judge(ops.head(*head, **options), batch, keys, rows)
             drawn = (rows, positions, STREAM_TARGET, torch.zeros_like(positions))
             tokens, _ = ops.sample_rows(judged.logits, judged.stats, *drawn, **_padding(batch.num_logit_rows))
-            return tokens, judged.stats[:, STAT_ERROR].int()
-        return ops.head_draw(*head, rows, positions, has_filters=keys.has_filters, **options)
+            return staged(ops, tokens, judged.stats[:, STAT_ERROR].int(), staging)
+        options["has_filters"] = keys.has_filters
+        if ops.has_launches:
+            options["staging"] = staging
+            return ops.head_draw(*head, rows, positions, **options)
+        return staged(ops, *ops.head_draw(*head, rows, positions, **options), staging)
 
     def draft(self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys) -> None:
         return None
@@ -95,11 +105,11 @@ class Interpreter:
 
     def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         ops, program = self._backend, self._program
-        padding = _padding(batch.num_tokens)
-        tables = (program.token_table, program.position_table)
-        values: dict[Register, Tensor] = {
-            "hidden": ops.embed(batch.token_ids, batch.positions, *tables, **padding)
-        }
+        padding, hidden = _padding(batch.num_tokens), batch.hidden
+        if hidden is None:
+            tables = (program.token_table, program.position_table)
+            hidden = ops.embed(batch.token_ids, batch.positions, *tables, **padding)
+        values: dict[Register, Tensor] = {"hidden": hidden}
         for op in program.ops:
             if isinstance(op, NormQkv):
                 places = (batch.positions, batch.kv_slots, kv_cache[op.layer], program.rotary)
@@ -127,9 +137,20 @@ class Interpreter:
 
 
 def row_keys(backend: Backend, keys: DrawKeys, batch: ForwardBatch) -> tuple[SamplingRows, Tensor]:
-    """The `row_keys` op on a batch: what each logit row is judged by, and the position that it decides."""
+    """What each logit row of a batch is judged by, and the position that it decides: from the `row_keys` op, unless
+    `begin_forward` has found it."""
+    if batch.row_keys is not None:
+        return batch.row_keys
     where = (batch.q_start, batch.positions, batch.logit_rows)
     return backend.row_keys(keys.rows, *where, **_padding(batch.num_logit_rows))
+
+
+def staged(backend: Backend, drawn: Tensor, error: Tensor, staging: Staging | None) -> tuple[Tensor, Tensor]:
+    """Draws, and the `stage_draft` op on them where that is wanted."""
+    if staging is not None:
+        step, tokens, slots, seq_len, is_drafting, *drafts = staging
+        backend.stage_draft(step, tokens, slots, seq_len, is_drafting, drawn, error, *drafts)
+    return drawn, error
 
 
 def _padding(num_rows: Tensor | None) -> dict[str, Any]:

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from specengine import _C
+from specengine.kernels.types.drafts import Drafts, Staging, Verdict
 from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import (
     DraftRows,
     DrawKeys,
     ForwardBatch,
+    ForwardStart,
     JudgedLogits,
     LinearResidual,
     NormLinear,
@@ -41,7 +43,7 @@ class NativeBackend:
     """The `Backend` protocol of `specengine.ops` on `specengine._C`; see `specengine.kernels.reference`."""
 
     name = "native"
-    has_padding = False
+    has_padding = has_launches = False
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     expand_batch = staticmethod(_C.expand_batch)
@@ -92,6 +94,48 @@ class NativeBackend:
         return RoundPlan._make(
             _C.plan_round(slots, seq_len, length_limit, num_speculative, k, draft_positions)
         )
+
+    def begin_forward(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        start: Tensor,
+        q_len: Tensor,
+        num_logits: Tensor,
+        block_size: int,
+        rows: SamplingRows,
+        token_table: Tensor,
+        position_table: Tensor | None,
+        *,
+        num_tokens: int | None = None,
+        num_logit_rows: int | None = None,
+    ) -> ForwardStart:
+        where = (tokens, block_table, slots, start, q_len, num_logits, block_size)
+        token_ids, positions, kv_slots, q_start, context_len, logit_rows = self.expand_batch(*where)
+        hidden = self.embed(token_ids, positions, token_table, position_table)
+        row_keys = self.row_keys(rows, q_start, positions, logit_rows)
+        expanded = (token_ids, positions, kv_slots, q_start, context_len, logit_rows)
+        return ForwardStart(*expanded, hidden, row_keys)
+
+    def commit_draws(
+        self,
+        drawn: Tensor,
+        drawn_error: Tensor,
+        drafts: Drafts,
+        rows: SamplingRows,
+        is_running: Tensor,
+        verdict: Verdict,
+        tokens: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        slots: Tensor,
+        forced_acceptance: float | None = None,
+    ) -> Tensor:
+        self.match_draws(drawn, drawn_error, drafts, rows, is_running, verdict, forced_acceptance)
+        state = (tokens, seq_len, length_limit, slots, drafts.seq_len, is_running)
+        judged = (verdict.tokens, verdict.num_accepted, drafts.num_draft, verdict.error)
+        return self.commit_round(*state, *judged)
 
     def pack_linear(
         self, weight: Tensor | GroupedWeight, bias: Tensor | None, format: WeightFormat | None = None
@@ -247,10 +291,19 @@ class NativeExecutor:
         return JudgedLogits(raw, logits, self._ops.filter_rows(logits, rows))
 
     def draw(
-        self, batch: ForwardBatch, kv_cache: Tensor, vocab_size: int, keys: DrawKeys
+        self,
+        batch: ForwardBatch,
+        kv_cache: Tensor,
+        vocab_size: int,
+        keys: DrawKeys,
+        staging: Staging | None = None,
     ) -> tuple[Tensor, Tensor]:
         where = (*_batch_arguments(batch), kv_cache, vocab_size)
-        return self._decoder.draw(*where, keys.rows, keys.transforms)
+        drawn, error = self._decoder.draw(*where, keys.rows, keys.transforms)
+        if staging is not None:
+            step, tokens, slots, seq_len, is_drafting, *drafts = staging
+            self._ops.stage_draft(step, tokens, slots, seq_len, is_drafting, drawn, error, *drafts)
+        return drawn, error
 
     def draft(
         self, rows: DraftRows, kv_cache: Tensor, vocab_size: int, keys: DrawKeys

@@ -21,7 +21,7 @@ class ReferenceBackend:
     """Every op from `specengine.kernels.reference`."""
 
     name = "reference"
-    has_padding = False
+    has_padding = has_launches = False
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __getattr__(self, op: str) -> object:

@@ -22,7 +22,7 @@ class TritonBackend:
     """Every op from the module of its name in `specengine.kernels`."""
 
     name = "triton"
-    has_padding = True
+    has_padding = has_launches = True
     supported_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 
     def __getattr__(self, op: str) -> object:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from specengine.kernels.types.program import ForwardBatch
+from specengine.kernels.types.program import ForwardBatch, ForwardStart
+from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
 
@@ -25,26 +26,33 @@ class Feed(NamedTuple):
 
 
 def build_forward_batch(
-    backend: Backend, tokens: Tensor, block_table: Tensor, slots: Tensor, feed: Feed, *, block_size: int
+    backend: Backend,
+    tokens: Tensor,
+    block_table: Tensor,
+    slots: Tensor,
+    feed: Feed,
+    entry: tuple[SamplingRows, Tensor, Tensor | None] | None = None,
+    *,
+    block_size: int,
 ) -> ForwardBatch:
     """Sequence b feeds tokens[slots[b], start[b] : start[b] + q_len[b]].
 
     tokens:      `[S, max_seq_len]` int32, committed tokens and, beyond them, staged drafts
     block_table: `[S, max_blocks]` int32
     slots:       `[B]` int32
+    entry:       what the sequences are judged by, `[B]`, and the model's embedding tables: where launches are dear,
+                 `begin_forward` does with them what else comes before the layers
     """
     wants_all = feed.num_logits is feed.q_len
-    token_ids, positions, kv_slots, q_start, context_len, logit_rows = backend.expand_batch(
-        tokens,
-        block_table,
-        slots,
-        feed.start,
-        feed.q_len,
-        feed.num_logits,
-        block_size,
-        num_tokens=feed.max_tokens,
-        num_logit_rows=feed.max_logits,
-    )
+    where = (tokens, block_table, slots, feed.start, feed.q_len, feed.num_logits, block_size)
+    if entry is not None and backend.has_launches:
+        started = backend.begin_forward(
+            *where, *entry, num_tokens=feed.max_tokens, num_logit_rows=feed.max_logits
+        )
+    else:
+        expanded = backend.expand_batch(*where, num_tokens=feed.max_tokens, num_logit_rows=feed.max_logits)
+        started = ForwardStart(*expanded, hidden=None, row_keys=None)
+    token_ids, positions, kv_slots, q_start, context_len, logit_rows = started.expanded
     num_tokens = q_start[-1:] if backend.has_padding else None
     return ForwardBatch(
         token_ids,
@@ -58,4 +66,6 @@ def build_forward_batch(
         wants_all_logits=wants_all,
         num_tokens=num_tokens,
         num_logit_rows=num_tokens if wants_all else None,
+        hidden=started.hidden,
+        row_keys=started.row_keys,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits
 from specengine.models.decoder import Decoder
 from specengine.ops.backend import Backend, RoundModel
@@ -35,7 +36,9 @@ class ModelRunner:
 
     def build(self, batch: RunningBatch, feed: Feed) -> ForwardBatch:
         """The rows of a forward that feeds tokens of the batch's sequences."""
-        where = (batch.tokens, batch.block_table, batch.slots, feed)
+        weights = self.decoder.weights
+        entry = (batch.rows, weights.token_table, weights.position_table)
+        where = (batch.tokens, batch.block_table, batch.slots, feed, entry)
         return build_forward_batch(self.backend, *where, block_size=self.kv_cache.block_size)
 
     def forward(self, rows: ForwardBatch) -> Tensor:
@@ -46,12 +49,14 @@ class ModelRunner:
         """`forward`, then what the batch's sequences ask for at each position, and statistics for draws."""
         return self.decoder.forward_stats(rows, *self._where(), draw_keys(batch))
 
-    def draw(self, rows: ForwardBatch, batch: RunningBatch) -> tuple[Tensor, Tensor]:
+    def draw(
+        self, rows: ForwardBatch, batch: RunningBatch, staging: Staging | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`forward`, then the draw of each logit row by its sequence's parameters and seed; no logits are stored.
 
-        Returns tokens and error flags, `[R]` int32 each.
+        Returns tokens and error flags, `[R]` int32 each. With `staging` the tokens are staged as drafts, too.
         """
-        return self.decoder.draw(rows, *self._where(), draw_keys(batch))
+        return self.decoder.draw(rows, *self._where(), draw_keys(batch), staging)
 
     def draft(self, batch: RunningBatch, start: Tensor) -> tuple[Tensor, Tensor] | None:
         """All the draws that the batch's plan asks for in one call, where the backend has it, else None.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
+from specengine.kernels.types.drafts import Drafts, Verdict
 from specengine.kernels.types.round import RoundPlan
 from specengine.kernels.types.rows import COLUMNS, SamplingRows
 from specengine.kernels.types.rules import Rule
@@ -299,6 +300,14 @@ class BatchState:
         state = (self.tokens, self.seq_len, self.length_limit)
         rows = (batch.slots, batch.seq_len, batch.planned.is_running)
         return self._backend.commit_round(*state, *rows, tokens, num_accepted, num_draft, error)
+
+    def commit_draws(
+        self, batch: RunningBatch, drawn: Tensor, drawn_error: Tensor, drafts: Drafts, verdict: Verdict
+    ) -> Tensor:
+        """`commit` of what the target's draws decide, which is written to `verdict`; see the `commit_draws` op."""
+        judged = (drawn, drawn_error, drafts, batch.rows, batch.planned.is_running, verdict)
+        where = (self.tokens, self.seq_len, self.length_limit, batch.slots)
+        return self._backend.commit_draws(*judged, *where, batch.forced_acceptance)
 
 
 def round_mode(sequences: Collection[Sequence]) -> RoundMode:

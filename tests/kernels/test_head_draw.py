@@ -21,6 +21,7 @@ from torch import Tensor
 
 from specengine import rng
 from specengine.kernels import reference
+from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.statistics import STAT_ERROR
 from specengine.ops.backend import Backend
@@ -196,6 +197,84 @@ def test_padded_rows_are_left_alone_and_keys_return_to_zero() -> None:
         expected, _ = TRITON.head_draw(hidden[:5], layer.norm, layer.packed, 300, *few, **off)
         assert torch.equal(tokens[:5], expected)
         assert not error[:5].any()
+
+
+def build_staging(is_drafting: list[int], k: int = 3) -> Staging:
+    """Sequences in any slots; whoever drafts has drafts to lose, and of the others nothing may be written."""
+    count = len(is_drafting)
+    generator = torch.Generator().manual_seed(count)
+    slots = torch.randperm(count + 1, generator=generator)[:count].int()
+    seq_len = torch.randint(3, 20, (count,), generator=generator, dtype=torch.int32)
+    wanted, left = torch.tensor(is_drafting, dtype=torch.int32), torch.full((count, k), -7, dtype=torch.int32)
+    tokens = torch.full((count + 1, 30), -7, dtype=torch.int32)
+    return Staging(1, tokens, slots, seq_len, wanted, left, torch.full_like(wanted, k))
+
+
+def check_staging(
+    count: int, is_drafting: list[int], *, has_filters: bool = False, op: HeadDraw = TRITON.head_draw
+) -> None:
+    """What `stage_draft` makes of the same draws; every fourth row is an error, and rows beyond those who draft are
+    padding."""
+    layer = random_layer(WIDTH, 300, torch.float32, has_bias=False, ops=TRITON)
+    hidden, drawn = random_rows(count, WIDTH), keys(count)
+    hidden[2::4] = float("nan")
+    staging, apart = build_staging(is_drafting), build_staging(is_drafting)
+    options = {"has_filters": has_filters}
+    if sum(is_drafting) < count:
+        options["num_rows"] = torch.tensor([sum(is_drafting)], dtype=torch.int32)
+    tokens, error = op(hidden, layer.norm, layer.packed, 300, *drawn, **options, staging=staging)
+    expected, expected_error = TRITON.head_draw(hidden, layer.norm, layer.packed, 300, *drawn, **options)
+    step, state, slots, seq_len, wanted, *drafts = apart
+    reference.stage_draft(step, state, slots, seq_len, wanted, expected, expected_error, *drafts)
+    num_drawn = min(sum(is_drafting), count)
+    assert torch.equal(tokens[:num_drawn], expected[:num_drawn])
+    assert torch.equal(error[:num_drawn], expected_error[:num_drawn])
+    for name, ours, theirs in zip(Staging._fields[1:], staging[1:], apart[1:], strict=True):
+        assert torch.equal(ours, theirs), name
+    assert (staging.num_draft == staging.step).any() == (num_drawn > 2)
+    assert (staging.tokens >= 0).sum() == num_drawn
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("count", "is_drafting"),
+    [
+        (1, [1]),
+        (3, [0, 1, 1, 0, 1]),
+        (8, [1, 0, 1, 1, 1, 0, 0, 1]),
+        (16, [1] * 16),
+        (40, [0, 1] * 12 + [1] * 9),  # three tiles of rows, the last of padding
+    ],
+)
+@pytest.mark.parametrize("has_filters", [True, False])
+def test_draws_are_staged_as_stage_draft_does_it(
+    count: int, is_drafting: list[int], has_filters: bool
+) -> None:
+    check_staging(count, is_drafting, has_filters=has_filters)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", ["a step further", "another slot", "who drafts", "no drafts to lose"])
+def test_a_fault_in_staging_is_noticed(fault: str) -> None:
+    def faulty(*given, staging, **options):
+        changed = {
+            "a step further": {"step": 2},
+            "another slot": {"slots": staging.slots.flip(0)},
+            "who drafts": {"is_drafting": staging.is_drafting.flip(0)},
+            "no drafts to lose": {"num_draft": staging.num_draft.clone()},
+        }
+        return TRITON.head_draw(*given, staging=staging._replace(**changed[fault]), **options)
+
+    with pytest.raises(AssertionError):
+        check_staging(5, [1, 0, 1, 1, 1, 1, 0], op=faulty)
+
+
+@pytest.mark.triton
+def test_a_step_outside_the_drafts_is_named() -> None:
+    layer, staging = random_layer(WIDTH, 300, torch.float32, ops=TRITON), build_staging([1])
+    given = (random_rows(1, WIDTH), layer.norm, layer.packed, 300, *keys(1))
+    with pytest.raises(ValueError, match="step: 3 is outside 0 … 2"):
+        TRITON.head_draw(*given, has_filters=False, staging=staging._replace(step=3))
 
 
 def test_ties_go_to_the_lowest_id_and_bad_rows_are_flagged(every_ops: Backend) -> None:
