@@ -332,7 +332,7 @@ def build_front(replicas: Replicas) -> FastAPI:
         try:
             yield
         finally:
-            starting.cancel()
+            await starting  # what is being begun must be there to be ended
             await replicas.stop()
 
     app = FastAPI(openapi_url=None, redirect_slashes=False, lifespan=lifespan)
