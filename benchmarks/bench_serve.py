@@ -35,7 +35,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -199,17 +199,18 @@ class Prompts:
 def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closes the servers
     given = parse(arguments)
+    print(f"{machine_name(given.threads)}; medians of {given.repetitions} in turn", flush=True)
+    faults: list[str] = []
     try:
-        rows = [*compare_servers(given), *compare_with_library(given)]
+        for row in (row for part in given.parts for row in PARTS[part](given)):
+            if given.results is not None:
+                append_rows([row], given.results)
+            print(line_of(row), flush=True)
+            fault = fault_of(row)
+            faults += [fault] if fault and not given.quick else []
     except (NotExactError, UnavailableError, SpecEngineError) as error:
         print(f"bench_serve.py: {error}", file=sys.stderr)
         return 1
-    if given.results is not None:
-        append_rows(rows, given.results)
-    print(f"{machine_name(given.threads)}; medians of {given.repetitions} in turn")
-    for row in rows:
-        print(line_of(row))
-    faults = [] if given.quick else [fault for row in rows if (fault := fault_of(row))]
     for fault in faults:
         print(f"FAULT: {fault}")
     return int(bool(faults))
@@ -228,6 +229,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help='llama.cpp\'s server, or "none"; default: it is built',
     )
+    add("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="beside whom")
     add("--repetitions", type=between(1, 1000), default=5, metavar="N", help="turns of each")
     add("--threads", type=between(1, 1024), default=len(os.sched_getaffinity(0)), metavar="N", help="of each")
     add("--quick", action="store_true", help="few tokens, and no promise is checked: does it run")
@@ -242,26 +244,23 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 # Beside llama.cpp's server
 
 
-def compare_servers(given: argparse.Namespace) -> list[_Json]:
+def compare_servers(given: argparse.Namespace) -> Iterator[_Json]:
     path = given.gguf.resolve()
     tokenizer = open_checkpoint(path).tokenizer
     assert tokenizer is not None, "a GGUF file that can be loaded has a tokenizer"
     prompts = Prompts(tokenizer.encode(LICENSE.read_text(encoding="utf-8")), PROMPT_LENGTH)
-    rows = []
     with ExitStack() as stack:
         ours = Server(OURS, our_command(given, "--model", str(path), "--draft-model", "suffix"))
         stack.callback(ours.close)
         llama, reason = start_llama(path, given)
-        if llama is not None:
+        if llama is None:
+            yield {"kind": "clients", "server": LLAMA, "model": path.name, "reason": reason}
+        else:
             stack.callback(llama.close)
         for num_clients in CLIENTS:
             say(f"{path.name}: {num_clients} clients")
-            rows += compare_clients(ours, llama, prompts, num_clients, given)
-    for row in rows:
-        row["model"] = path.name
-    if reason is not None:
-        rows.append({"kind": "clients", "server": LLAMA, "model": path.name, "reason": reason})
-    return rows
+            for row in compare_clients(ours, llama, prompts, num_clients, given):
+                yield {"model": path.name, **row}
 
 
 def our_command(given: argparse.Namespace, *arguments: str) -> list[str]:
@@ -368,7 +367,7 @@ def sizes(given: argparse.Namespace) -> _Json:
 # Beside the library
 
 
-def compare_with_library(given: argparse.Namespace) -> list[_Json]:
+def compare_with_library(given: argparse.Namespace) -> Iterator[_Json]:
     options = {"max_batch_size": NUM_TOGETHER, "num_threads": given.threads, "enable_prefix_cache": False}
     with ExitStack() as stack:
         engine = stack.enter_context(Engine(bundled.target_path(), bundled.draft_path(), **options))
@@ -378,10 +377,17 @@ def compare_with_library(given: argparse.Namespace) -> list[_Json]:
         assert tokenizer is not None, "the bundled pair has one"
         prompts = Prompts(tokenizer.encode(Path(__file__).read_text(encoding="utf-8")), PROMPT_LENGTH)
         say("the bundled pair: throughput")
-        rows = [compare_throughput(engine, server, prompts, mode, given) for mode in ("plain", "speculative")]
+        for mode in ("plain", "speculative"):
+            yield compare_throughput(engine, server, prompts, mode, given)
         say("the bundled pair: the first token")
-        rows += [compare_first_token(engine, server, prompts, given)]
-    return rows
+        yield compare_first_token(engine, server, prompts, given)
+
+
+# By the name of whom ours is beside.
+PARTS: dict[str, Callable[[argparse.Namespace], Iterator[_Json]]] = {
+    "server": compare_servers,
+    "library": compare_with_library,
+}
 
 
 def compare_throughput(
