@@ -1,10 +1,13 @@
 """Causal attention of ragged query chunks over the paged KV cache, in one launch.
 
-A program takes sixteen rows of one sequence and one head, and a split of 128 cached tokens or all of them in turn.
+A program takes sixteen rows of one sequence and one head, and a split of 64 cached tokens or all of them in turn.
 Where every split has its own program, each leaves its part of the softmax in scratch memory, and the last to arrive
-merges them. Splits start at multiples of 128 and are merged one by one in the order of the context either way, by
+merges them. Splits start at multiples of 64 and are merged one by one in the order of the context either way, by
 one function in one compiled kernel: a row's bits depend on its own context only. Reads the query, the visible part of
 the cache and the batch's layout, writes the output; see `specengine.kernels.reference.paged_attention`.
+
+With one program a split nearly all of the time is waiting, so loads follow each other as seldom as can be: the
+batch's layout, the block table, keys and values together.
 """
 
 from __future__ import annotations
@@ -17,19 +20,20 @@ import triton.language as tl
 from torch import Tensor
 
 from specengine.kernels.device.dependent import wait
-from specengine.kernels.device.launch import IS_INTERPRETED, ceil_div, launch
+from specengine.kernels.device.launch import INTERPRETED, IS_INTERPRETED, ceil_div, launch
 from specengine.kernels.device.rounding import as_operand, round_to
 from specengine.kernels.device.workspace import scratch, zeroed
 
 KV_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 BLOCK_Q = 16  # rows of every query tile: one mma.sync tile, so that one row costs what sixteen do
-SPLIT = 128  # cached tokens of a split
+SPLIT = 64  # cached tokens of a split
 # Query tiles times heads that keep a GPU busy without splitting the context, which then would only cost scratch
 # memory and its traffic: four programs for each of an H200's 132 multiprocessors.
 BUSY_PROGRAMS = 512
 
-_SEQUENCES = tl.constexpr(64)  # of the batch, looked at together
+_SEQUENCES = tl.constexpr(32)  # of the batch, looked at together by each warp
+PARTS_AT_ONCE = tl.constexpr(8)  # of a context, asked for together: those of 512 tokens
 _LOWEST = tl.constexpr(-1e38)  # the largest score of none: finite, so that no difference of two is NaN
 
 
@@ -38,61 +42,87 @@ def choose_tile(dtype: torch.dtype, head_dim: int) -> tuple[int, int]:
     if IS_INTERPRETED:
         return SPLIT, 4
     if dtype == torch.float32:
-        return (32, 4) if head_dim <= 64 else (64, 8) if head_dim <= 128 else (16, 8)
-    return (128, 4) if head_dim <= 128 else (64, 8)
+        return (32, 4) if head_dim <= 64 else (16, 8) if head_dim <= 128 else (16, 16)
+    return (SPLIT, 4) if head_dim <= 128 else (SPLIT, 8)
 
 
 @triton.jit
-def find_sequence(q_start_ptr, num_sequences, tile, BLOCK_Q: tl.constexpr):
-    """The sequence that a query tile belongs to, the sequence's first row, and the tile's first row in it.
+def find_sequence(q_start_ptr, context_len_ptr, slots_ptr, num_sequences, tile, BLOCK_Q: tl.constexpr):
+    """Of the sequence that a query tile belongs to: slot, first row, number of rows and tokens; and the tile's first
+    row in it. Whatever says so is loaded at once, of every sequence.
 
     Tiles of sequence b start at q_start[b] // BLOCK_Q + b. No two sequences share one; those left over belong to the
     sequence before them, behind its last row.
     """
-    sequence = -1
+    slot, q_start, q_len, context_len, first_row = 0, 0, 0, 0, 0
     for first in tl.range(0, num_sequences, _SEQUENCES):
         sequences = first + tl.arange(0, _SEQUENCES)
-        q_start = tl.load(q_start_ptr + sequences, mask=sequences < num_sequences, other=0)
-        is_before = (sequences < num_sequences) & (q_start // BLOCK_Q + sequences <= tile)
-        sequence += tl.sum(is_before.to(tl.int32), axis=0)
-    q_start = tl.load(q_start_ptr + sequence)
-    return sequence, q_start, (tile - q_start // BLOCK_Q - sequence) * BLOCK_Q
+        exists = sequences < num_sequences
+        start = tl.load(q_start_ptr + sequences, exists, other=0)
+        end = tl.load(q_start_ptr + 1 + sequences, exists, other=0)
+        tokens = tl.load(context_len_ptr + sequences, exists, other=0)
+        slots = tl.load(slots_ptr + sequences, exists, other=0)
+        first_tile = start // BLOCK_Q + sequences
+        is_before_next = (tile <= end // BLOCK_Q + sequences) | (sequences == num_sequences - 1)
+        is_own = exists & (first_tile <= tile) & is_before_next
+        slot += tl.sum(tl.where(is_own, slots, 0), axis=0)
+        q_start += tl.sum(tl.where(is_own, start, 0), axis=0)
+        q_len += tl.sum(tl.where(is_own, end - start, 0), axis=0)
+        context_len += tl.sum(tl.where(is_own, tokens, 0), axis=0)
+        first_row += tl.sum(tl.where(is_own, (tile - first_tile) * BLOCK_Q, 0), axis=0)
+    return slot, q_start, q_len, context_len, first_row
 
 
 @triton.jit
-def attend(
-    query,
-    positions,
+def load_blocks(blocks_ptr, tokens, num_visible, BLOCK_SIZE: tl.constexpr):
+    """The cache blocks that tokens are in, int64."""
+    return tl.load(blocks_ptr + tokens // BLOCK_SIZE, mask=tokens < num_visible, other=0).to(tl.int64)
+
+
+@triton.jit
+def after(x, other):
+    """x, which is used only when `other`, of the same type and shape, has been asked for, too. Left to itself the
+    compiler moves x to where it is multiplied first, and asks for `other` when x is there."""
+    if INTERPRETED:
+        return x
+    else:
+        PACK: tl.constexpr = 32 // x.dtype.primitive_bitwidth
+        return tl.inline_asm_elementwise(
+            "mov.b32 $0, $1; // $2", "=r,r,r", [x, other], dtype=x.dtype, is_pure=False, pack=PACK
+        )
+
+
+@triton.jit
+def load_tile(
     key_ptr,
     value_ptr,
-    blocks_ptr,
-    first_token,
+    blocks,
+    tokens,
     num_visible,
     kv_head,
-    scale,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    BLOCK_KV: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The part that BLOCK_KV cached tokens have in each row's softmax: the largest score, in powers of two, and the
-    sum of 2**(score - largest), `[BLOCK_Q]` each, and the values so weighted, `[BLOCK_Q, BLOCK_D]`.
-
-    positions:   `[BLOCK_Q]`, the last token that each row sees
-    num_visible: tokens from there on are not read
-    """
+    """Keys and values `[BLOCK_KV, BLOCK_D]` of tokens `[BLOCK_KV]`, 0 from num_visible on."""
     columns = tl.arange(0, BLOCK_D)
-    is_feature = columns < HEAD_DIM
-    tokens = first_token + tl.arange(0, BLOCK_KV)
-    is_read = tokens < num_visible
-    block = tl.load(blocks_ptr + tokens // BLOCK_SIZE, mask=is_read, other=0).to(tl.int64)
-    start = (block * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM) + (tokens % BLOCK_SIZE) * HEAD_DIM
-    key_at = start[None, :] + columns[:, None]
-    key = tl.load(key_ptr + key_at, mask=is_read[None, :] & is_feature[:, None], other=0.0)
-    value_at = start[:, None] + columns[None, :]
-    value = tl.load(value_ptr + value_at, mask=is_read[:, None] & is_feature[None, :], other=0.0)
-    scores = tl.dot(query, as_operand(key), input_precision="ieee") * scale
+    start = (blocks * NUM_KV_HEADS + kv_head) * (BLOCK_SIZE * HEAD_DIM) + (tokens % BLOCK_SIZE) * HEAD_DIM
+    at = start[:, None] + columns[None, :]
+    mask = (tokens < num_visible)[:, None] & (columns < HEAD_DIM)[None, :]
+    key = tl.load(key_ptr + at, mask, other=0.0)
+    value = tl.load(value_ptr + at, mask, other=0.0)
+    return after(key, value), value
+
+
+@triton.jit
+def attend(query, key, value, tokens, positions, scale):
+    """The part that a tile of tokens has in each row's softmax: the largest score, in powers of two, and the sum of
+    2**(score - largest), `[BLOCK_Q]` each, and the values so weighted, `[BLOCK_Q, BLOCK_D]`.
+
+    positions: `[BLOCK_Q]`, the last token that each row sees
+    """
+    scores = tl.dot(query, as_operand(tl.trans(key)), input_precision="ieee") * scale
     scores = tl.where(tokens[None, :] <= positions[:, None], scores, float("-inf"))
     largest = tl.maximum(tl.max(scores, axis=1), _LOWEST)
     weights = tl.exp2(scores - largest[:, None])
@@ -101,8 +131,15 @@ def attend(
 
 
 @triton.jit
+def nothing(BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The part of no tokens: merging it changes no bit of the other."""
+    zeros = tl.zeros((BLOCK_Q,), tl.float32)
+    return zeros + _LOWEST, zeros, tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+
+
+@triton.jit
 def merge(part, other):
-    """Two parts of each row's softmax in one; (_LOWEST, 0, 0) changes no bit of the other."""
+    """Two parts of each row's softmax in one."""
     largest = tl.maximum(part[0], other[0])
     scale = tl.exp2(part[0] - largest)
     other_scale = tl.exp2(other[0] - largest)
@@ -111,28 +148,32 @@ def merge(part, other):
 
 
 @triton.jit
-def merge_splits(
-    part, nothing, parts_ptr, counter_ptr, split, num_splits, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr
-):
-    """Leaves this program's part behind; for the last of a tile, the parts of all splits merged, and True."""
-    PART: tl.constexpr = BLOCK_Q * (2 + BLOCK_D)
+def leave_part(part, part_ptr, counter_ptr, num_splits, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Leaves a split's part behind; True for the last of a tile."""
     rows = tl.arange(0, BLOCK_Q)
     matrix = 2 * BLOCK_Q + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
-    own_ptr = parts_ptr + split * PART
-    tl.store(own_ptr + rows, part[0])
-    tl.store(own_ptr + BLOCK_Q + rows, part[1])
-    tl.store(own_ptr + matrix, part[2])
+    tl.store(part_ptr + rows, part[0])
+    tl.store(part_ptr + BLOCK_Q + rows, part[1])
+    tl.store(part_ptr + matrix, part[2])
     tl.debug_barrier()
-    is_last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
-    if is_last:
-        tl.store(counter_ptr, 0)
-        part = nothing
-        for other in tl.range(0, num_splits, loop_unroll_factor=4):
-            other_ptr = parts_ptr + other * PART
-            largest = tl.load(other_ptr + rows, cache_modifier=".cg")
-            total = tl.load(other_ptr + BLOCK_Q + rows, cache_modifier=".cg")
-            part = merge(part, (largest, total, tl.load(other_ptr + matrix, cache_modifier=".cg")))
-    return part, is_last
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel") == num_splits - 1
+
+
+@triton.jit
+def merge_splits(parts_ptr, num_splits, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The parts of all splits merged, those of PARTS_AT_ONCE asked for together."""
+    rows = tl.arange(0, BLOCK_Q)
+    matrix = 2 * BLOCK_Q + rows[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    part = nothing(BLOCK_Q, BLOCK_D)
+    for first in tl.range(0, num_splits, PARTS_AT_ONCE):
+        for split in tl.static_range(PARTS_AT_ONCE):
+            is_there = tl.full((BLOCK_Q,), first + split, tl.int32) < num_splits
+            part_ptr = parts_ptr + (first + split) * (BLOCK_Q * (2 + BLOCK_D))
+            largest = tl.load(part_ptr + rows, is_there, other=_LOWEST, cache_modifier=".cg")
+            total = tl.load(part_ptr + BLOCK_Q + rows, is_there, other=0.0, cache_modifier=".cg")
+            value = tl.load(part_ptr + matrix, is_there[:, None], other=0.0, cache_modifier=".cg")
+            part = merge(part, (largest, total, value))
+    return part
 
 
 @triton.jit(do_not_specialize=["num_sequences"])
@@ -162,14 +203,18 @@ def spec_paged_attention(
     PDL: tl.constexpr,
 ):
     wait(PDL)
-    sequence, q_start, first_row = find_sequence(q_start_ptr, num_sequences, tl.program_id(0), BLOCK_Q)
-    q_len = tl.load(q_start_ptr + sequence + 1) - q_start
-    num_before = tl.load(context_len_ptr + sequence) - q_len
+    slot, q_start, q_len, context_len, first_row = find_sequence(
+        q_start_ptr, context_len_ptr, slots_ptr, num_sequences, tl.program_id(0), BLOCK_Q
+    )
+    num_before = context_len - q_len
     num_visible = num_before + tl.minimum(first_row + BLOCK_Q, q_len)
     num_splits = (num_visible + SPLIT - 1) // SPLIT
     split = tl.program_id(2)
     if (first_row >= q_len) | (split >= num_splits):
         return
+    blocks_ptr = table_ptr + slot.to(tl.int64) * table_stride
+    tokens = split * SPLIT + tl.arange(0, BLOCK_KV)
+    blocks = load_blocks(blocks_ptr, tokens, num_visible, BLOCK_SIZE)
     head = tl.program_id(1)
     rows = first_row + tl.arange(0, BLOCK_Q)
     columns = tl.arange(0, BLOCK_D)
@@ -178,42 +223,40 @@ def spec_paged_attention(
     column = head * HEAD_DIM + columns[None, :]
     query = tl.load(query_ptr + row * (GROUP * NUM_KV_HEADS * HEAD_DIM) + column, mask, other=0.0)
     query = as_operand(round_to(query, key_ptr.dtype.element_ty))
-    blocks_ptr = table_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * table_stride
 
     is_split = tl.num_programs(2) > 1
-    lowest = tl.full((BLOCK_Q,), _LOWEST, tl.float32)
-    nothing = (lowest, tl.full((BLOCK_Q,), 0.0, tl.float32), tl.full((BLOCK_Q, BLOCK_D), 0.0, tl.float32))
-    part = nothing
-    for current in tl.range(split, tl.where(is_split, split + 1, num_splits)):
-        split_part = nothing
-        for first in tl.range(0, SPLIT, BLOCK_KV):
-            tokens_part = attend(
-                query,
-                num_before + rows,
+    part = nothing(BLOCK_Q, BLOCK_D)
+    for _ in tl.range(split, tl.where(is_split, split + 1, num_splits)):
+        split_part = nothing(BLOCK_Q, BLOCK_D)
+        for _ in tl.range(SPLIT // BLOCK_KV):
+            key, value = load_tile(
                 key_ptr,
                 value_ptr,
-                blocks_ptr,
-                current * SPLIT + first,
+                blocks,
+                tokens,
                 num_visible,
                 head // GROUP,
-                scale,
                 NUM_KV_HEADS,
                 HEAD_DIM,
                 BLOCK_SIZE,
-                BLOCK_KV,
                 BLOCK_D,
             )
-            split_part = merge(split_part, tokens_part)
+            blocks = load_blocks(blocks_ptr, tokens + BLOCK_KV, num_visible, BLOCK_SIZE)
+            tile_part = attend(query, key, value, tokens, num_before + rows, scale)
+            split_part = merge(split_part, tile_part) if BLOCK_KV < SPLIT else tile_part
+            tokens += BLOCK_KV
         part = merge(part, split_part)
+    out_ptr += row * out_stride + column
     if is_split & (num_splits > 1):
         tile = (tl.program_id(0) * tl.num_programs(1) + head).to(tl.int64)
-        parts_ptr += tile * tl.num_programs(2) * (BLOCK_Q * (2 + BLOCK_D))
-        part, is_last = merge_splits(
-            part, nothing, parts_ptr, counter_ptr + tile, split, num_splits, BLOCK_Q, BLOCK_D
-        )
-        if not is_last:
-            return
-    tl.store(out_ptr + row * out_stride + column, part[2] / part[1][:, None], mask)
+        PART: tl.constexpr = BLOCK_Q * (2 + BLOCK_D)
+        parts_ptr += tile * tl.num_programs(2) * PART
+        if leave_part(part, parts_ptr + split * PART, counter_ptr + tile, num_splits, BLOCK_Q, BLOCK_D):
+            tl.store(counter_ptr + tile, 0)
+            whole = merge_splits(parts_ptr, num_splits, BLOCK_Q, BLOCK_D)
+            tl.store(out_ptr, whole[2] * (1.0 / whole[1])[:, None], mask)
+    else:
+        tl.store(out_ptr, part[2] * (1.0 / part[1])[:, None], mask)
 
 
 def paged_attention(
@@ -268,7 +311,7 @@ def paged_attention(
         BLOCK_KV=block_kv,
         BLOCK_D=block_d,
         num_warps=num_warps,
-        num_stages=3,
+        num_stages=1,
     )
     return out
 

@@ -19,11 +19,12 @@ from gpu_costs.sass import Block, Instruction, longest_way, loops_on, parse, unr
 from gpu_costs.schedule import load_levels, time_path
 from specengine.kernels.device.launch import Launch, ceil_div
 from specengine.kernels.device.linear import ROWS_AT_ONCE
+from specengine.kernels.paged_attention import PARTS_AT_ONCE
 
 CAPABILITY = 90
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _PRODUCTS = ("HMMA", "IMMA")
-_FIRST_COPY = "LDGSTS.E.BYPASS.128"  # of weights; in attention of keys
+_COPY, _LOAD = "LDGSTS.E.BYPASS.128", "LDG.E.128"
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ def _way_of(key: _Key, load: Load) -> _Way:
     instructions = unroll(code.way, code.blocks, lambda body: _trips(body, key.launch, load))
     timed = time_path(instructions, key.launch.num_warps)
     levels = load_levels(instructions)
-    first = next((at for at, each in enumerate(instructions) if each.opcode.startswith(_FIRST_COPY)), None)
+    first = _first_copy(instructions, levels)
     return _Way(
         instructions=len(instructions),
         to_first_copy=first,
@@ -180,6 +181,15 @@ def _way_of(key: _Key, load: Load) -> _Way:
         path_us=_us(timed.end),
         busy_us=_us(timed.busy),
     )
+
+
+def _first_copy(instructions: list[Instruction], levels: list[int]) -> int | None:
+    """Where the first weights are asked for; without copies, as in attention, the vectors that come after most loads
+    before the first product: keys."""
+    copy = next((at for at, each in enumerate(instructions) if each.opcode.startswith(_COPY)), None)
+    product = next((at for at, each in enumerate(instructions) if each.opcode.startswith(_PRODUCTS)), 0)
+    vectors = [at for at in range(product) if instructions[at].opcode.startswith(_LOAD)]
+    return max(vectors, key=lambda at: levels[at], default=None) if copy is None else copy
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -205,12 +215,15 @@ def _in_a_block(code: Code) -> tuple[int, int] | None:
 
 
 def _trips(body: list[Block], launch: Launch, load: Load) -> int:
-    """How often a loop runs: over blocks of K, or over groups of rows whose moments are found; any other once."""
+    """How often a loop runs: over blocks of K, or over groups of rows whose moments are found, or over parts
+    of a softmax; any other once."""
     constants = launch.arguments
     if any(block.has(*_PRODUCTS) for block in body):
         if "BLOCK_K" not in constants:
-            return 1  # attention: a split
+            return 1  # attention: a tile of a split
         return ceil_div(ceil_div(constants["WIDTH"], constants["BLOCK_K"]), constants.get("SPLIT_K", 1))
+    if "SPLIT" in constants and any(block.has("MUFU") for block in body):
+        return ceil_div(ceil_div(load.context, constants["SPLIT"]), PARTS_AT_ONCE.value)
     if "CHUNK" in constants and any(block.has("SHFL") for block in body):
         return ceil_div(min(load.rows, constants["BLOCK_M"]), ROWS_AT_ONCE.value)
     return 1

@@ -449,4 +449,4 @@ def test_a_launch_depends_on_shapes_only() -> None:
     with record() as launches:
         on_meta.run(kernel.paged_attention)
     assert [launch.name for launch in launches] == ["spec_paged_attention"]
-    assert launches[0].grid == (1, 2, 3)
+    assert launches[0].grid == (1, 2, 5)
