@@ -16,14 +16,14 @@ _EXACT_PRODUCTS = (np.float16, np.float32)
 
 
 def make_products_row_invariant() -> None:
-    """Replaces the interpreter's `tl.dot` of two matrices of floats."""
+    """Replaces the interpreter's `tl.dot` of matrices of floats."""
     builder = interpreter.InterpreterBuilder
     matmul = builder.create_dot
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
-        if a.data.dtype not in _EXACT_PRODUCTS or a.data.ndim != 2:
+        if a.data.dtype not in _EXACT_PRODUCTS:
             return matmul(self, a, b, d, *options)
-        product = np.einsum("ik,kn->in", a.data.astype(np.float64), b.data.astype(np.float64))
+        product = np.einsum("...ik,...kn->...in", a.data.astype(np.float64), b.data.astype(np.float64))
         return interpreter.TensorHandle(product.astype(d.data.dtype) + d.data, d.dtype.scalar)
 
     builder.create_dot = create_dot

@@ -1,6 +1,6 @@
 """The linear layers' inner loop: sixteen rows, normed and rounded as the weights want them, times a tile of weights.
 
-An output element is one sum along K in an order that only the layer's tile fixes: it depends neither on the rows
+An output element is a sum along K in an order that only the layer's tile fixes: it depends neither on the rows
 computed with it nor on their number. Rows enter the product in the weights' type (int8: rounded to 127ths of the
 largest of each 128, with an exact integer sum), and the sum is fp32.
 """
@@ -23,6 +23,10 @@ STATISTICS_CHUNK = 1024
 ROWS_AT_ONCE = tl.constexpr(4)
 # In memory a weight row takes a multiple of this many elements, so that vectors of 16 bytes never straddle rows.
 ROW_MULTIPLE = 16
+
+# Of 16-bit weights a tile of so few columns is multiplied by warps that share out K; as many as its warps.
+_FEW_COLUMNS = tl.constexpr(32)
+PARTS = tl.constexpr(4)
 
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
 GATED = "swiglu"
@@ -221,8 +225,7 @@ def keep_layout(x):
 
 
 @triton.jit
-def multiply_range(
-    accumulator,
+def multiply_parts(
     x_ptr,
     x_stride,
     rows,
@@ -239,12 +242,60 @@ def multiply_range(
     WEIGHT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """accumulator `[BLOCK_M, BLOCK_N]` fp32 + the rows times the weights of `columns`, over blocks of K in order.
+    """`multiply_range` for few columns of 16 bits, on which the warps would do the same: each multiplies a part of
+    every block of K, and the parts' sums are added up in the end. A sum's products follow each other, so it is also
+    done in less time."""
+    DEPTH: tl.constexpr = BLOCK_K // PARTS
+    total = tl.zeros((PARTS, rows.shape[0], columns.shape[0]), tl.float32)
+    for block in tl.range(first_block, last_block):
+        k = block * BLOCK_K + tl.arange(0, PARTS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+        weight_at = columns[None, None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, :, None]
+        x_at = rows[None, :, None].to(tl.int64) * x_stride + k[:, None, :]
+        if WEIGHT_STRIDE % BLOCK_K == 0:
+            weight = tl.load(weight_ptr + weight_at)
+        else:
+            weight = tl.load(weight_ptr + weight_at, mask=k[:, :, None] < WEIGHT_STRIDE, other=0)
+        if WIDTH % BLOCK_K == 0:
+            x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None], other=0.0)
+        else:
+            x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None] & (k < WIDTH)[:, None, :], other=0.0)
+        if norm_weight_ptr is not None:
+            scale = tl.load(norm_weight_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
+            if norm_bias_ptr is not None:
+                shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
+                x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
+            else:
+                x = x * inverse[None, :, None] * scale
+            x = keep_layout(x)
+        total = tl.dot(as_operand(round_to(x, weight.dtype)), as_operand(weight), total)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def multiply_range(
+    x_ptr,
+    x_stride,
+    rows,
+    row_mask,
+    weight_ptr,
+    columns,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse,
+    first_block,
+    last_block,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The rows times the weights of `columns`, `[BLOCK_M, BLOCK_N]` fp32, over blocks of K in order.
 
     norm_weight_ptr: None for rows as they are; else they are normed first, with `mean` (read where
                      there is a bias) and `inverse`
     columns:         `[BLOCK_N]`, all within the weight
     """
+    accumulator = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     for block in tl.range(first_block, last_block):
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         weight_at = columns[None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, None]
@@ -279,6 +330,66 @@ def multiply_range(
             operand = as_operand(round_to(x, weight.dtype))  # fp32, where weights are by group
             accumulator = tl.dot(operand, as_operand(weight), accumulator, input_precision="ieee")
     return accumulator
+
+
+@triton.jit
+def multiply(
+    x_ptr,
+    x_stride,
+    rows,
+    row_mask,
+    weight_ptr,
+    columns,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse,
+    first_block,
+    last_block,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`multiply_parts` or `multiply_range`, as the layer's type and tile say."""
+    is_16_bits: tl.constexpr = (
+        weight_ptr.dtype.element_ty == tl.float16 or weight_ptr.dtype.element_ty == tl.bfloat16
+    )
+    if is_16_bits and columns.shape[0] <= _FEW_COLUMNS:
+        return multiply_parts(
+            x_ptr,
+            x_stride,
+            rows,
+            row_mask,
+            weight_ptr,
+            columns,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            mean,
+            inverse,
+            first_block,
+            last_block,
+            WIDTH,
+            WEIGHT_STRIDE,
+            BLOCK_K,
+        )
+    else:
+        return multiply_range(
+            x_ptr,
+            x_stride,
+            rows,
+            row_mask,
+            weight_ptr,
+            columns,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            mean,
+            inverse,
+            first_block,
+            last_block,
+            WIDTH,
+            WEIGHT_STRIDE,
+            BLOCK_K,
+        )
 
 
 @triton.jit
@@ -337,8 +448,7 @@ def multiply_split(
     BLOCK_K: tl.constexpr,
 ):
     """Range `split` of K of rows W^T for `columns`, `[BLOCK_M, BLOCK_N]` fp32."""
-    total = multiply_range(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+    total = multiply(
         x_ptr,
         x_stride,
         rows,
@@ -385,8 +495,7 @@ def norm_multiply(
     )
     rows = first_row + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    total = multiply_range(
-        tl.zeros((BLOCK_M, BLOCK_N), tl.float32),
+    total = multiply(
         hidden_ptr,
         hidden_stride,
         rows,
