@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import ray
 
 from specengine.errors import SpecEngineError
 
-_LOCAL = "local"
+_LOCAL, _FOUND_BY_RAY = "local", "auto"
+_CONNECT_SECONDS = 5.0  # Ray itself would try for minutes
 
 
 class Share(NamedTuple):
@@ -41,11 +43,22 @@ def joined(address: str | None) -> Iterator[None]:
     if address == _LOCAL:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody is told
         options = {"include_dashboard": False}
+    elif address != _FOUND_BY_RAY:
+        _check_is_there(address)
     ray.init(address, log_to_driver=False, logging_level=logging.WARNING, **options)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _check_is_there(address: str) -> None:
+    """Raises `SpecEngineError` where nothing listens."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise SpecEngineError(f"no Ray cluster at {address}: {error}") from None
 
 
 def share_cluster(num_engines: int | None, *, on_gpu: bool) -> Share:

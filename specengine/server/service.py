@@ -26,18 +26,28 @@ from specengine.server.worker import Generation, Worker, merge_events
 
 _log = logging.getLogger("specengine.server")
 _MAX_RETRY_AFTER = 60
+# Characters or ids of prompts that are made into requests at once: a thread costs more than to tokenise so many.
+_SHORT_PROMPT = 2000
+# What the thread that steps the engine is given, before an answer is begun, to schedule the request: while it computes,
+# it needs no Python, and whoever writes answers has Python alone.
+_HEAD_START_SECONDS = 0.002
 _Value = TypeVar("_Value")
 
 
 async def in_thread(
     function: Callable[[], _Value], *, limiter: anyio.CapacityLimiter | None = None
 ) -> _Value:
-    """What takes long leaves the event loop alone; what the library refuses is the client's error.
+    """What takes long leaves the event loop alone; what the library refuses is the client's error (`ApiError`).
 
     limiter: how many of these may run at once
     """
+    return await anyio.to_thread.run_sync(lambda: _refusing(function), limiter=limiter)
+
+
+def _refusing(function: Callable[[], _Value]) -> _Value:
+    """What the library refuses is the client's error."""
     try:
-        return await anyio.to_thread.run_sync(function, limiter=limiter)
+        return function()
     except (ValueError, TypeError) as error:
         raise ApiError(400, str(error)) from None
 
@@ -221,8 +231,10 @@ class Visit:
                 list(prompts), stream_interval=SMOOTH_STREAM_INTERVAL, **sampling
             )
 
-        self.requests = await in_thread(build)
+        is_short = sum(map(len, prompts)) <= _SHORT_PROMPT
+        self.requests = _refusing(build) if is_short else await in_thread(build)
         self._service.submit(self, self.requests)
+        await asyncio.sleep(_HEAD_START_SECONDS)
         if self.is_expired or self.is_aborted:
             self.abort()
 

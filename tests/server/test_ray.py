@@ -393,6 +393,17 @@ def test_running_requests_finish_before_the_end(served: Served) -> None:
     wait_until(lambda: not any("ServeReplica" in title for _, title in children()), PATIENCE_SECONDS)
 
 
+@pytest.mark.slow
+def test_a_signal_while_replicas_are_begun_leaves_none(cluster: str, chat_model: Path) -> None:
+    served = Served("--model", str(chat_model), *ENGINE, "--ray-address", cluster)
+    wait_until(lambda: "listening on" in served.log, PATIENCE_SECONDS)
+    served.signal(signal.SIGTERM)
+    assert served.wait() == 0
+    assert "Started a local Ray instance" not in served.log
+    assert "Traceback" not in served.log
+    wait_until(lambda: not any("ServeReplica" in title for _, title in children()), PATIENCE_SECONDS)
+
+
 def test_prompts_that_begin_alike_have_one_affinity() -> None:
     def of(**body: Any) -> str:
         return str(ray_serve.affinity(json.dumps(body).encode()))
@@ -418,6 +429,15 @@ def test_metrics_of_replicas_are_one_text_with_a_label() -> None:
         'specengine:asked_total{model_name="a",replica="one"} 3.0',
         'specengine:asked_total{model_name="a",replica="two"} 4.0',
     ]
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "127.0.0.1:port"])
+def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -> None:
+    with (
+        pytest.raises(SpecEngineError, match=re.escape(f"no Ray cluster at {address}: ")),
+        ray_cluster.joined(address),
+    ):
+        pass
 
 
 # Who gets what
