@@ -37,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ NUM_TOGETHER = 32
 LEAST_THROUGHPUT = 0.9  # of the library's
 MOST_EXTRA_MS = 5.0  # to the first token
 STARTUP_SECONDS = 300.0
+MORE_IS_SAID = ("--verbosity", "4")
 # The threads of whose turn it was go to sleep.
 PAUSE_SECONDS = 0.05
 LICENSE = ROOT / "LICENSE"
@@ -293,9 +294,10 @@ def start_llama(path: Path, given: argparse.Namespace) -> tuple[Server | None, s
 
 
 def started(program: Path, arguments: list[str], build: str) -> Server:
-    """llama.cpp's server, which says what it uses of the processor."""
+    """llama.cpp's server. (Another one, which says more, has told before what it uses of the processor.)"""
+    with closing(Server(LLAMA, [str(program), *arguments, *MORE_IS_SAID])) as talkative:
+        found = re.search(r"CPU : (.*)", talkative.log)
     server = Server(LLAMA, [str(program), *arguments])
-    found = re.search(r"CPU : (.*)", server.log)
     used = re.findall(r"(\w+) = 1", found[1]) if found else []
     server.about = {"build": build, "version": llama_builds.read_version(), "instruction_set": " ".join(used)}
     return server
