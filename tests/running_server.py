@@ -22,6 +22,7 @@ from typing import Any
 import openai
 
 from specengine.engine import Engine
+from specengine.server.build import freeze_heap
 from specengine.server.options import ServerOptions
 from specengine.server.run import Server, build_server, listen
 from specengine.server.service import Service
@@ -57,6 +58,7 @@ class Running:
         self.model = options.served_model_name or ""
         self.api_key = options.api_key
         self.service = Service(lambda: slowed(make(), step_seconds), options, model_name="tiny")
+        self.service.on_ready = freeze_heap
         self.server: Server = build_server(self.service)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._run, daemon=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,16 @@ def build_service(options: Mapping[str, Any], server_options: ServerOptions) -> 
     def build() -> Engine:
         return Engine(call.model, call.draft_model, config=call.config, progress=False)
 
-    return Service(build, server_options, model_name=name_of_model(options))
+    service = Service(build, server_options, model_name=name_of_model(options))
+    service.on_ready = freeze_heap
+    return service
+
+
+def freeze_heap() -> None:
+    """What is there when the model is loaded stays: collections of garbage, each of which stops everybody, need not go
+    through it."""
+    gc.collect()
+    gc.freeze()
 
 
 def name_of_model(options: Mapping[str, Any]) -> str:

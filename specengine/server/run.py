@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import resource
 import socket
@@ -151,15 +150,8 @@ def build_server(service: Serving, app: ASGIApp | None = None) -> Server:
     def give_up() -> None:
         server.should_exit = True
 
-    service.on_ready, service.on_failed = _freeze_heap, give_up
+    service.on_failed = give_up
     return server
-
-
-def _freeze_heap() -> None:
-    """What is there when the model is loaded stays: collections of garbage, each of which stops everybody, need not go
-    through it."""
-    gc.collect()
-    gc.freeze()
 
 
 def listen(options: ServerOptions) -> socket.socket:
