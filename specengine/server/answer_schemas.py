@@ -254,10 +254,14 @@ _PLACE = "#/components/schemas/{model}"
 
 def success(whole: type[BaseModel], chunk: type[BaseModel]) -> dict[int | str, _Json]:
     """The responses of a route that sends a body, or a chunk in each event."""
-    reference = {"$ref": _PLACE.format(model=chunk.__name__)}
-    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": reference}
-    event = {"type": "object", "properties": {"data": data}, "required": ["data"]}
-    about = "The whole, or with `stream` an event for each chunk, and `data: [DONE]` at the end."
+    content = {"anyOf": [{"$ref": _PLACE.format(model=each.__name__)} for each in (chunk, ErrorBody)]}
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": content}
+    event = {
+        "type": "object",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+    about = "The whole, or with `stream` an event for each chunk, perhaps an error, and `data: [DONE]` at the end."
     return {
         200: {"model": whole, "description": about, "content": {"text/event-stream": {"itemSchema": event}}}
     }

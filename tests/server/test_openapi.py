@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -40,6 +42,14 @@ COMPLETION = {**WHOLE, "prompt": "abab" * 6, "echo": True, "logprobs": 2, "promp
 CHAT = {**WHOLE, "messages": [{"role": "user", "content": "abab" * 6}], "logprobs": True, "top_logprobs": 2}
 # No request takes longer, whatever is asked for.
 SECONDS = 10.0
+
+
+@pytest.fixture(scope="module")
+def server(chat_model: Path) -> Iterator[Running]:
+    """Its context is short: a chat that names no length gets what is left of it."""
+    with Running(chat_model, "suffix", max_seq_len=256) as running:
+        yield running.ready()
+        running.check_clean()
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +159,10 @@ def test_what_streams_send_is_described(server: Running) -> None:
         ("/v1/chat/completions", "ChatCompletionChunk"),
     ):
         content = document["paths"][path]["post"]["responses"]["200"]["content"]
-        described = content["text/event-stream"]["itemSchema"]["properties"]["data"]["contentSchema"]
-        assert described == {"$ref": f"#/components/schemas/{name}"}
+        done, other = content["text/event-stream"]["itemSchema"]["properties"]["data"]["anyOf"]
+        assert done == {"const": "[DONE]"}
+        places = [f"#/components/schemas/{each}" for each in (name, "ErrorBody")]
+        assert other["contentSchema"] == {"anyOf": [{"$ref": place} for place in places]}
         assert schemas[name]["additionalProperties"] is False
     named = set(re.findall(r'"#/components/schemas/(\w+)"', json.dumps(document)))
     assert named <= set(schemas)

@@ -432,7 +432,12 @@ def test_metrics_of_replicas_are_one_text_with_a_label() -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "127.0.0.1:port"])
-def test_an_address_at_which_nothing_listens_is_an_error_at_once(address: str) -> None:
+def test_an_address_at_which_nothing_listens_is_an_error_at_once(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        ray, "is_initialized", lambda: False
+    )  # this process may be in the cluster of other tests
     with (
         pytest.raises(SpecEngineError, match=re.escape(f"no Ray cluster at {address}: ")),
         ray_cluster.joined(address),
