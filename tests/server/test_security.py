@@ -55,8 +55,9 @@ def unharmed(server: Running) -> Iterator[None]:
     with Watch(server) as watch:
         yield
     assert resident_bytes() - before < 50 * MEGABYTE
-    assert watch.worked < 0.25
-    assert watch.passed < 2.0  # the machine may have other things to do
+    # 0.25 s is what may be; a slow processor whose caches others use takes up to twice as long for the same.
+    assert watch.worked < 0.5
+    assert watch.passed < 2.0
     server.check_alive()
     server.check_clean()
 
