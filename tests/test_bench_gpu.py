@@ -366,7 +366,7 @@ def build_block(pair: str = "distilgpt2:gpt2-medium", **changes: Any) -> rows.Bl
         shape = SHAPES[name]
         weights = 2.0 * (12 * shape.num_layers * shape.num_features**2 + 50257 * shape.num_features)
         kv_bytes = 4.0 * shape.num_layers * shape.num_features
-        return models.Cost(weights, kv_bytes, 5 * shape.num_layers + 5)
+        return models.Cost(weights, kv_bytes, 5 * shape.num_layers + 2)
 
     block = rows.Block(Pair(draft, target), "float16", models.REAL, 1, cost(target), cost(draft), 4300.0)
     return replace(block, **changes)
@@ -397,7 +397,7 @@ def test_a_row_stands_beside_its_floor_and_its_target() -> None:
     assert speculative.ratio_to_plain == pytest.approx(2)
     assert (speculative.acceptance_rate, speculative.mean_acceptance_length) == (5 / 8, 2.25)
     assert (speculative.target_us, speculative.target_ratio) == (None, 1.4)
-    assert speculative.num_phases == 127 + 2 * 35
+    assert speculative.num_phases == 124 + 2 * 32
 
     peer = rows.build_row(build_record(None, 9e-3), System("transformers"), block)
     assert (peer.floor_us, peer.num_phases, peer.target_ratio) == (None, None, None)

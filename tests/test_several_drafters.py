@@ -536,11 +536,11 @@ def test_a_request_is_drafted_for_by_the_one_it_names(
         assert isinstance(plain, list)
         launch = engine._rounds.launch
 
-        def note(sequences: list[Any], *, max_rounds: int = 1) -> int:
+        def note(sequences: list[Any], **limits: Any) -> int:
             for sequence in sequences:
                 if sequence.max_draft_tokens > 0:
                     used[sequence.params.only_drafter].add(engine._drafter.ways[sequence.way].part)  # type: ignore[union-attr]
-            return launch(sequences, max_rounds=max_rounds)
+            return launch(sequences, **limits)
 
         monkeypatch.setattr(engine._rounds, "launch", note)
         params = [SamplingParams(**options, only_drafter=name) for name in names]
