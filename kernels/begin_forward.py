@@ -78,9 +78,8 @@ def spec_begin_forward(
     is_before = is_sequence & (ends <= row)
     owner = tl.sum(is_before.to(tl.int32), axis=0)
     is_fed = owner < num_sequences
-    owner = tl.minimum(
-        owner, num_sequences - 1
-    )  # of rows that are padding, too: whose they are matters to nobody
+    # Whose the rows of padding are matters to nobody.
+    owner = tl.minimum(owner, num_sequences - 1)
     is_own = sequences == owner
     offset = row - tl.sum(tl.where(is_before, q_lens, 0), axis=0)
     first_unwanted = tl.sum(tl.where(is_own, q_lens - logit_counts, 0), axis=0)

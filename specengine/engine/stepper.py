@@ -77,9 +77,10 @@ class Stepper:
             self.chooser.choose(self.scheduler.running)
             while self._rounds.must_read(self.scheduler.running):
                 self._collect_one()
-            plan = self.scheduler.schedule(self._max_rounds())
+            num_unread = self._num_unread()
+            plan = self.scheduler.schedule(min(self.chooser.max_rounds, num_unread))
             self._preparation = time.perf_counter() - begun
-            self._run(plan)
+            self._run(plan, max_seconds=UNREAD_SECONDS_A_ROUND * num_unread)
             self.is_stepping = False  # here too: an interruption may strike the line below
         except BaseException:
             self._recover()
@@ -95,7 +96,7 @@ class Stepper:
                 if not sequence.is_finished:
                     cleanup.callback(self._end, sequence)
 
-    def _run(self, plan: Plan) -> None:
+    def _run(self, plan: Plan, *, max_seconds: float) -> None:
         scheduler = self.scheduler
         is_stuck = not (plan.chunks or plan.decoding or scheduler.running) and scheduler.has_work
         assert not is_stuck, f"{len(scheduler.waiting)} sequences wait, and nobody runs"
@@ -103,9 +104,7 @@ class Stepper:
             self._prompts.run(plan.chunks)
         if plan.decoding:
             num_rounds = self._rounds.launch(
-                plan.decoding,
-                max_rounds=plan.num_rounds,
-                max_seconds=UNREAD_SECONDS_A_ROUND * self._num_unread(),
+                plan.decoding, max_rounds=plan.num_rounds, max_seconds=max_seconds
             )
             self.chooser.go_on(num_rounds - 1)
         while (flight := self._rounds.pop_due(has_launched=bool(plan.decoding))) is not None:
@@ -113,15 +112,12 @@ class Stepper:
         if not scheduler.has_work:
             self._rounds.clear()
 
-    def _max_rounds(self) -> int:
-        """How many may run in a row before the host looks at the first."""
-        if not self._rounds.may_run_in_a_row(self.scheduler.running):
-            return 1
-        return min(self.chooser.max_rounds, self._num_unread())
-
     def _num_unread(self) -> int:
-        """Rounds of which nobody here wants to know before they are over."""
-        return min([MAX_ROUNDS_UNREAD, *(each.max_rounds_unread for each in self.scheduler.running)])
+        """How many rounds may run in a row before the host looks at the first: nobody wants to know of them."""
+        running = self.scheduler.running
+        if not self._rounds.may_run_in_a_row(running):
+            return 1
+        return min([MAX_ROUNDS_UNREAD, *(each.max_rounds_unread for each in running)])
 
     def _collect_one(self) -> bool:
         """Reads what has been under way longest; whether there was anything."""
