@@ -457,8 +457,9 @@ class TokenIds(Repeated):
     def check(self, name: str, value: Any) -> Any:
         if value is None:
             return ()
-        ids = value if isinstance(value, Sequence | set | frozenset) else (value,)
-        return tuple(sorted(set(check_ids(name, tuple(ids)))))
+        if not isinstance(value, Sequence | set | frozenset):
+            return (check_int(name, value, 0, MAX_TOKEN_ID),)
+        return tuple(sorted(set(check_ids(name, tuple(value)))))
 
     def parse(self, text: str) -> Any:
         return Integer(0, MAX_TOKEN_ID).parse(text)
