@@ -127,8 +127,9 @@ def run_op_by_op(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds from Python, so that a test can watch or replace a part of one."""
+    """Rounds from Python, one at a time, so that a test can watch or replace a part of one."""
     monkeypatch.setattr(rounds, "bind_round", lambda *_: None)
+    monkeypatch.setattr(rounds.Rounds, "may_run_in_a_row", lambda *_: False)
 
 
 def make_prompt(length: int, seed: int = 0, vocab_size: int = 64) -> list[int]:

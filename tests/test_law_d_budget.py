@@ -224,8 +224,7 @@ def test_the_law_notices(
     engine = build_engine(checkpoint("gpt2", seed=1), drafter, max_seq_len=CONTEXT)
     run_part_by_part(monkeypatch)
     plant(monkeypatch)
-    # By the law; or by the cache, which is asked for the rounds ahead and refuses a token past the context.
-    with pytest.raises((AssertionError, ValueError), match=r"assert|num_tokens=\d+ is outside"):
+    with pytest.raises(AssertionError):
         check_budget(engine, drafter)
 
 
