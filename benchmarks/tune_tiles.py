@@ -62,7 +62,7 @@ class Layer:
 def layers_of(width: int, dtype: torch.dtype) -> Iterator[Layer]:
     """What a GPT-2 or OPT, and a GPT-NeoX of this width multiply with."""
     yield Layer("norm_qkv", 3 * width, width, dtype)
-    yield Layer("norm_qkv", 7 * width, width, dtype)  # the MLP beside it
+    yield Layer("norm_heads", 7 * width, width, dtype)  # the MLP beside it
     yield Layer("norm_linear", 4 * width, width, dtype)
     for in_features in (width, 4 * width, 5 * width):
         yield Layer("linear_residual", width, in_features, dtype)
@@ -74,11 +74,13 @@ def candidates(layer: Layer, capability: int) -> list[Tile]:
     """The rule's shape first, then its neighbours."""
     first = tiles.rule(layer.op, layer.out_features, layer.in_features, layer.dtype, capability)
     is_head = layer.op == "head"  # its noise and statistics come in groups of 128
+    is_held = tiles.may_hold(layer.op, layer.in_features, layer.dtype)  # by the rule; others go through K
+    widths = (128,) if is_head else (32, 64) if is_held else (16, 32, 64)
     depths = (first.block_k,) if layer.dtype == torch.int8 else (64, 128)
     splits = (1, 2, 4, 8) if layer.op == "linear_residual" else (1,)
     found = [
         Tile(block_n, block_k, split_k, num_warps, num_stages)
-        for block_n in ((128,) if is_head else (16, 32, 64))
+        for block_n in widths
         for block_k in depths
         for split_k in splits
         for num_warps in (4, 8)
@@ -100,11 +102,12 @@ def build_call(layer: Layer, num_rows: int, ops: Backend, device: Device) -> Cal
     num_heads = layer.out_features // HEAD_DIM // 3
     cache = torch.zeros(2, 4, num_heads, 16, HEAD_DIM, device=device.device, dtype=torch.float16)
     positions = torch.zeros(num_rows, dtype=torch.int32, device=device.device)
+    rotary = torch.zeros(1, 2, HEAD_DIM // 2, device=device.device) if layer.op == "norm_heads" else None
 
     def call(turn: int) -> Any:
         weight = copies[turn % len(copies)]
-        if layer.op == "norm_qkv":
-            return ops.norm_qkv(x, norm, weight, positions, positions.long(), cache, None)
+        if layer.op in ("norm_qkv", "norm_heads"):
+            return ops.norm_qkv(x, norm, weight, positions, positions.long(), cache, rotary)
         if layer.op == "norm_linear":
             return ops.norm_linear(x, norm, weight, "gelu_tanh")
         if layer.op == "linear_residual":

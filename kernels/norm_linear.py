@@ -1,7 +1,7 @@
 """activation(norm(hidden) W^T + b) in one launch.
 
-Each program norms sixteen rows (their mean and variance in one pass over the row, which stays in the first cache) and
-multiplies them with a tile of the weights. Reads hidden and the weights once, writes the output; see
+Each program norms sixteen rows and multiplies them with a tile of the weights. Of 16-bit weights it holds its tile over
+all of K in registers, which it loads while the kernel before still runs; then rows follow, four at a time. See
 `specengine.kernels.reference.norm_linear`.
 """
 
@@ -16,16 +16,46 @@ from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
 from specengine.kernels.device.linear import (
     GATED,
+    ROWS_AT_ONCE,
     activate,
     check_activation,
     check_linear,
     chunk_of,
     count_rows,
     gate,
+    held_depth,
+    held_rows,
+    hold_norm,
+    hold_weights,
     norm_multiply,
+    norm_multiply_held,
 )
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
+
+
+@triton.jit
+def store_activated(
+    total,
+    out_ptr,
+    out_stride,
+    rows,
+    row_mask,
+    NUM_COLUMNS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Writes activation(total) of this program's columns."""
+    if ACTIVATION == "swiglu":
+        out = gate(total)
+        at = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        has_column = at < NUM_COLUMNS // 2
+    else:
+        out = activate(total, ACTIVATION)
+        at = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        has_column = at < NUM_COLUMNS
+    where = rows[:, None].to(tl.int64) * out_stride + at[None, :]
+    tl.store(out_ptr + where, out, mask=row_mask[:, None] & has_column[None, :])
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -47,6 +77,7 @@ def spec_norm_linear(
     NUM_COLUMNS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,43 +85,54 @@ def spec_norm_linear(
 ):
     wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.minimum(wanted, NUM_COLUMNS - 1)
-    prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
-    wait(PDL)
-    num_rows = count_rows(num_rows, num_rows_ptr)
     first_row = tl.program_id(1) * BLOCK_M
-    if first_row >= num_rows:
-        return
-    rows = first_row + tl.arange(0, BLOCK_M)
-    row_mask = rows < num_rows
-    total = norm_multiply(
-        hidden_ptr,
-        hidden_stride,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        eps,
-        weight_ptr,
-        scale_ptr,
-        bias_ptr,
-        first_row,
-        num_rows,
-        columns,
-        WIDTH,
-        WEIGHT_STRIDE,
-        CHUNK,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    if ACTIVATION == "swiglu":
-        out = gate(total)
-        at = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-        has_column = at < NUM_COLUMNS // 2
+    if HELD > 0:
+        weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
+        scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
+        shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
+        wait(PDL)
+        end = count_rows(num_rows, num_rows_ptr)
+        # The first group is read before it is known whether there are rows.
+        for first in tl.range(
+            0, tl.maximum(tl.minimum(end - first_row, BLOCK_M), 1), ROWS_AT_ONCE, num_stages=1
+        ):
+            group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
+            total = norm_multiply_held(
+                hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
+            )
+            if bias is not None:
+                total += bias[None, :]
+            rows, row_mask = held_rows(first_row + first, end)
+            store_activated(total, out_ptr, out_stride, rows, row_mask, NUM_COLUMNS, ACTIVATION, BLOCK_N)
     else:
-        out = activate(total, ACTIVATION)
-        at = wanted
-        has_column = wanted < NUM_COLUMNS
-    where = rows[:, None].to(tl.int64) * out_stride + at[None, :]
-    tl.store(out_ptr + where, out, mask=row_mask[:, None] & has_column[None, :])
+        prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
+        wait(PDL)
+        num_rows = count_rows(num_rows, num_rows_ptr)
+        if first_row >= num_rows:
+            return
+        rows = first_row + tl.arange(0, BLOCK_M)
+        row_mask = rows < num_rows
+        total = norm_multiply(
+            hidden_ptr,
+            hidden_stride,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            eps,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            first_row,
+            num_rows,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        store_activated(total, out_ptr, out_stride, rows, row_mask, NUM_COLUMNS, ACTIVATION, BLOCK_N)
 
 
 def norm_linear(
@@ -139,6 +181,7 @@ def norm_linear(
         NUM_COLUMNS=weight.out_features,
         ACTIVATION=activation,
         CHUNK=chunk_of(weight.in_features),
+        HELD=held_depth(weight, tile.block_n),
         BLOCK_M=BLOCK_M,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

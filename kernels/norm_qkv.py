@@ -13,7 +13,18 @@ from torch import Tensor
 
 from specengine.kernels.device.dependent import prefetch_weight, wait
 from specengine.kernels.device.launch import ceil_div, launch
-from specengine.kernels.device.linear import check_linear, chunk_of, count_rows, norm_multiply
+from specengine.kernels.device.linear import (
+    ROWS_AT_ONCE,
+    check_linear,
+    chunk_of,
+    count_rows,
+    held_depth,
+    held_rows,
+    hold_norm,
+    hold_weights,
+    norm_multiply,
+    norm_multiply_held,
+)
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
 from specengine.kernels.device.tiles import BLOCK_M, choose_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
@@ -46,6 +57,7 @@ def spec_norm_qkv(
     BLOCK_SIZE: tl.constexpr,
     ROTARY_DIM: tl.constexpr,
     CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,54 +65,93 @@ def spec_norm_qkv(
 ):
     head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
     columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
-    prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
-    wait(PDL)
-    num_rows = count_rows(num_rows, num_rows_ptr)
     first_row = tl.program_id(1) * BLOCK_M
-    if first_row >= num_rows:
-        return
-    rows = first_row + tl.arange(0, BLOCK_M)
-    row_mask = rows < num_rows
-    x = norm_multiply(
-        hidden_ptr,
-        hidden_stride,
-        norm_weight_ptr,
-        norm_bias_ptr,
-        eps,
-        weight_ptr,
-        scale_ptr,
-        bias_ptr,
-        first_row,
-        num_rows,
-        columns,
-        WIDTH,
-        WEIGHT_STRIDE,
-        CHUNK,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    store_head(
-        x,
-        head,
-        features,
-        has_feature,
-        rows,
-        row_mask,
-        query_ptr,
-        positions_ptr,
-        kv_slots_ptr,
-        kv_cache_ptr,
-        num_blocks,
-        rotary_ptr,
-        head_norm_ptr,
-        eps,
-        NUM_HEADS,
-        NUM_KV_HEADS,
-        HEAD_DIM,
-        BLOCK_SIZE,
-        ROTARY_DIM,
-    )
+    if HELD > 0:
+        weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
+        scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
+        shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
+        wait(PDL)
+        end = count_rows(num_rows, num_rows_ptr)
+        for first in tl.range(
+            0, tl.maximum(tl.minimum(end - first_row, BLOCK_M), 1), ROWS_AT_ONCE, num_stages=1
+        ):
+            group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
+            x = norm_multiply_held(
+                hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
+            )
+            if bias is not None:
+                x += bias[None, :]
+            rows, row_mask = held_rows(first_row + first, end)
+            store_head(
+                x,
+                head,
+                features,
+                has_feature,
+                rows,
+                row_mask,
+                query_ptr,
+                positions_ptr,
+                kv_slots_ptr,
+                kv_cache_ptr,
+                num_blocks,
+                rotary_ptr,
+                head_norm_ptr,
+                eps,
+                NUM_HEADS,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                ROTARY_DIM,
+            )
+    else:
+        prefetch_weight(weight_ptr, columns, 0, WEIGHT_STRIDE, PDL)
+        wait(PDL)
+        num_rows = count_rows(num_rows, num_rows_ptr)
+        if first_row >= num_rows:
+            return
+        rows = first_row + tl.arange(0, BLOCK_M)
+        row_mask = rows < num_rows
+        x = norm_multiply(
+            hidden_ptr,
+            hidden_stride,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            eps,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            first_row,
+            num_rows,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        store_head(
+            x,
+            head,
+            features,
+            has_feature,
+            rows,
+            row_mask,
+            query_ptr,
+            positions_ptr,
+            kv_slots_ptr,
+            kv_cache_ptr,
+            num_blocks,
+            rotary_ptr,
+            head_norm_ptr,
+            eps,
+            NUM_HEADS,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            ROTARY_DIM,
+        )
 
 
 def norm_qkv(
@@ -123,10 +174,13 @@ def norm_qkv(
     num_heads = check_places(hidden.shape[0], weight, positions, kv_slots, kv_cache, rotary, head_norm)
     _, num_blocks, num_kv_heads, block_size, head_dim = kv_cache.shape
     query = torch.empty(hidden.shape[0], num_heads, head_dim, device=hidden.device)
-    tile = choose_tile(
-        "norm_qkv", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
-    )
-    num_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, tile.block_n, rotary, head_norm)
+    layer = (weight.out_features, weight.in_features, weight.weight.dtype, hidden.device)
+    together = (num_heads + 2 * num_kv_heads, head_dim, rotary, head_norm)
+    tile = choose_tile("norm_qkv", *layer)
+    num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
+    if block_n > tile.block_n:
+        tile = choose_tile("norm_heads", *layer)
+        num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
     launch(
         spec_norm_qkv,
         (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
@@ -155,6 +209,7 @@ def norm_qkv(
         BLOCK_SIZE=block_size,
         ROTARY_DIM=0 if rotary is None else 2 * rotary.shape[2],
         CHUNK=chunk_of(weight.in_features),
+        HELD=held_depth(weight, block_n),
         BLOCK_M=BLOCK_M,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,

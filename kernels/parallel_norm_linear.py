@@ -177,8 +177,8 @@ def parallel_norm_linear(
     query = torch.empty(count, num_heads, head_dim, device=device)
     expanded = torch.empty(count, mlp_weight.out_features, device=device)
     num_columns = weight.out_features + mlp_weight.out_features
-    tile = choose_tile("norm_qkv", num_columns, weight.in_features, weight.weight.dtype, device)
-    num_head_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, tile.block_n, rotary)
+    tile = choose_tile("norm_heads", num_columns, weight.in_features, weight.weight.dtype, device)
+    num_head_tiles, block_n = head_tiles(num_heads + 2 * num_kv_heads, head_dim, rotary, block_n=tile.block_n)
     launch(
         spec_parallel_norm_linear,
         (num_head_tiles + ceil_div(mlp_weight.out_features, block_n), ceil_div(count, BLOCK_M)),

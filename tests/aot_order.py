@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_WAIT, _RELEASE, _PREFETCH = "griddepcontrol.wait", "griddepcontrol.launch_dependents", "prefetch.global.L2"
+_WAIT, _RELEASE = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
+_PREFETCH, _LOAD = "prefetch.global.L2", "ld.global"
+# Pointers to what no kernel writes: the weights that linears multiply with, and all of a layer's.
+_WEIGHTS = {"weight_ptr", "mlp_weight_ptr"}
+_NEVER_WRITTEN = _WEIGHTS | {"bias_ptr", "norm_weight_ptr", "norm_bias_ptr"}
 # Everything that reads or writes memory, or waits for something else; kernel parameters are constant memory.
 _MEMORY = re.compile(
     r"(ld|ldu|st|atom|red|cp|prefetchu|discard|fence|membar|bar|barrier|mbarrier|multimem)\b"
@@ -39,25 +43,29 @@ def first_block(ptx: str) -> list[Instruction]:
     return found
 
 
-def pointers_behind(block: list[Instruction], parameters: list[str]) -> list[set[str]]:
-    """For each prefetch of a block, which of the kernel's pointers its address was computed from."""
+def pointers_behind(block: list[Instruction], parameters: list[str]) -> list[tuple[str, set[str]]]:
+    """For each prefetch and load from global memory of a block: its opcode, and which of the kernel's pointers its
+    address was computed from."""
     behind: dict[str, set[str]] = {}
-    prefetched = []
+    found = []
     for instruction in block:
-        registers = re.findall(r"%\w+", instruction.operands)
-        origin = {
-            parameters[int(index)] for index in re.findall(r"\[\w+_param_(\d+)", instruction.operands)
-        }.union(*(behind.get(register, set()) for register in registers[1:]))
-        if instruction.opcode == _PREFETCH:
-            prefetched.append({name for name in behind[registers[0]] if name.endswith("_ptr")})
-        elif registers:
-            behind[registers[0]] = origin
-    return prefetched
+        operands = instruction.operands
+        if instruction.opcode.startswith((_PREFETCH, _LOAD)):
+            results, _, address = operands.partition("[")
+            origin = set[str]().union(*(behind.get(each, set()) for each in re.findall(r"%\w+", address)))
+            found.append((instruction.opcode, {name for name in origin if name.endswith("_ptr")}))
+        else:
+            results, _, sources = operands.partition(",")
+            origin = {parameters[int(index)] for index in re.findall(r"\[\w+_param_(\d+)", operands)}
+            origin = origin.union(*(behind.get(each, set()) for each in re.findall(r"%\w+", sources)))
+        for register in re.findall(r"%\w+", results):
+            behind[register] = origin
+    return found
 
 
-def check_wait(ptx: str) -> list[Instruction]:
-    """Asserts that every thread waits before memory is touched, weights' prefetches apart, and then lets the next
-    kernel begin; returns what comes before the wait."""
+def check_wait(ptx: str, parameters: list[str]) -> list[tuple[str, set[str]]]:
+    """Asserts that every thread waits before memory is touched, weights apart, and then lets the next kernel begin;
+    returns what is asked for before the wait, as `pointers_behind` does."""
     block = first_block(ptx)
     opcodes = [instruction.opcode for instruction in block]
     assert opcodes.count(_WAIT) == 1, "no wait that every thread comes to"
@@ -66,19 +74,23 @@ def check_wait(ptx: str) -> list[Instruction]:
     touched = [
         instruction
         for instruction in block[:at]
-        if _MEMORY.match(instruction.opcode) and not instruction.opcode.startswith("ld.param")
+        if _MEMORY.match(instruction.opcode) and not instruction.opcode.startswith(("ld.param", _LOAD))
     ]
     assert not touched, f"before the wait: {touched}"
+    asked = pointers_behind(block[:at], parameters)
+    early = [(opcode, names) for opcode, names in asked if not names or not names <= _NEVER_WRITTEN]
+    assert not early, f"before the wait: {early}"
     assert _RELEASE in opcodes[at:], "the next kernel is let in nowhere, or before the wait"
     assert len(re.findall(rf"^\s*(?:@\S+\s+)?{_RELEASE}", ptx, re.MULTILINE)) == 1
-    return block[:at]
+    return asked
 
 
-def check_prefetch(ptx: str, parameters: list[str]) -> None:
-    """Asserts that weights are asked for before the wait, and nothing but weights."""
-    prefetched = pointers_behind(check_wait(ptx), parameters)
-    assert prefetched, "no weight is asked for before the wait"
-    assert all(names and names <= {"weight_ptr", "mlp_weight_ptr"} for names in prefetched), prefetched
+def check_early_weights(ptx: str, parameters: list[str]) -> None:
+    """Asserts that weights are asked for before the wait, prefetched or loaded, and that nothing else is prefetched."""
+    asked = check_wait(ptx, parameters)
+    assert any(names <= _WEIGHTS for _, names in asked), "no weight is asked for before the wait"
+    prefetched = [names for opcode, names in asked if opcode == _PREFETCH]
+    assert all(names <= _WEIGHTS for names in prefetched), prefetched
 
 
 def check_plain(ptx: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -48,6 +49,7 @@ class KernelCost:
     a_block:         barriers and shuffles of one block of K, None where the loop was unrolled
     programs:        that do something
     resident, waves: programs of a multiprocessor at a time, and how often all multiprocessors are filled
+    is_early:        they fit beside those of the kernel before: what they do before their wait costs nothing
     num_bytes:       of weights, or of keys and values, that the grid reads
     path_us:         of one program alone on its multiprocessor; floor_us: of the bytes
     us:              of the launch
@@ -67,6 +69,7 @@ class KernelCost:
     programs: int
     resident: int
     waves: int
+    is_early: bool
     num_bytes: int
     first_copy_us: float
     path_us: float
@@ -87,17 +90,33 @@ class Load:
     context: int = 512
 
 
-def cost(launch: Launch, load: Load) -> KernelCost:
-    """The model's account of a launch."""
+def costs(launches: Iterable[Launch], load: Load) -> list[KernelCost]:
+    """The model's account of launches that follow each other."""
+    found: list[KernelCost] = []
+    before = None
+    for launch in launches:
+        account, before = _cost(launch, load, before)
+        found.append(account)
+    return found
+
+
+def _cost(launch: Launch, load: Load, before: machine.Share | None) -> tuple[KernelCost, machine.Share]:
+    """The account of a launch, and what its programs take of a multiprocessor.
+
+    before: what those of the kernel before take
+    """
     key = _Key(launch)
-    code, way = _code_of(key), _way_of(key, load)
+    code = _code_of(key)
     programs = _programs(launch, load)
     fit = machine.programs_per_sm(launch.num_warps, code.registers, code.shared_bytes)
     resident = min(fit, ceil_div(programs, machine.NUM_SMS))
     waves = ceil_div(programs, machine.NUM_SMS * resident)
+    share = machine.share_of(resident, launch.num_warps, code.registers, code.shared_bytes)
+    is_early = before is None or (share + before).fits
+    way = _way_of(key, load, is_early)
     num_bytes = _bytes_read(launch, load)
     floor_us = num_bytes / machine.BANDWIDTH * 1e6
-    return KernelCost(
+    account = KernelCost(
         name=launch.name,
         grid=launch.grid,
         num_stages=launch.num_stages,
@@ -112,12 +131,14 @@ def cost(launch: Launch, load: Load) -> KernelCost:
         programs=programs,
         resident=resident,
         waves=waves,
+        is_early=is_early,
         num_bytes=num_bytes,
         first_copy_us=way.first_copy_us,
         path_us=way.path_us,
         floor_us=floor_us,
         us=machine.LAUNCH_US + max(waves * max(way.path_us, resident * way.busy_us), floor_us),
     )
+    return account, share
 
 
 @dataclass(frozen=True)
@@ -165,10 +186,10 @@ def _code_of(key: _Key) -> Code:
 
 
 @cache
-def _way_of(key: _Key, load: Load) -> _Way:
+def _way_of(key: _Key, load: Load, is_early: bool) -> _Way:
     code = _code_of(key)
     instructions = unroll(code.way, code.blocks, lambda body: _trips(body, key.launch, load))
-    timed = time_path(instructions, key.launch.num_warps)
+    timed = time_path(instructions, key.launch.num_warps, is_early=is_early)
     levels = load_levels(instructions)
     first = _first_copy(instructions, levels)
     return _Way(
@@ -215,9 +236,11 @@ def _in_a_block(code: Code) -> tuple[int, int] | None:
 
 
 def _trips(body: list[Block], launch: Launch, load: Load) -> int:
-    """How often a loop runs: over blocks of K, or over groups of rows whose moments are found, or over parts
-    of a softmax; any other once."""
+    """How often a loop runs: over blocks of K, or over groups of rows whose moments are found or that held weights
+    multiply, or over parts of a softmax; any other once."""
     constants = launch.arguments
+    if constants.get("HELD"):
+        return ceil_div(min(load.rows, constants["BLOCK_M"]), ROWS_AT_ONCE.value)
     if any(block.has(*_PRODUCTS) for block in body):
         if "BLOCK_K" not in constants:
             return 1  # attention: a tile of a split

@@ -9,6 +9,7 @@ assumption, and says so.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import astuple, dataclass
 from typing import TypeVar
 
 Entry = TypeVar("Entry")
@@ -81,9 +82,38 @@ def entry_of(opcode: str, table: Mapping[str, Entry]) -> Entry | None:
     return table[max(found, key=len)] if found else None
 
 
+@dataclass(frozen=True)
+class Share:
+    """What some programs take of a multiprocessor."""
+
+    programs: int
+    warps: int
+    registers: int
+    shared_bytes: int
+
+    def __add__(self, other: Share) -> Share:
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Share(*(one + another for one, another in pairs))
+
+    @property
+    def fits(self) -> bool:
+        """Whether a multiprocessor has it."""
+        return (
+            self.programs <= PROGRAMS_PER_SM
+            and self.warps <= WARPS_PER_SM
+            and self.registers <= REGISTERS_PER_SM
+            and self.shared_bytes <= SHARED_PER_SM
+        )
+
+
+def share_of(programs: int, num_warps: int, registers: int, shared_bytes: int) -> Share:
+    """What programs of a kernel take. registers: a thread's; shared_bytes: a program's"""
+    a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    warps = programs * num_warps
+    return Share(programs, warps, warps * a_warp, programs * (shared_bytes + SHARED_PER_PROGRAM))
+
+
 def programs_per_sm(num_warps: int, registers: int, shared_bytes: int) -> int:
     """Programs of a kernel that fit on a multiprocessor at a time."""
-    a_warp = -(-registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    by_registers = REGISTERS_PER_SM // a_warp // num_warps
-    by_shared = SHARED_PER_SM // (shared_bytes + SHARED_PER_PROGRAM)
-    return min(PROGRAMS_PER_SM, WARPS_PER_SM // num_warps, by_registers, by_shared)
+    counts = range(PROGRAMS_PER_SM, 0, -1)
+    return next((count for count in counts if share_of(count, num_warps, registers, shared_bytes).fits), 0)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from aot_rounds import build_drafter, build_runner, round_launches
 from aot_suite import SIZES
 
-from gpu_costs.kernel import KernelCost, Load, cost
+from gpu_costs.kernel import KernelCost, Load, costs
 from specengine.kernels.device.launch import Launch, assume_capability
 from specengine.runtime.state import RoundMode
 
@@ -38,20 +38,19 @@ class Sum:
 
 def plain_token(target: str) -> Sum:
     """One sequence, one token."""
-    return Sum([cost(launch, Load(rows=1)) for launch in _launches(target, 0)])
+    return Sum(costs(_launches(target, 0), Load(rows=1)))
 
 
 def draft_step() -> Sum:
     """One draft in a round: what a round of K + 1 has more than one of K, without the row more for the target."""
     drafts, _ = _parts(DRAFT)
-    return Sum([cost(launch, Load(rows=1)) for launch in drafts[len(drafts) - len(drafts) // K :]])
+    return Sum(costs(drafts, Load(rows=1))[-(len(drafts) // K) :])
 
 
 def speculative_round(target: str) -> Sum:
     """K drafts, verification of them, and the commit."""
     drafts, rest = _parts(target)
-    costs = [cost(launch, Load(rows=1)) for launch in drafts]
-    return Sum(costs + [cost(launch, Load(rows=K + 1)) for launch in rest])
+    return Sum(costs(drafts, Load(rows=1)) + costs(rest, Load(rows=K + 1)))
 
 
 def _parts(target: str) -> tuple[list[Launch], list[Launch]]:

@@ -27,10 +27,11 @@ class Timed:
     busy: float
 
 
-def time_path(path: Sequence[Instruction], num_warps: int) -> Timed:
+def time_path(path: Sequence[Instruction], num_warps: int, *, is_early: bool = True) -> Timed:
     """The path's instructions, executed by a program that has a multiprocessor to itself.
 
-    What comes before the wait is over when the kernel before ends: that is what dependent launches are for.
+    is_early: it began while the kernel before still ran, so that what comes before the wait is over when that ends:
+              this is what dependent launches are for
     """
     a_scheduler = num_warps / machine.SCHEDULERS
     ready: dict[str, float] = {}
@@ -41,7 +42,7 @@ def time_path(path: Sequence[Instruction], num_warps: int) -> Timed:
     issued: list[float] = []
     for each in path:
         name = each.opcode
-        if name.startswith(_WAIT):
+        if is_early and name.startswith(_WAIT):
             ready, issue, free, last = {}, 0.0, Counter(), 0.0
         at = max([issue, *(ready.get(register, 0.0) for register in each.read)])
         if name.startswith("DEPBAR"):

@@ -12,8 +12,9 @@ then sees anything too early:
 * `griddepcontrol.launch_dependents` comes right after the wait. The next kernel thus begins when every program here
   has begun and all earlier kernels have completed: at most two overlap, the second takes no multiprocessor that a
   program of the first still needs, and what it does before its wait runs beside its direct predecessor only.
-* Before the wait weights are asked into the L2 cache, and nothing else: no register depends on it, and all of the
-  GPU's memory traffic meets in that cache, so even a line that is being written is not stale later.
+* Before the wait weights are asked into the L2 cache, where all of the GPU's memory traffic meets, or, by programs that
+  hold their weights, loaded with the layer's norm and bias; and nothing else. No kernel here writes these. Who does (a
+  copy, when a model is loaded) is a kernel without PDL, which has completed before the next one begins.
 * Kernels without PDL and PyTorch's own begin when everything before them has completed, and let nobody begin before
   they end.
 

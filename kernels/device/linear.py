@@ -14,6 +14,7 @@ from torch import Tensor
 
 from specengine.kernels.device.launch import INTERPRETED
 from specengine.kernels.device.rounding import as_operand, round_to
+from specengine.kernels.device.tiles import HELD_COLUMNS, HELD_WIDTH
 from specengine.kernels.types.grouped import GROUP_SIZE, GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 
@@ -23,6 +24,9 @@ STATISTICS_CHUNK = 1024
 ROWS_AT_ONCE = tl.constexpr(4)
 # In memory a weight row takes a multiple of this many elements, so that vectors of 16 bytes never straddle rows.
 ROW_MULTIPLE = 16
+
+# Products with held weights go over parts of this depth, which a program's warps share.
+_PART_DEPTH = tl.constexpr(128)
 
 # Of 16-bit weights a tile of so few columns is multiplied by warps that share out K; as many as its warps.
 _FEW_COLUMNS = tl.constexpr(32)
@@ -38,6 +42,13 @@ _ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it away ro
 def chunk_of(width: int) -> int:
     """Columns that `row_moments` takes at a time."""
     return min(STATISTICS_CHUNK, int(triton.next_power_of_2(width)))
+
+
+def held_depth(weight: PackedLinear, block_n: int) -> int:
+    """As deep as the tile is whose weights a program holds (`hold_weights`); 0 where it cannot."""
+    is_16_bits = weight.weight.dtype in (torch.float16, torch.bfloat16)
+    is_held = is_16_bits and block_n == HELD_COLUMNS and weight.in_features <= HELD_WIDTH
+    return int(triton.next_power_of_2(weight.in_features)) if is_held else 0
 
 
 def pack_rows(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -222,6 +233,88 @@ def keep_layout(x):
         return tl.inline_asm_elementwise(
             "mov.b32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=False, pack=1
         )
+
+
+@triton.jit
+def places(HELD: tl.constexpr):
+    """Where along K the elements of a held tile lie, `[PARTS, 1, DEPTH]`."""
+    DEPTH: tl.constexpr = min(HELD, _PART_DEPTH)
+    return tl.arange(0, HELD // DEPTH)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
+
+
+@triton.jit
+def hold_weights(weight_ptr, columns, WEIGHT_STRIDE: tl.constexpr, HELD: tl.constexpr):
+    """The weights of `columns` over all of K, `[PARTS, N, DEPTH]`, to be loaded before the wait: no kernel writes
+    weights, so they may come while the kernel before still runs."""
+    k = places(HELD)
+    at = columns[None, :, None].to(tl.int64) * WEIGHT_STRIDE + k
+    if WEIGHT_STRIDE == HELD:
+        return tl.load(weight_ptr + at)
+    else:
+        return tl.load(weight_ptr + at, mask=k < WEIGHT_STRIDE, other=0.0)
+
+
+@triton.jit
+def hold_norm(vector_ptr, WIDTH: tl.constexpr, HELD: tl.constexpr):
+    """A norm's weight or bias as the rows of a group have it, `[PARTS, ROWS_AT_ONCE, DEPTH]`; see `hold_weights`."""
+    k = tl.broadcast_to(places(HELD), (HELD // min(HELD, _PART_DEPTH), ROWS_AT_ONCE, min(HELD, _PART_DEPTH)))
+    return tl.load(vector_ptr + k, mask=k < WIDTH, other=0.0)
+
+
+@triton.jit
+def sum_rows(x):
+    """`[PARTS, ROWS, DEPTH]` to `[ROWS]`."""
+    return tl.sum(tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2])), axis=1)
+
+
+@triton.jit
+def norm_multiply_held(
+    hidden_ptr,
+    hidden_stride,
+    rows,
+    num_rows,
+    scale,
+    shift,
+    eps,
+    weight,
+    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """norm(rows) W^T for held weights, `[2 * ROWS_AT_ONCE, N]` fp32: the rows, and once more the rows.
+
+    Each row is a warp's, which finds its mean and variance without the others; rounded, the rows are the narrower side
+    of the product, eight of them.
+
+    rows:         `[ROWS_AT_ONCE]`, of which those below num_rows are read
+    scale, shift: see `hold_norm`; without shift there is no mean, see `Norm`
+    """
+    ROWS: tl.constexpr = ROWS_AT_ONCE
+    DEPTH: tl.constexpr = min(HELD, _PART_DEPTH)
+    k = places(HELD)
+    is_inside = k < WIDTH
+    at = rows[None, :, None].to(tl.int64) * hidden_stride + k
+    x = tl.load(hidden_ptr + at, mask=(rows < num_rows)[None, :, None] & is_inside, other=0.0)
+    if shift is not None:
+        mean = sum_rows(x) / WIDTH
+        centred = tl.where(is_inside, x - mean[None, :, None], 0.0)
+        inverse = 1.0 / tl.sqrt_rn(sum_rows(centred * centred) / WIDTH + eps)
+        x = centred * inverse[None, :, None] * scale + shift
+    else:
+        inverse = 1.0 / tl.sqrt_rn(sum_rows(x * x) / WIDTH + eps)
+        x = x * inverse[None, :, None] * scale
+    operand = round_to(keep_layout(x), weight.dtype)
+    twice = tl.broadcast_to(operand[:, None, :, :], (HELD // DEPTH, 2, ROWS, DEPTH))
+    twice = tl.permute(tl.reshape(twice, (HELD // DEPTH, 2 * ROWS, DEPTH)), (0, 2, 1))
+    total = tl.zeros((HELD // DEPTH, weight.shape[1], 2 * ROWS), tl.float32)
+    return tl.trans(tl.sum(tl.dot(as_operand(weight), as_operand(twice), total), axis=0))
+
+
+@triton.jit
+def held_rows(first_row, num_rows):
+    """A group of rows from first_row on, as `norm_multiply_held` gives them, and which of them are to be written."""
+    place = tl.arange(0, 2 * ROWS_AT_ONCE)
+    rows = first_row + place % ROWS_AT_ONCE
+    return rows, (place < ROWS_AT_ONCE) & (rows < num_rows)
 
 
 @triton.jit

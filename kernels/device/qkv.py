@@ -142,7 +142,7 @@ def check_places(
 
 
 def head_tiles(
-    num_heads: int, head_dim: int, block_n: int, rotary: Tensor | None, head_norm: Tensor | None = None
+    num_heads: int, head_dim: int, rotary: Tensor | None, head_norm: Tensor | None = None, *, block_n: int
 ) -> tuple[int, int]:
     """Column tiles of `num_heads` heads and their width: at least `block_n`, and in one tile all features that are
     rotated, all of a head that is normed."""

@@ -18,6 +18,9 @@ import torch
 from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil_div
 
 BLOCK_M = 16  # rows of every tile: one mma.sync tile, so that one row costs what sixteen do
+# A program of a normed layer with so many columns of 16 bits, of up to so many elements, holds all its weights: 64 of a
+# thread's registers (`specengine.kernels.device.linear.hold_weights`).
+HELD_COLUMNS, HELD_WIDTH = 16, 1024
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
 
 # Multiprocessors of an A100 and of an H200, and bytes of shared memory that each gives its programs.
@@ -75,12 +78,20 @@ def choose_tile(
     op: str, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> Tile:
     """The tile of a layer, `[out_features, in_features]` in `dtype`, for the family `op`: "norm_linear",
-    "norm_qkv" (also with an MLP beside it), "linear_residual" (also two in one) or "head"."""
+    "norm_qkv", "norm_heads" (the same where tiles hold whole heads, or with an MLP beside it), "linear_residual" (also
+    two in one) or "head"."""
     if IS_INTERPRETED:
-        return Tile(32 if op == "norm_qkv" else 128, 128, split_k=2 if op == "linear_residual" else 1)
+        is_held = op == "norm_qkv" and may_hold(op, in_features, dtype)
+        block_n = HELD_COLUMNS if is_held else 32 if op in ("norm_qkv", "norm_heads") else 128
+        return Tile(block_n, 128, split_k=2 if op == "linear_residual" else 1)
     capability = capability_of(device)
     found = table(capability).get(tile_key(op, out_features, in_features, dtype))
     return found or rule(op, out_features, in_features, dtype, capability)
+
+
+def may_hold(op: str, in_features: int, dtype: torch.dtype) -> bool:
+    """Whether programs of a layer with tiles of HELD_COLUMNS hold their weights."""
+    return op in ("norm_qkv", "norm_linear") and dtype.itemsize == 2 and in_features <= HELD_WIDTH
 
 
 def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capability: int) -> Tile:
@@ -96,6 +107,10 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
             # way.
             return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3, max_registers=200)
         return Tile(128, block_k, num_stages=3)
+    if may_hold(op, in_features, dtype):
+        return Tile(
+            HELD_COLUMNS, block_k, num_stages=1
+        )  # weights are held: there is no loop over K to be staged
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
     split_k = 1

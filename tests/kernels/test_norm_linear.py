@@ -29,7 +29,9 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine import _C
+from specengine.kernels import norm_linear as kernel
 from specengine.kernels import reference
+from specengine.kernels.device.tiles import HELD_COLUMNS, Tile
 from specengine.kernels.reference.norm_linear import apply_activation
 from specengine.kernels.types.grouped import GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
@@ -212,6 +214,74 @@ def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
 
     with pytest.raises(AssertionError):
         check_norm_linear(ops, (7, 129, 200), torch.float32, "gelu_tanh", op=faulty)
+
+
+# -- held weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """Triton, with tiles whose weights a program holds: what GPUs use for rows of up to 1,024 elements."""
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(HELD_COLUMNS, 128))
+    return TRITON
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (5, 33, 50), (18, 129, 40), (7, 768, 48), (4, 1024, 32), (2, 1600, 16)]
+)
+@pytest.mark.parametrize("dtype", HALVES)
+def test_held_weights_are_multiplied_as_honestly(
+    held: Backend, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    for activation in ("none", "gelu_tanh", "swiglu"):
+        check_norm_linear(held, shape, dtype, activation, is_rms=activation == "swiglu")
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_row_keeps_its_bits_in_whatever_group_of_rows_it_meets_held_weights(
+    held: Backend, dtype: torch.dtype
+) -> None:
+    for width, is_rms in [(96, False), (1024, True)]:
+        layer = random_layer(width, 40, dtype, ops=held, is_rms=is_rms)
+        assert_row_invariant(
+            lambda rows, layer=layer: held.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh"),
+            random_rows(18, width),
+            is_thorough=False,
+        )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("count", [0, 1, 4, 5, 17, 40])
+def test_rows_of_padding_are_left_alone_by_held_weights(held: Backend, count: int) -> None:
+    layer = random_layer(64, 50, torch.float16, ops=held)
+    hidden, limit = random_rows(40, 64), torch.tensor([count], dtype=torch.int32)
+    hidden[count:] = float("nan")
+    out = torch.full((40, 50), 7.0)
+    held.norm_linear(hidden, layer.norm, layer.packed, "relu", out=out, num_rows=limit)
+    assert torch.equal(out[:count], held.norm_linear(hidden[:count], layer.norm, layer.packed, "relu"))
+    assert (out[count:] == 7.0).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", ["first_column_of_k", "last_column_of_k", "other_row"])
+def test_a_fault_with_held_weights_is_noticed(held: Backend, fault: str) -> None:
+    def faulty(hidden, norm, weight, activation):
+        if fault == "other_row":
+            hidden = hidden[[0, 1, 2, 3, 0, 5, 6]]
+        else:
+            at = 0 if fault == "first_column_of_k" else -1
+            scale, shift = norm.weight.clone(), norm.bias.clone()
+            scale[at] = shift[at] = 0.0
+            norm = type(norm)(scale, shift, norm.eps)
+        return held.norm_linear(hidden, norm, weight, activation)
+
+    with pytest.raises(AssertionError):
+        check_norm_linear(held, (7, 129, 200), torch.float16, "gelu_tanh", op=faulty)
 
 
 # -- int8 ----------------------------------------------------------------------------------------------------------

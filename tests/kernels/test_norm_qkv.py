@@ -170,9 +170,10 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
 
 
 @pytest.mark.triton
-def test_padded_rows_are_left_alone() -> None:
-    heads = HEADS[1]
-    layer, rotary = layer_of(heads, torch.float32, TRITON), rotary_of(heads)
+@pytest.mark.parametrize(("heads", "dtype"), [(HEADS[1], torch.float32), (HEADS[0], torch.float16)])
+def test_padded_rows_are_left_alone(heads: Heads, dtype: torch.dtype) -> None:
+    """Of 16 bits and without rotary positions weights are held (`hold_weights`)."""
+    layer, rotary = layer_of(heads, dtype, TRITON), rotary_of(heads)
     hidden, positions = random_rows(20, WIDTH), torch.arange(20, dtype=torch.int32)
     caches = [empty_cache(heads, torch.float32) for _ in range(2)]
     queries = [
