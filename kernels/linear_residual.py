@@ -21,7 +21,7 @@ from specengine.kernels.device.linear import (
     first_block,
     multiply_split,
 )
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.device.workspace import scratch, zeroed
 from specengine.kernels.types.packed import PackedLinear
 
@@ -109,7 +109,8 @@ def linear_residual(
     tile = choose_tile(
         "linear_residual", weight.out_features, weight.in_features, weight.weight.dtype, x.device
     )
-    grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], BLOCK_M), tile.split_k)
+    block_m, options = rows_of_tile(tile, x.shape[0], weight.weight.dtype)
+    grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], block_m), tile.split_k)
     num_tiles = grid[0] * grid[1]
     launch(
         spec_linear_residual,
@@ -123,7 +124,7 @@ def linear_residual(
         residual.stride(0),
         out,
         out.stride(0),
-        scratch(num_tiles * tile.split_k * BLOCK_M * tile.block_n, torch.float32, x.device),
+        scratch(num_tiles * tile.split_k * block_m * tile.block_n, torch.float32, x.device),
         zeroed(num_tiles, torch.int32, x.device),
         x.shape[0],
         num_rows,
@@ -131,9 +132,9 @@ def linear_residual(
         WEIGHT_STRIDE=weight.weight.shape[1],
         NUM_COLUMNS=weight.out_features,
         SPLIT_K=tile.split_k,
-        BLOCK_M=BLOCK_M,
+        BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        **tile.options,
+        **options,
     )
     return out

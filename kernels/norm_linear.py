@@ -30,7 +30,7 @@ from specengine.kernels.device.linear import (
     norm_multiply,
     norm_multiply_held,
 )
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -161,9 +161,13 @@ def norm_linear(
     tile = choose_tile(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
+    held = held_depth(weight, tile.block_n)
+    block_m, options = BLOCK_M, tile.options
+    if held:
+        block_m, options = rows_of_tile(tile, hidden.shape[0], weight.weight.dtype)
     launch(
         spec_norm_linear,
-        (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], BLOCK_M)),
+        (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], block_m)),
         hidden,
         hidden.stride(0),
         norm.weight,
@@ -181,10 +185,10 @@ def norm_linear(
         NUM_COLUMNS=weight.out_features,
         ACTIVATION=activation,
         CHUNK=chunk_of(weight.in_features),
-        HELD=held_depth(weight, tile.block_n),
-        BLOCK_M=BLOCK_M,
+        HELD=held,
+        BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
-        **tile.options,
+        **options,
     )
     return out

@@ -26,7 +26,7 @@ from specengine.kernels.device.linear import (
     norm_multiply_held,
 )
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -181,9 +181,13 @@ def norm_qkv(
     if block_n > tile.block_n:
         tile = choose_tile("norm_heads", *layer)
         num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
+    held = held_depth(weight, block_n)
+    block_m, options = BLOCK_M, tile.options
+    if held:
+        block_m, options = rows_of_tile(tile, hidden.shape[0], weight.weight.dtype)
     launch(
         spec_norm_qkv,
-        (num_tiles, ceil_div(hidden.shape[0], BLOCK_M)),
+        (num_tiles, ceil_div(hidden.shape[0], block_m)),
         hidden,
         hidden.stride(0),
         norm.weight,
@@ -209,10 +213,10 @@ def norm_qkv(
         BLOCK_SIZE=block_size,
         ROTARY_DIM=0 if rotary is None else 2 * rotary.shape[2],
         CHUNK=chunk_of(weight.in_features),
-        HELD=held_depth(weight, block_n),
-        BLOCK_M=BLOCK_M,
+        HELD=held,
+        BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=tile.block_k,
-        **tile.options,
+        **options,
     )
     return query

@@ -1,4 +1,4 @@
-"""What a kernel does before it waits for the one before it, read from its PTX."""
+"""What a kernel reads, and what it does before it waits for the one before it, read from its PTX."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 _WAIT, _RELEASE = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
-_PREFETCH, _LOAD = "prefetch.global.L2", "ld.global"
+_PREFETCH, _LOAD, _COPY = "prefetch.global.L2", "ld.global", "cp.async.cg.shared.global"
 # Pointers to what no kernel writes: the weights that linears multiply with, and all of a layer's.
 _WEIGHTS = {"weight_ptr", "mlp_weight_ptr"}
 _NEVER_WRITTEN = _WEIGHTS | {"bias_ptr", "norm_weight_ptr", "norm_bias_ptr"}
@@ -25,6 +25,11 @@ class Instruction:
     operands: str
 
 
+def _instruction(line: str) -> Instruction | None:
+    match = re.match(r"(@!?%\w+)?\s*([a-z][\w.:]*)\s*(.*?);", line.partition("//")[0].strip())
+    return None if match is None else Instruction(match[1] or "", match[2], match[3])
+
+
 def first_block(ptx: str) -> list[Instruction]:
     """What every thread of every program executes, whatever it finds: up to the first branch, return or place that a
     branch goes to."""
@@ -33,25 +38,31 @@ def first_block(ptx: str) -> list[Instruction]:
         text = line.partition("//")[0].strip()
         if text.startswith("$L__BB"):
             break
-        match = re.match(r"(@!?%\w+)?\s*([a-z][\w.:]*)\s*(.*?);", text)
-        if match is None:
+        instruction = _instruction(line)
+        if instruction is None:
             continue
-        instruction = Instruction(match[1] or "", match[2], match[3])
         if instruction.opcode.partition(".")[0] in ("bra", "brx", "ret", "exit", "trap", "call"):
             break
         found.append(instruction)
     return found
 
 
+def all_instructions(ptx: str) -> list[Instruction]:
+    """A kernel's, in the order of its text."""
+    lines = ptx[ptx.index("{", ptx.index(".entry")) + 1 :].splitlines()
+    return [each for each in map(_instruction, lines) if each is not None]
+
+
 def pointers_behind(block: list[Instruction], parameters: list[str]) -> list[tuple[str, set[str]]]:
-    """For each prefetch and load from global memory of a block: its opcode, and which of the kernel's pointers its
-    address was computed from."""
+    """For each prefetch, load and asynchronous copy from global memory: its opcode, and which of the kernel's pointers
+    its address was computed from."""
     behind: dict[str, set[str]] = {}
     found = []
     for instruction in block:
         operands = instruction.operands
-        if instruction.opcode.startswith((_PREFETCH, _LOAD)):
-            results, _, address = operands.partition("[")
+        if instruction.opcode.startswith((_PREFETCH, _LOAD, _COPY)):
+            to_shared, _, from_global = operands.partition("],")
+            results, _, address = (from_global or to_shared).partition("[")
             origin = set[str]().union(*(behind.get(each, set()) for each in re.findall(r"%\w+", address)))
             found.append((instruction.opcode, {name for name in origin if name.endswith("_ptr")}))
         else:
@@ -59,7 +70,7 @@ def pointers_behind(block: list[Instruction], parameters: list[str]) -> list[tup
             origin = {parameters[int(index)] for index in re.findall(r"\[\w+_param_(\d+)", operands)}
             origin = origin.union(*(behind.get(each, set()) for each in re.findall(r"%\w+", sources)))
         for register in re.findall(r"%\w+", results):
-            behind[register] = origin
+            behind[register] = origin | behind.get(register, set())
     return found
 
 

@@ -36,6 +36,9 @@ NUM_DRAFT = 8
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
 IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b")
 BY_GROUP = ("smollm2-135m", "gpt2-medium")
+IN_PROMPTS, PROMPT = ("gpt2-medium", "smollm2-135m"), 256
+# What the report says of a launch's tile.
+TILE = {"WIDTH", "SPLIT_K", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,14 @@ def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[La
     return launches
 
 
+def prompt_launches(size: Size, dtype: Storage) -> list[Launch]:
+    """What a chunk of PROMPT tokens launches."""
+    kv_cache = meta(1, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=float_of(dtype))
+    with record() as launches:
+        build_decoder(size, dtype).forward(build_batch(size, 1, PROMPT), kv_cache, size.vocab_size)
+    return launches
+
+
 def verification_launches(num_sequences: int = 1, row_length: int = 50304) -> list[Launch]:
     """What the ops on logits launch."""
     num_rows = num_sequences * (NUM_DRAFT + 1)
@@ -302,6 +313,9 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch
+    for name in IN_PROMPTS:
+        for launch in new(prompt_launches(SIZES[name], torch.float16)):
+            yield f"{name} prompt float16", launch
 
 
 def main() -> None:
@@ -316,7 +330,15 @@ def main() -> None:
     if arguments.one_of_each:
         found = list({launch.name: (model, launch) for model, launch in reversed(found)}.values())
     kernels = [
-        {"model": model, **asdict(compile_launch(launch, arguments.capability))} for model, launch in found
+        {
+            "model": model,
+            "grid": launch.grid,
+            "num_stages": launch.num_stages,
+            "weight_bytes": getattr(launch.arguments.get("weight_ptr"), "nbytes", 0),
+            "tile": {name: launch.arguments[name] for name in launch.arguments.keys() & TILE},
+            **asdict(compile_launch(launch, arguments.capability)),
+        }
+        for model, launch in found
     ]
     layers = {name: num_kernels_a_layer(size) for name, size in SIZES.items()}
     arguments.report.write_text(json.dumps({"kernels": kernels, "kernels_a_layer": layers}), encoding="utf-8")

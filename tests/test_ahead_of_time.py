@@ -1,12 +1,14 @@
 """Every Triton kernel compiles for A100 (sm_80) and H100/H200 (sm_90) at real models' sizes, without a GPU.
 
 What is asserted: no stack frame and no spills (ptxas), vector loads, no 16-bit scalar loads where logits are read,
-tensor cores where the type has them, the number of kernels a layer, and what comes before a dependent launch's wait.
+tensor cores where the type has them, the number of kernels a layer, how often prompts read weights, and what comes
+before a dependent launch's wait.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aot_order import check_early_weights, check_plain, check_wait
+from aot_order import all_instructions, check_early_weights, check_plain, check_wait, pointers_behind
+from aot_suite import PROMPT
 
 from specengine.kernels import reference
 from specengine.weight_formats import GROUPED_FORMATS
@@ -141,6 +144,54 @@ def test_weights_are_read_sixteen_bytes_at_a_time_into_tensor_cores(report: dict
         is_exact = kernel["model"].endswith("float32") or is_grouped
         assert ("mma.sync" in ptx) != is_exact, where
         assert "wgmma" not in ptx, f"{where}: another order of sums than mma.sync"
+
+
+VECTOR_BYTES, NUM_THREADS = 16, 128
+
+
+def weight_vectors(kernel: dict[str, Any]) -> int:
+    """Vectors of weights that a thread asks for, by the text of its kernel: a loop's once."""
+    asked = pointers_behind(all_instructions(kernel["ptx"]), kernel["parameters"])
+    return sum("weight_ptr" in names and ".L2" not in opcode for opcode, names in asked)
+
+
+def weight_bytes(kernel: dict[str, Any]) -> int:
+    """Bytes of 16-bit weights that the grid of a linear layer asks for."""
+    tile, num_vectors = kernel["tile"], weight_vectors(kernel)
+    if "cp.async" in kernel["ptx"]:  # stages before the loop, and in the loop one block of K
+        assert num_vectors % kernel["num_stages"] == 0
+        num_vectors = num_vectors // kernel["num_stages"] * -(-tile["WIDTH"] // tile["BLOCK_K"])
+        num_vectors //= tile.get("SPLIT_K", 1)
+    return num_vectors * VECTOR_BYTES * NUM_THREADS * math.prod(kernel["grid"])
+
+
+def check_prompts(kernels: list[dict[str, Any]]) -> None:
+    names = set()
+    for kernel in kernels:
+        tile = kernel["tile"]
+        if " prompt " in kernel["model"] and tile.get("BLOCK_M", 16) > 16:
+            names.add(kernel["name"])
+            assert kernel["grid"][1] == PROMPT // 64
+            # Some of a tile's depth may lie beyond the row: those vectors are masked.
+            depth = -(-tile["WIDTH"] // 1024) * 1024
+            share = weight_bytes(kernel) / kernel["grid"][1] / kernel["weight_bytes"]
+            assert 1 <= share <= depth / tile["WIDTH"], (kernel["model"], kernel["name"], share)
+    assert names == {"spec_norm_qkv", "spec_norm_linear", "spec_linear_residual"}
+
+
+def test_prompts_read_weights_once_for_64_rows(report: dict[str, Any]) -> None:
+    check_prompts(report["kernels"])
+
+
+@pytest.mark.parametrize("fault", ["rows", "twice"])
+def test_prompts_that_read_weights_more_often_would_be_noticed(report: dict[str, Any], fault: str) -> None:
+    kernels = []
+    for kernel in report["kernels"]:
+        width, height, *rest = (*kernel["grid"], 1)
+        grid = (width, height * (4 if fault == "rows" else 1), *rest)
+        kernels.append({**kernel, "grid": (2 * width, *grid[1:]) if fault == "twice" else grid})
+    with pytest.raises(AssertionError):
+        check_prompts(kernels)
 
 
 def test_attention_reads_vectors_into_tensor_cores(report: dict[str, Any]) -> None:

@@ -236,6 +236,18 @@ def keep_layout(x):
 
 
 @triton.jit
+def add_parts(total):
+    """`[PARTS, M, N]` to `[M, N]`, in an order that no layout decides: each with the one half of PARTS behind it, until
+    one is left."""
+    for _ in tl.static_range(4):
+        if total.shape[0] > 1:
+            halves = tl.reshape(total, (2, total.shape[0] // 2, total.shape[1], total.shape[2]))
+            first, second = tl.split(tl.permute(halves, (1, 2, 3, 0)))
+            total = first + second
+    return tl.reshape(total, (total.shape[1], total.shape[2]))
+
+
+@triton.jit
 def places(HELD: tl.constexpr):
     """Where along K the elements of a held tile lie, `[PARTS, 1, DEPTH]`."""
     DEPTH: tl.constexpr = min(HELD, _PART_DEPTH)
@@ -306,7 +318,7 @@ def norm_multiply_held(
     twice = tl.broadcast_to(operand[:, None, :, :], (HELD // DEPTH, 2, ROWS, DEPTH))
     twice = tl.permute(tl.reshape(twice, (HELD // DEPTH, 2 * ROWS, DEPTH)), (0, 2, 1))
     total = tl.zeros((HELD // DEPTH, weight.shape[1], 2 * ROWS), tl.float32)
-    return tl.trans(tl.sum(tl.dot(as_operand(weight), as_operand(twice), total), axis=0))
+    return tl.trans(add_parts(tl.dot(as_operand(weight), as_operand(twice), total)))
 
 
 @triton.jit
@@ -361,7 +373,7 @@ def multiply_parts(
                 x = x * inverse[None, :, None] * scale
             x = keep_layout(x)
         total = tl.dot(as_operand(round_to(x, weight.dtype)), as_operand(weight), total)
-    return tl.sum(total, axis=0)
+    return add_parts(total)
 
 
 @triton.jit

@@ -17,7 +17,9 @@ import torch
 
 from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil_div
 
-BLOCK_M = 16  # rows of every tile: one mma.sync tile, so that one row costs what sixteen do
+BLOCK_M = 16  # rows of a tile: one mma.sync tile, so that one row costs what sixteen do
+# Of more rows than this, prompts, a tile of 16-bit weights has so many: weights are read a quarter as often.
+_FEW_ROWS, _PROMPT_BLOCK_M, _PROMPT_STAGES = 64, 64, 3
 # A program of a normed layer with so many columns of 16 bits, of up to so many elements, holds all its weights: 64 of a
 # thread's registers (`specengine.kernels.device.linear.hold_weights`).
 HELD_COLUMNS, HELD_WIDTH = 16, 1024
@@ -55,6 +57,17 @@ class Tile:
             "num_stages": self.num_stages,
             "max_registers": self.max_registers,
         }
+
+
+def rows_of_tile(tile: Tile, num_rows: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+    """A tile's rows in a launch of so many, and what `launch` takes of the tile.
+
+    No bit of a row depends on it: products follow each other along K in the tile's order, and what a row is normed by
+    is found in groups of rows of one size.
+    """
+    if num_rows <= _FEW_ROWS or dtype.itemsize != 2:
+        return BLOCK_M, tile.options
+    return _PROMPT_BLOCK_M, {**tile.options, "num_stages": min(tile.num_stages, _PROMPT_STAGES)}
 
 
 @cache

@@ -6,6 +6,7 @@ import pytest
 import torch
 from kernel_cases import (
     NATIVE,
+    TRITON,
     WEIGHT_DTYPES,
     assert_earned,
     assert_row_invariant,
@@ -15,7 +16,10 @@ from kernel_cases import (
     width_of,
 )
 
+from specengine.kernels import linear_residual as kernel
 from specengine.kernels import reference
+from specengine.kernels.device.launch import record
+from specengine.kernels.device.tiles import Tile
 from specengine.ops.backend import Backend
 
 SHAPES = [(1, 1, 1), (5, 33, 50), (6, 3072, 96), (2, 128, 1024), (65, 100, 70)]
@@ -74,6 +78,29 @@ def test_groups_of_a_prompts_rows_are_as_alone(dtype: torch.dtype, num_threads: 
     pairs = zip(x.split(50), residual.split(50), strict=True)
     apart = [NATIVE.linear_residual(rows, layer.packed, others) for rows, others in pairs]
     assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("block_n", [16, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
+    dtype: torch.dtype, block_n: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sixteen columns warps share out every block of K (`multiply_parts`)."""
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(block_n, 128, split_k=2))
+    layer, x, residual = random_layer(300, 24, dtype, ops=TRITON), random_rows(90, 300), random_rows(90, 24)
+    with record() as launches:
+        for count in (90, 64):
+            TRITON.linear_residual(x[:count], layer.packed, residual[:count])
+    assert [launch.arguments["BLOCK_M"] for launch in launches] == [64, 16]
+    together = TRITON.linear_residual(x, layer.packed, residual)
+    pairs = zip(x.split(11), residual.split(11), strict=True)
+    apart = [TRITON.linear_residual(rows, layer.packed, others) for rows, others in pairs]
+    assert torch.equal(together, torch.cat(apart))
+    limit, out = torch.tensor([70], dtype=torch.int32), torch.full((90, 24), 7.0)
+    TRITON.linear_residual(x, layer.packed, residual, out=out, num_rows=limit)
+    assert torch.equal(out[:70], together[:70])
+    assert (out[70:] == 7.0).all()
 
 
 def test_wrong_arguments_are_named(ops: Backend) -> None:

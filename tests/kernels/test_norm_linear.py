@@ -31,6 +31,7 @@ from torch import Tensor
 from specengine import _C
 from specengine.kernels import norm_linear as kernel
 from specengine.kernels import reference
+from specengine.kernels.device.launch import record
 from specengine.kernels.device.tiles import HELD_COLUMNS, Tile
 from specengine.kernels.reference.norm_linear import apply_activation
 from specengine.kernels.types.grouped import GroupedWeight
@@ -253,6 +254,21 @@ def test_a_row_keeps_its_bits_in_whatever_group_of_rows_it_meets_held_weights(
             random_rows(18, width),
             is_thorough=False,
         )
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
+    held: Backend, dtype: torch.dtype
+) -> None:
+    layer, hidden = random_layer(72, 24, dtype, ops=held), random_rows(90, 72)
+    with record() as launches:
+        held.norm_linear(hidden, layer.norm, layer.packed, "relu")
+        held.norm_linear(hidden[:64], layer.norm, layer.packed, "relu")
+    assert [launch.arguments["BLOCK_M"] for launch in launches] == [64, 16]
+    together = held.norm_linear(hidden, layer.norm, layer.packed, "relu")
+    apart = [held.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(11)]
+    assert torch.equal(together, torch.cat(apart))
 
 
 @pytest.mark.triton

@@ -22,6 +22,7 @@ from kernel_cases import (
 from torch import Tensor
 
 from specengine.kernels import reference
+from specengine.kernels.device.launch import record
 from specengine.kernels.types.packed import PackedLinear
 from specengine.ops.backend import Backend
 
@@ -194,6 +195,27 @@ def test_padded_rows_are_left_alone(heads: Heads, dtype: torch.dtype) -> None:
     ]
     assert torch.equal(queries[1][:5], queries[0])
     assert torch.equal(caches[1], caches[0])
+
+
+@pytest.mark.triton
+def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits() -> None:
+    heads = HEADS[0]
+    layer, hidden = layer_of(heads, torch.float16, TRITON), random_rows(90, WIDTH)
+
+    def run(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        cache = torch.zeros(2, 90, heads.num_kv_heads, 1, heads.head_dim)
+        places = torch.arange(90)[:count]
+        return TRITON.norm_qkv(
+            rows[:count], layer.norm, layer.packed, places.int(), places, cache, None
+        ), cache
+
+    with record() as launches:
+        run(hidden, 90)
+    assert launches[0].arguments["BLOCK_M"] == 64
+    (query, cache), (first, cache_of_first) = run(hidden, 90), run(hidden, 37)
+    assert torch.equal(query[:37], first)
+    assert torch.equal(cache[:, :37], cache_of_first[:, :37])
+    assert (cache[:, 37:] != 0).any()
 
 
 @pytest.mark.parametrize("fault", ["bias", "slot", "rotary", "head_norm"])
