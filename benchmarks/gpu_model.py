@@ -1,6 +1,7 @@
 """What a token, a draft and a round should cost on an H200: a model made of compiled kernels, not a measurement.
 
     python benchmarks/gpu_model.py                       # gpt2-medium, gpt2-xl and the draft, a line a kernel
+    python benchmarks/gpu_model.py --dtype int8          # with weights of 8 bits, the heads' too
     python benchmarks/gpu_model.py --json model.json     # the same as JSON
 
 Needs no GPU: kernels are compiled for sm_90 and their machine code is read. See docs/gpu.md, "A model of the time".
@@ -11,18 +12,26 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from gpu_costs.rounds import Sum
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests"))  # where kernels are compiled without a GPU
 
 
 def main() -> None:
+    import torch
     from gpu_costs.rounds import K, draft_step, plain_token, speculative_round
 
-    known = {"draft step": draft_step}
+    dtypes = {"float16": torch.float16, "int8": torch.int8}
+    known: dict[str, Callable[[torch.dtype], Sum]] = {"draft step": draft_step}
     for target in ("gpt2-medium", "gpt2-xl"):
         known[f"{target} token"] = partial(plain_token, target)
         known[f"{target} round"] = partial(speculative_round, target)
@@ -31,8 +40,9 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", choices=known, metavar="NAME", default=known, help=", ".join(known)
     )
+    parser.add_argument("--dtype", choices=dtypes, default="float16", help="the weights'")
     arguments = parser.parse_args()
-    sums = {name: known[name]() for name in arguments.only}
+    sums = {name: known[name](dtypes[arguments.dtype]) for name in arguments.only}
     print(f"A model of an H200, not a measurement; microseconds; a round has {K} drafts.")
     for name, total in sums.items():
         print(f"\n{name}: {total.us:.0f} ({len(total.costs)} launches, bytes alone {total.floor_us:.0f})")

@@ -76,7 +76,7 @@ def candidates(layer: Layer, capability: int) -> list[Tile]:
     is_head = layer.op == "head"  # its noise and statistics come in groups of 128
     is_held = tiles.may_hold(layer.op, layer.in_features, layer.dtype)  # by the rule; others go through K
     widths = (128,) if is_head else (32, 64) if is_held else (16, 32, 64)
-    depths = (first.block_k,) if layer.dtype == torch.int8 else (64, 128)
+    depths = (tiles.INT8_BLOCK_K,) if layer.dtype == torch.int8 else (64, 128)
     splits = (1, 2, 4, 8) if layer.op == "linear_residual" else (1,)
     found = [
         Tile(block_n, block_k, split_k, num_warps, num_stages)

@@ -109,7 +109,7 @@ def linear_residual(
     tile = choose_tile(
         "linear_residual", weight.out_features, weight.in_features, weight.weight.dtype, x.device
     )
-    block_m, options = rows_of_tile(tile, x.shape[0], weight.weight.dtype)
+    block_m, options = rows_of_tile(tile, x.shape[0], may_grow=weight.weight.itemsize == 2)
     grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], block_m), tile.split_k)
     num_tiles = grid[0] * grid[1]
     launch(

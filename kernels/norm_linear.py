@@ -30,7 +30,7 @@ from specengine.kernels.device.linear import (
     norm_multiply,
     norm_multiply_held,
 )
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -90,6 +90,7 @@ def spec_norm_linear(
         weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
         scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
         shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        column_scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
@@ -101,6 +102,8 @@ def spec_norm_linear(
             total = norm_multiply_held(
                 hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
             )
+            if column_scale is not None:
+                total *= column_scale[None, :]
             if bias is not None:
                 total += bias[None, :]
             rows, row_mask = held_rows(first_row + first, end)
@@ -162,9 +165,7 @@ def norm_linear(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
     held = held_depth(weight, tile.block_n)
-    block_m, options = BLOCK_M, tile.options
-    if held:
-        block_m, options = rows_of_tile(tile, hidden.shape[0], weight.weight.dtype)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], may_grow=held > 0)
     launch(
         spec_norm_linear,
         (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], block_m)),

@@ -26,7 +26,7 @@ from specengine.kernels.device.linear import (
     norm_multiply_held,
 )
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -70,6 +70,7 @@ def spec_norm_qkv(
         weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
         scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
         shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        column_scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
@@ -80,6 +81,8 @@ def spec_norm_qkv(
             x = norm_multiply_held(
                 hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
             )
+            if column_scale is not None:
+                x *= column_scale[None, :]
             if bias is not None:
                 x += bias[None, :]
             rows, row_mask = held_rows(first_row + first, end)
@@ -182,9 +185,7 @@ def norm_qkv(
         tile = choose_tile("norm_heads", *layer)
         num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
     held = held_depth(weight, block_n)
-    block_m, options = BLOCK_M, tile.options
-    if held:
-        block_m, options = rows_of_tile(tile, hidden.shape[0], weight.weight.dtype)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], may_grow=held > 0)
     launch(
         spec_norm_qkv,
         (num_tiles, ceil_div(hidden.shape[0], block_m)),

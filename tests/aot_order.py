@@ -9,7 +9,7 @@ _WAIT, _RELEASE = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 _PREFETCH, _LOAD, _COPY = "prefetch.global.L2", "ld.global", "cp.async.cg.shared.global"
 # Pointers to what no kernel writes: the weights that linears multiply with, and all of a layer's.
 _WEIGHTS = {"weight_ptr", "mlp_weight_ptr"}
-_NEVER_WRITTEN = _WEIGHTS | {"bias_ptr", "norm_weight_ptr", "norm_bias_ptr"}
+_NEVER_WRITTEN = _WEIGHTS | {"scale_ptr", "bias_ptr", "norm_weight_ptr", "norm_bias_ptr"}
 # Everything that reads or writes memory, or waits for something else; kernel parameters are constant memory.
 _MEMORY = re.compile(
     r"(ld|ldu|st|atom|red|cp|prefetchu|discard|fence|membar|bar|barrier|mbarrier|multimem)\b"

@@ -19,11 +19,11 @@ from specengine.runtime.state import BatchState, RoundMode
 from specengine.speculative import run_round
 
 
-def build_runner(size: Size, num_layers: int, index: int) -> ModelRunner:
-    """A model in float16 and its cache, the `index`-th of a round's."""
+def build_runner(size: Size, num_layers: int, index: int, dtype: torch.dtype = torch.float16) -> ModelRunner:
+    """A model with weights in `dtype` and its float16 cache, the `index`-th of a round's."""
     cache = meta(num_layers, 2, 640, size.num_kv_heads, 16, size.head_dim, dtype=torch.float16)
     kv_cache: Any = SimpleNamespace(block_size=16, tensors=[cache] * (index + 1))
-    decoder = build_decoder(size, torch.float16, num_layers)
+    decoder = build_decoder(size, dtype, num_layers)
     return ModelRunner(decoder, kv_cache, model_index=index, vocab_size=size.vocab_size)
 
 

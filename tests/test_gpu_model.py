@@ -148,7 +148,7 @@ def test_kernels_share_a_multiprocessor_while_all_they_take_is_there() -> None:
 # The kernels
 
 
-def run_model(tmp_path: Path, *names: str) -> dict[str, Any]:
+def run_model(tmp_path: Path, *names: str, dtype: str = "float16") -> dict[str, Any]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     out = tmp_path / "model.json"
     command = [
@@ -156,6 +156,8 @@ def run_model(tmp_path: Path, *names: str) -> dict[str, Any]:
         str(ROOT / "benchmarks" / "gpu_model.py"),
         "--json",
         str(out),
+        "--dtype",
+        dtype,
         "--only",
         *names,
     ]
@@ -174,15 +176,15 @@ def sums(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 # At most, of a plain gpt2-medium token: instructions and dependent loads before the first weights (attention: keys,
 # with held weights: rows) are asked for; shuffles in all; barriers of a block of K, or of a group of rows; waves.
 MOST = {
-    "spec_norm_qkv": (256, 1, 20, 10, 1),
+    "spec_norm_qkv": (220, 1, 10, 6, 1),
     "spec_paged_attention": (260, 2, 28, 8, 1),
-    "spec_norm_linear": (240, 1, 20, 10, 1),
-    "spec_linear_residual": (115, 1, 18, 2, 1),
+    "spec_norm_linear": (200, 1, 10, 6, 1),
+    "spec_linear_residual": (115, 1, 0, 2, 1),
     "spec_head_draw": (880, 2, 96, 2, 2),
 }
 # Loads one after the other, in launches without weights.
 MOST_LEVELS = {"spec_plan_round": 2, "spec_begin_forward": 3, "spec_commit_draws": 2}
-MOST_US = {"gpt2-medium token": 375, "draft step": 108}
+MOST_US = {"gpt2-medium token": 366, "draft step": 102}
 
 
 def check_counts(kernels: list[dict[str, Any]]) -> None:
@@ -218,6 +220,22 @@ def test_what_a_layer_launches_is_one_wave_and_mostly_has_room_beside_the_kernel
         assert {kernel["waves"] for kernel in layer} == {1}
         late = [kernel["name"] for kernel in layer if not kernel["is_early"]]
         assert sorted(late) == ["spec_linear_residual", "spec_norm_qkv"], name
+
+
+def test_int8_weights_are_read_in_half_the_bytes_and_their_counts_stay(
+    sums: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run_model(tmp_path, "gpt2-medium token", dtype="int8")["gpt2-medium token"]
+    assert found["us"] <= 415
+    layers = {kernel["name"]: kernel for kernel in found["kernels"] if kernel["num_bytes"]}
+    assert {kernel["waves"] for kernel in layers.values()} == {1}
+    read, halves = (
+        sum(kernel["count"] * kernel["num_bytes"] for kernel in kernels if "attention" not in kernel["name"])
+        for kernels in (found["kernels"], sums["gpt2-medium token"]["kernels"])
+    )
+    assert 2 * read == halves
+    assert layers["spec_norm_qkv"]["shuffles"] <= 30
+    assert layers["spec_linear_residual"]["shuffles"] <= 20
 
 
 @pytest.mark.parametrize("name", ["to_first_copy", "levels", "shuffles", "waves"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from aot_rounds import build_drafter, build_runner, round_launches
 from aot_suite import SIZES
 
@@ -36,35 +37,35 @@ class Sum:
         return list(Counter(self.costs).items())
 
 
-def plain_token(target: str) -> Sum:
-    """One sequence, one token."""
-    return Sum(costs(_launches(target, 0), Load(rows=1)))
+def plain_token(target: str, dtype: torch.dtype) -> Sum:
+    """One sequence, one token. dtype: of the weights"""
+    return Sum(costs(_launches(target, 0, dtype), Load(rows=1)))
 
 
-def draft_step() -> Sum:
+def draft_step(dtype: torch.dtype) -> Sum:
     """One draft in a round: what a round of K + 1 has more than one of K, without the row more for the target."""
-    drafts, _ = _parts(DRAFT)
+    drafts, _ = _parts(DRAFT, dtype)
     return Sum(costs(drafts, Load(rows=1))[-(len(drafts) // K) :])
 
 
-def speculative_round(target: str) -> Sum:
+def speculative_round(target: str, dtype: torch.dtype) -> Sum:
     """K drafts, verification of them, and the commit."""
-    drafts, rest = _parts(target)
+    drafts, rest = _parts(target, dtype)
     return Sum(costs(drafts, Load(rows=1)) + costs(rest, Load(rows=K + 1)))
 
 
-def _parts(target: str) -> tuple[list[Launch], list[Launch]]:
+def _parts(target: str, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:
     """A round's launches: those of its drafts, and the others."""
-    launches = _launches(target, K)
+    launches = _launches(target, K, dtype)
     draws = [at for at, launch in enumerate(launches) if launch.name == "spec_head_draw"]
     num_drawn = launches[0].name == "spec_plan_round"
     end = draws[K - 1] + 1
     return launches[num_drawn:end], launches[:num_drawn] + launches[end:]
 
 
-def _launches(target: str, k: int) -> list[Launch]:
+def _launches(target: str, k: int, dtype: torch.dtype) -> list[Launch]:
     assume_capability(90)
-    runner = build_runner(SHAPES[target], NUM_LAYERS[target], 0)
-    draft = build_runner(SHAPES[DRAFT], NUM_LAYERS[DRAFT], 1)
+    runner = build_runner(SHAPES[target], NUM_LAYERS[target], 0, dtype)
+    draft = build_runner(SHAPES[DRAFT], NUM_LAYERS[DRAFT], 1, dtype)
     drafter = build_drafter("model" if k else "none", runner, draft)
     return round_launches(runner, drafter, RoundMode(), k, batch_size=1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from specengine.kernels.device.launch import INTERPRETED
 from specengine.kernels.device.rounding import as_operand, round_to
-from specengine.kernels.device.tiles import HELD_COLUMNS, HELD_WIDTH
+from specengine.kernels.device.tiles import HELD_COLUMNS, HELD_DTYPES, HELD_WIDTH
 from specengine.kernels.types.grouped import GROUP_SIZE, GroupedWeight
 from specengine.kernels.types.packed import PackedLinear
 
@@ -25,8 +25,9 @@ ROWS_AT_ONCE = tl.constexpr(4)
 # In memory a weight row takes a multiple of this many elements, so that vectors of 16 bytes never straddle rows.
 ROW_MULTIPLE = 16
 
-# Products with held weights go over parts of this depth, which a program's warps share.
-_PART_DEPTH = tl.constexpr(128)
+# Products with held weights go over parts of this depth, which a program's warps share; rows that meet int8 weights are
+# rounded part by part. At least a tensor core's.
+_PART_DEPTH, _MIN_DEPTH = tl.constexpr(128), 32
 
 # Of 16-bit weights a tile of so few columns is multiplied by warps that share out K; as many as its warps.
 _FEW_COLUMNS = tl.constexpr(32)
@@ -46,9 +47,10 @@ def chunk_of(width: int) -> int:
 
 def held_depth(weight: PackedLinear, block_n: int) -> int:
     """As deep as the tile is whose weights a program holds (`hold_weights`); 0 where it cannot."""
-    is_16_bits = weight.weight.dtype in (torch.float16, torch.bfloat16)
-    is_held = is_16_bits and block_n == HELD_COLUMNS and weight.in_features <= HELD_WIDTH
-    return int(triton.next_power_of_2(weight.in_features)) if is_held else 0
+    is_held = (
+        weight.weight.dtype in HELD_DTYPES and block_n == HELD_COLUMNS and weight.in_features <= HELD_WIDTH
+    )
+    return max(_MIN_DEPTH, int(triton.next_power_of_2(weight.in_features))) if is_held else 0
 
 
 def pack_rows(weight: Tensor, bias: Tensor | None) -> PackedLinear:
@@ -263,7 +265,7 @@ def hold_weights(weight_ptr, columns, WEIGHT_STRIDE: tl.constexpr, HELD: tl.cons
     if WEIGHT_STRIDE == HELD:
         return tl.load(weight_ptr + at)
     else:
-        return tl.load(weight_ptr + at, mask=k < WEIGHT_STRIDE, other=0.0)
+        return tl.load(weight_ptr + at, mask=k < WEIGHT_STRIDE, other=0)
 
 
 @triton.jit
@@ -300,8 +302,6 @@ def norm_multiply_held(
     rows:         `[ROWS_AT_ONCE]`, of which those below num_rows are read
     scale, shift: see `hold_norm`; without shift there is no mean, see `Norm`
     """
-    ROWS: tl.constexpr = ROWS_AT_ONCE
-    DEPTH: tl.constexpr = min(HELD, _PART_DEPTH)
     k = places(HELD)
     is_inside = k < WIDTH
     at = rows[None, :, None].to(tl.int64) * hidden_stride + k
@@ -314,11 +314,41 @@ def norm_multiply_held(
     else:
         inverse = 1.0 / tl.sqrt_rn(sum_rows(x * x) / WIDTH + eps)
         x = x * inverse[None, :, None] * scale
-    operand = round_to(keep_layout(x), weight.dtype)
-    twice = tl.broadcast_to(operand[:, None, :, :], (HELD // DEPTH, 2, ROWS, DEPTH))
-    twice = tl.permute(tl.reshape(twice, (HELD // DEPTH, 2 * ROWS, DEPTH)), (0, 2, 1))
-    total = tl.zeros((HELD // DEPTH, weight.shape[1], 2 * ROWS), tl.float32)
-    return tl.trans(add_parts(tl.dot(as_operand(weight), as_operand(twice), total)))
+    return multiply_held(keep_layout(x), weight)
+
+
+@triton.jit
+def multiply_held(x, weight):
+    """x `[PARTS, ROWS, DEPTH]` fp32, rounded, times held weights: `[2 ROWS, N]` fp32, the rows and the rows again."""
+    PARTS: tl.constexpr = x.shape[0]
+    if weight.dtype == tl.int8:
+        rounded, unit = round_parts(x)
+        exact = tl.dot(weight, tl.permute(twice(rounded), (0, 2, 1)), out_dtype=tl.int32)
+        total = exact.to(tl.float32) * tl.permute(twice(unit[:, :, None]), (0, 2, 1))
+    else:
+        rows = tl.permute(twice(round_to(x, weight.dtype)), (0, 2, 1))
+        total = tl.zeros((PARTS, weight.shape[1], rows.shape[2]), tl.float32)
+        total = tl.dot(as_operand(weight), as_operand(rows), total)
+    return tl.trans(add_parts(total))
+
+
+@triton.jit
+def round_parts(x):
+    """x `[PARTS, M, DEPTH]` in 127ths of the largest of each DEPTH as int8, and these units `[PARTS, M]`: NaN where a
+    number is infinite or none."""
+    # Compared as integers those are the largest.
+    size = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2).to(tl.float32, bitcast=True)
+    not_finite = size * 0.0
+    size = tl.maximum(size, _SMALLEST_SIZE)
+    steps = x * (127.0 / size)[:, :, None]
+    return ((steps + _ROUNDER) - _ROUNDER).to(tl.int8), size / 127.0 + not_finite
+
+
+@triton.jit
+def twice(x):
+    """`[PARTS, ROWS, DEPTH]` to `[PARTS, 2 ROWS, DEPTH]`."""
+    copies = tl.broadcast_to(x[:, None, :, :], (x.shape[0], 2, x.shape[1], x.shape[2]))
+    return tl.reshape(copies, (x.shape[0], 2 * x.shape[1], x.shape[2]))
 
 
 @triton.jit
@@ -347,9 +377,9 @@ def multiply_parts(
     WEIGHT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`multiply_range` for few columns of 16 bits, on which the warps would do the same: each multiplies a part of
-    every block of K, and the parts' sums are added up in the end. A sum's products follow each other, so it is also
-    done in less time."""
+    """`multiply_range` for few columns of 16 bits, or of int8 and blocks of as many chunks as there are parts, where
+    warps would all do the same. Each multiplies a part of every block of K, and the parts' sums are added up in the
+    end. A sum's products follow each other, so it is also done in less time."""
     DEPTH: tl.constexpr = BLOCK_K // PARTS
     total = tl.zeros((PARTS, rows.shape[0], columns.shape[0]), tl.float32)
     for block in tl.range(first_block, last_block):
@@ -372,7 +402,11 @@ def multiply_parts(
             else:
                 x = x * inverse[None, :, None] * scale
             x = keep_layout(x)
-        total = tl.dot(as_operand(round_to(x, weight.dtype)), as_operand(weight), total)
+        if weight.dtype == tl.int8:
+            rounded, unit = round_parts(x)
+            total += tl.dot(rounded, weight, out_dtype=tl.int32).to(tl.float32) * unit[:, :, None]
+        else:
+            total = tl.dot(as_operand(round_to(x, weight.dtype)), as_operand(weight), total)
     return add_parts(total)
 
 
@@ -459,7 +493,8 @@ def multiply(
     is_16_bits: tl.constexpr = (
         weight_ptr.dtype.element_ty == tl.float16 or weight_ptr.dtype.element_ty == tl.bfloat16
     )
-    if is_16_bits and columns.shape[0] <= _FEW_COLUMNS:
+    is_in_parts: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8 and BLOCK_K == PARTS * _PART_DEPTH
+    if (is_16_bits or is_in_parts) and columns.shape[0] <= _FEW_COLUMNS:
         return multiply_parts(
             x_ptr,
             x_stride,

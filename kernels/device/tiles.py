@@ -18,12 +18,14 @@ import torch
 from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil_div
 
 BLOCK_M = 16  # rows of a tile: one mma.sync tile, so that one row costs what sixteen do
-# Of more rows than this, prompts, a tile of 16-bit weights has so many: weights are read a quarter as often.
+# Of more rows than this, prompts, a tile has so many where it can: weights are read a quarter as often.
 _FEW_ROWS, _PROMPT_BLOCK_M, _PROMPT_STAGES = 64, 64, 3
-# A program of a normed layer with so many columns of 16 bits, of up to so many elements, holds all its weights: 64 of a
-# thread's registers (`specengine.kernels.device.linear.hold_weights`).
+# A program of a normed layer with so many columns of these types, of up to so many elements, holds all its weights: at
+# most 64 of a thread's registers (`specengine.kernels.device.linear.hold_weights`).
 HELD_COLUMNS, HELD_WIDTH = 16, 1024
+HELD_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
+_INT8_PARTS = 4 * INT8_BLOCK_K  # as many chunks as `multiply_parts` has parts
 
 # Multiprocessors of an A100 and of an H200, and bytes of shared memory that each gives its programs.
 _MULTIPROCESSORS = {80: 108, 90: 132}
@@ -59,13 +61,13 @@ class Tile:
         }
 
 
-def rows_of_tile(tile: Tile, num_rows: int, dtype: torch.dtype) -> tuple[int, dict[str, Any]]:
+def rows_of_tile(tile: Tile, num_rows: int, *, may_grow: bool) -> tuple[int, dict[str, Any]]:
     """A tile's rows in a launch of so many, and what `launch` takes of the tile.
 
     No bit of a row depends on it: products follow each other along K in the tile's order, and what a row is normed by
     is found in groups of rows of one size.
     """
-    if num_rows <= _FEW_ROWS or dtype.itemsize != 2:
+    if num_rows <= _FEW_ROWS or not may_grow:
         return BLOCK_M, tile.options
     return _PROMPT_BLOCK_M, {**tile.options, "num_stages": min(tile.num_stages, _PROMPT_STAGES)}
 
@@ -104,7 +106,7 @@ def choose_tile(
 
 def may_hold(op: str, in_features: int, dtype: torch.dtype) -> bool:
     """Whether programs of a layer with tiles of HELD_COLUMNS hold their weights."""
-    return op in ("norm_qkv", "norm_linear") and dtype.itemsize == 2 and in_features <= HELD_WIDTH
+    return op in ("norm_qkv", "norm_linear") and dtype in HELD_DTYPES and in_features <= HELD_WIDTH
 
 
 def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capability: int) -> Tile:
@@ -124,6 +126,10 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
         return Tile(
             HELD_COLUMNS, block_k, num_stages=1
         )  # weights are held: there is no loop over K to be staged
+    if op == "linear_residual" and dtype == torch.int8 and in_features >= _INT8_PARTS:
+        # A block is a part for each warp; more than one block of rows at a time would not fit beside its likes.
+        splits = min(8, ceil_div(in_features, _INT8_PARTS))
+        return Tile(HELD_COLUMNS, _INT8_PARTS, splits, num_stages=2)
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
     split_k = 1

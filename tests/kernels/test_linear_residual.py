@@ -103,6 +103,26 @@ def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
     assert (out[70:] == 7.0).all()
 
 
+@pytest.mark.triton
+@pytest.mark.parametrize("width", [130, 1100])
+def test_int8_in_blocks_of_four_chunks(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What GPUs use: a chunk, with a scale of its own, is a warp's (`multiply_parts`)."""
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(16, 512, split_k=2 if width > 512 else 1))
+    check_linear_residual(TRITON, (7, width, 40), torch.int8, has_bias=True)
+    layer = random_layer(width, 24, torch.int8, ops=TRITON)
+    assert_row_invariant(
+        lambda rows: TRITON.linear_residual(rows, layer.packed, rows[:, :24].contiguous()),
+        random_rows(18, width),
+        is_thorough=False,
+    )
+    rows = random_rows(3, width)
+    rows[0, 5], rows[2, -1] = float("nan"), float("inf")
+    out = TRITON.linear_residual(rows, layer.packed, torch.zeros(3, 24))
+    assert out[0].isnan().all()
+    assert out[1].isfinite().all()
+    assert out[2].isnan().all()
+
+
 def test_wrong_arguments_are_named(ops: Backend) -> None:
     layer = random_layer(32, 48, torch.float32, ops=ops)
     with pytest.raises(ValueError, match="residual: expected"):
