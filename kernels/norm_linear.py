@@ -88,9 +88,9 @@ def spec_norm_linear(
     first_row = tl.program_id(1) * BLOCK_M
     if HELD > 0:
         weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
-        scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
-        shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
-        column_scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
+        norm_weight = hold_norm(norm_weight_ptr, WIDTH, HELD)
+        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
@@ -100,12 +100,19 @@ def spec_norm_linear(
         ):
             group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
             total = norm_multiply_held(
-                hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
+                hidden_ptr,
+                hidden_stride,
+                group,
+                num_rows,
+                norm_weight,
+                norm_bias,
+                eps,
+                weight,
+                scale,
+                bias,
+                WIDTH,
+                HELD,
             )
-            if column_scale is not None:
-                total *= column_scale[None, :]
-            if bias is not None:
-                total += bias[None, :]
             rows, row_mask = held_rows(first_row + first, end)
             store_activated(total, out_ptr, out_stride, rows, row_mask, NUM_COLUMNS, ACTIVATION, BLOCK_N)
     else:

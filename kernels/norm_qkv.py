@@ -68,9 +68,9 @@ def spec_norm_qkv(
     first_row = tl.program_id(1) * BLOCK_M
     if HELD > 0:
         weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
-        scale = hold_norm(norm_weight_ptr, WIDTH, HELD)
-        shift = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
-        column_scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
+        norm_weight = hold_norm(norm_weight_ptr, WIDTH, HELD)
+        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
@@ -79,12 +79,19 @@ def spec_norm_qkv(
         ):
             group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
             x = norm_multiply_held(
-                hidden_ptr, hidden_stride, group, num_rows, scale, shift, eps, weight, WIDTH, HELD
+                hidden_ptr,
+                hidden_stride,
+                group,
+                num_rows,
+                norm_weight,
+                norm_bias,
+                eps,
+                weight,
+                scale,
+                bias,
+                WIDTH,
+                HELD,
             )
-            if column_scale is not None:
-                x *= column_scale[None, :]
-            if bias is not None:
-                x += bias[None, :]
             rows, row_mask = held_rows(first_row + first, end)
             store_head(
                 x,

@@ -287,34 +287,42 @@ def norm_multiply_held(
     hidden_stride,
     rows,
     num_rows,
-    scale,
-    shift,
+    norm_weight,
+    norm_bias,
     eps,
     weight,
+    scale,
+    bias,
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """norm(rows) W^T for held weights, `[2 * ROWS_AT_ONCE, N]` fp32: the rows, and once more the rows.
+    """norm(rows) W^T + b for held weights, `[2 * ROWS_AT_ONCE, N]` fp32: the rows, and once more the rows.
 
-    Each row is a warp's, which finds its mean and variance without the others; rounded, the rows are the narrower side
-    of the product, eight of them.
+    Each row is a warp's, where the compiler gives warps to rows: it finds its mean and variance without the others.
+    Rounded, the rows are the narrower side of the product, eight of them.
 
-    rows:         `[ROWS_AT_ONCE]`, of which those below num_rows are read
-    scale, shift: see `hold_norm`; without shift there is no mean, see `Norm`
+    rows:                   `[ROWS_AT_ONCE]`, of which those below num_rows are read
+    norm_weight, norm_bias: see `hold_norm`; without a bias there is no mean, see `Norm`
+    scale, bias:            `[N]` or None
     """
     k = places(HELD)
     is_inside = k < WIDTH
     at = rows[None, :, None].to(tl.int64) * hidden_stride + k
     x = tl.load(hidden_ptr + at, mask=(rows < num_rows)[None, :, None] & is_inside, other=0.0)
-    if shift is not None:
+    if norm_bias is not None:
         mean = sum_rows(x) / WIDTH
         centred = tl.where(is_inside, x - mean[None, :, None], 0.0)
         inverse = 1.0 / tl.sqrt_rn(sum_rows(centred * centred) / WIDTH + eps)
-        x = centred * inverse[None, :, None] * scale + shift
+        x = centred * inverse[None, :, None] * norm_weight + norm_bias
     else:
         inverse = 1.0 / tl.sqrt_rn(sum_rows(x * x) / WIDTH + eps)
-        x = x * inverse[None, :, None] * scale
-    return multiply_held(keep_layout(x), weight)
+        x = x * inverse[None, :, None] * norm_weight
+    total = multiply_held(keep_layout(x), weight)
+    if scale is not None:
+        total *= scale[None, :]
+    if bias is not None:
+        total += bias[None, :]
+    return total
 
 
 @triton.jit
