@@ -1,8 +1,8 @@
 """activation(norm(hidden) W^T + b) in one launch.
 
-Each program norms sixteen rows and multiplies them with a tile of the weights. Of 16-bit weights it holds its tile over
-all of K in registers, which it loads while the kernel before still runs; then rows follow, four at a time. See
-`specengine.kernels.reference.norm_linear`.
+Each program norms sixteen rows and multiplies them with a tile of the weights. Of narrow layers with 16-bit or int8
+weights it holds its tile over all of K in registers, which it loads while the kernel before still runs; then rows
+follow, four at a time. See `specengine.kernels.reference.norm_linear`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from specengine.kernels.device.linear import (
     hold_weights,
     norm_multiply,
     norm_multiply_held,
+    num_held_rows,
 )
 from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
@@ -94,10 +95,7 @@ def spec_norm_linear(
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
-        # The first group is read before it is known whether there are rows.
-        for first in tl.range(
-            0, tl.maximum(tl.minimum(end - first_row, BLOCK_M), 1), ROWS_AT_ONCE, num_stages=1
-        ):
+        for first in tl.range(0, num_held_rows(first_row, end, BLOCK_M), ROWS_AT_ONCE, num_stages=1):
             group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
             total = norm_multiply_held(
                 hidden_ptr,

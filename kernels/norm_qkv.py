@@ -24,6 +24,7 @@ from specengine.kernels.device.linear import (
     hold_weights,
     norm_multiply,
     norm_multiply_held,
+    num_held_rows,
 )
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
 from specengine.kernels.device.tiles import choose_tile, rows_of_tile
@@ -74,9 +75,7 @@ def spec_norm_qkv(
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
         end = count_rows(num_rows, num_rows_ptr)
-        for first in tl.range(
-            0, tl.maximum(tl.minimum(end - first_row, BLOCK_M), 1), ROWS_AT_ONCE, num_stages=1
-        ):
+        for first in tl.range(0, num_held_rows(first_row, end, BLOCK_M), ROWS_AT_ONCE, num_stages=1):
             group = first_row + first + tl.arange(0, ROWS_AT_ONCE)
             x = norm_multiply_held(
                 hidden_ptr,

@@ -330,7 +330,7 @@ def multiply_held(x, weight):
     """x `[PARTS, ROWS, DEPTH]` fp32, rounded, times held weights: `[2 ROWS, N]` fp32, the rows and the rows again."""
     PARTS: tl.constexpr = x.shape[0]
     if weight.dtype == tl.int8:
-        rounded, unit = round_parts(x)
+        rounded, unit = round_to_127ths(x)
         exact = tl.dot(weight, tl.permute(twice(rounded), (0, 2, 1)), out_dtype=tl.int32)
         total = exact.to(tl.float32) * tl.permute(twice(unit[:, :, None]), (0, 2, 1))
     else:
@@ -341,14 +341,15 @@ def multiply_held(x, weight):
 
 
 @triton.jit
-def round_parts(x):
-    """x `[PARTS, M, DEPTH]` in 127ths of the largest of each DEPTH as int8, and these units `[PARTS, M]`: NaN where a
-    number is infinite or none."""
+def round_to_127ths(x):
+    """x `[…, DEPTH]` fp32 in 127ths of the largest of each DEPTH as int8, and these units `[…]`: NaN where a number is
+    infinite or none."""
+    LAST: tl.constexpr = len(x.shape) - 1
     # Compared as integers those are the largest.
-    size = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=2).to(tl.float32, bitcast=True)
+    size = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=LAST).to(tl.float32, bitcast=True)
     not_finite = size * 0.0
     size = tl.maximum(size, _SMALLEST_SIZE)
-    steps = x * (127.0 / size)[:, :, None]
+    steps = x * tl.expand_dims(127.0 / size, LAST)
     return ((steps + _ROUNDER) - _ROUNDER).to(tl.int8), size / 127.0 + not_finite
 
 
@@ -357,6 +358,13 @@ def twice(x):
     """`[PARTS, ROWS, DEPTH]` to `[PARTS, 2 ROWS, DEPTH]`."""
     copies = tl.broadcast_to(x[:, None, :, :], (x.shape[0], 2, x.shape[1], x.shape[2]))
     return tl.reshape(copies, (x.shape[0], 2 * x.shape[1], x.shape[2]))
+
+
+@triton.jit
+def num_held_rows(first_row, num_rows, BLOCK_M: tl.constexpr):
+    """Rows of this program that groups are made of: at least one, so that the first group can be read before it is
+    known whether there are rows."""
+    return tl.maximum(tl.minimum(num_rows - first_row, BLOCK_M), 1)
 
 
 @triton.jit
@@ -411,7 +419,7 @@ def multiply_parts(
                 x = x * inverse[None, :, None] * scale
             x = keep_layout(x)
         if weight.dtype == tl.int8:
-            rounded, unit = round_parts(x)
+            rounded, unit = round_to_127ths(x)
             total += tl.dot(rounded, weight, out_dtype=tl.int32).to(tl.float32) * unit[:, :, None]
         else:
             total = tl.dot(as_operand(round_to(x, weight.dtype)), as_operand(weight), total)
@@ -467,12 +475,8 @@ def multiply_range(
             if weight.dtype == tl.float16 or weight.dtype == tl.bfloat16:
                 x = keep_layout(x)
         if weight.dtype == tl.int8:
-            not_finite = tl.sum(x * 0.0, axis=1)  # NaN where a row holds NaN or infinity, else 0
-            size = tl.maximum(tl.max(tl.abs(x), axis=1), _SMALLEST_SIZE)
-            steps = x * (127.0 / size)[:, None]
-            rounded = ((steps + _ROUNDER) - _ROUNDER).to(tl.int8)
-            exact = tl.dot(rounded, weight, out_dtype=tl.int32)
-            accumulator += exact.to(tl.float32) * (size / 127.0 + not_finite)[:, None]
+            rounded, unit = round_to_127ths(x)
+            accumulator += tl.dot(rounded, weight, out_dtype=tl.int32).to(tl.float32) * unit[:, None]
         else:
             operand = as_operand(round_to(x, weight.dtype))  # fp32, where weights are by group
             accumulator = tl.dot(operand, as_operand(weight), accumulator, input_precision="ieee")

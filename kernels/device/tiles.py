@@ -123,13 +123,11 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
             return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3, max_registers=200)
         return Tile(128, block_k, num_stages=3)
     if may_hold(op, in_features, dtype):
-        return Tile(
-            HELD_COLUMNS, block_k, num_stages=1
-        )  # weights are held: there is no loop over K to be staged
+        return Tile(HELD_COLUMNS, block_k, num_stages=1)  # there is no loop over K to be staged
     if op == "linear_residual" and dtype == torch.int8 and in_features >= _INT8_PARTS:
         # A block is a part for each warp; more than one block of rows at a time would not fit beside its likes.
         splits = min(8, ceil_div(in_features, _INT8_PARTS))
-        return Tile(HELD_COLUMNS, _INT8_PARTS, splits, num_stages=2)
+        return Tile(16, _INT8_PARTS, splits, num_stages=2)
     widths = (64, 32, 16)
     block_n = next((width for width in widths if ceil_div(out_features, width) >= wanted // 2), widths[-1])
     split_k = 1
