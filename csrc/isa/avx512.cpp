@@ -36,12 +36,22 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {  // see simd_avx2.h
 struct NibbleSum {
   static constexpr int kMaxSums = 8;
   __m512i v;
-  void start() { v = _mm512_setzero_si512(); }
+  void begin(U16 codes, U16 x) { v = _mm512_maddubs_epi16(codes.v, x.v); }
   void add(U16 codes, U16 x) {
     const __m512i products = _mm512_maddubs_epi16(codes.v, x.v);
     asm volatile("vpaddw %1, %0, %0" : "+v"(v) : "v"(products));
   }
   U16 total() const { return {_mm512_madd_epi16(v, _mm512_set1_epi16(1))}; }
+};
+struct PairSum {
+  static constexpr int kMaxSums = 8;
+  __m512i v;
+  void start(uint32_t start) { v = _mm512_set1_epi32(static_cast<int>(start)); }
+  void add(U16 a, U16 b) {
+    const __m512i products = _mm512_madd_epi16(a.v, b.v);
+    asm volatile("vpaddd %1, %0, %0" : "+v"(v) : "v"(products));
+  }
+  U16 total() const { return {v}; }
 };
 #include "isa/nibble_sums.h"
 inline F16 dot_bf16(F16 sum, U16, U16) { return sum; }

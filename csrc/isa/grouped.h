@@ -2,22 +2,59 @@
 // each kGroupK, and a group's sum is one exact integer. Included inside an instruction set's
 // namespace.
 
-// A group of a row: kDigits times kGroupK signed bytes, four to a word, a number being the sum of
-// digit i times 256^i; then what follows them.
-constexpr int kDigits = 3;
-constexpr int kDigitWords = kGroupK / 4;
-enum FixedWord {
-  kFixedScale = kDigits * kDigitWords,  // float: what an integer stands for
-  kFixedSum,                            // float: the sum of the group
-  kFixedStart,  // what sums of the lowest digits, and of the next, start from: together, with the
-                // place of their digits, -code_offset times the sum of the integers
-  kFixedWords = 32,
+// A group of a row, in words: digits, then what follows them. A number is the sum of digit i times
+// 256^i: three signed bytes, four to a word, or (wide digits) a signed byte and the rest, both in
+// 16 bits, two to a word as CodeSum likes to multiply them.
+template <DType W>
+struct FixedGroup {
+  using Sum = CodeSum<W == DType::kInt8Group ? 8 : 4>;
+  static constexpr bool kHasWideDigits = Sum::kHasWideDigits;
+  static constexpr int kDigits = kHasWideDigits ? 2 : 3;
+  static constexpr int kDigitWords = kGroupK / (kHasWideDigits ? 2 : 4);
+  static constexpr int kScale = kDigits * kDigitWords;  // float: what an integer stands for
+  static constexpr int kSum = kScale + 1;               // float: the sum of the group
+  // What sums of the lowest digits, and of the next, start from: together, with the place of their
+  // digits, -code_offset times the sum of the integers.
+  static constexpr int kStart = kSum + 1;
+  static constexpr int kWords = (kStart + 2 + 7) / 8 * 8;
+  static constexpr int kRowWords = kChunkK / kGroupK * kWords;
 };
-constexpr int kFixedRowWords = kChunkK / kGroupK * kFixedWords;
+constexpr int fixed_row_words(DType weights) {
+  return weights == DType::kInt8Group ? FixedGroup<DType::kInt8Group>::kRowWords
+                                      : FixedGroup<DType::kInt4>::kRowWords;
+}
 // The largest whose digits are bytes (0x7f7f7f) and that round_nearest knows on every processor.
 constexpr float kLargestFixed = 0x3f7f7f;
 
-inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
+// Sixteen numbers, from `first` of their group on.
+template <DType W>
+inline void store_digits(U16 numbers, int first, uint32_t* out) {
+  using Group = FixedGroup<W>;
+  auto* bytes = reinterpret_cast<int8_t*>(out);
+  if constexpr (Group::kHasWideDigits) {
+    alignas(64) uint32_t values[16];
+    store(values, numbers);
+    int16_t low[16], high[16];
+    for (int i = 0; i < 16; ++i) {
+      constexpr int kPlaces[4] = {0, 2, 1, 3};
+      const int at = i / 4 * 4 + kPlaces[i % 4];
+      low[at] = static_cast<int8_t>(values[i]);
+      high[at] = static_cast<int16_t>((static_cast<int32_t>(values[i]) - low[at]) / 256);
+    }
+    __builtin_memcpy(bytes + 2 * first, low, sizeof(low));
+    __builtin_memcpy(bytes + 4 * Group::kDigitWords + 2 * first, high, sizeof(high));
+  } else {
+    // A number plus 128 in each digit has the digits plus 128, none of them negative.
+    const U16 digits = (numbers + set1_u(0x808080)) ^ set1_u(0x808080);
+    store_bytes(bytes + first, digits);
+    store_bytes(bytes + kGroupK + first, shift_right<8>(digits));
+    store_bytes(bytes + 2 * kGroupK + first, shift_right<16>(digits));
+  }
+}
+
+template <DType W>
+inline void pack_fixed_group(const float* x, uint32_t* out) {
+  using Group = FixedGroup<W>;
   const F16 values[2] = {load(x), load(x + 16)};
   F16 largest = set1(0.0f), poison = set1(0.0f);
   for (const F16 v : values) {
@@ -30,31 +67,27 @@ inline void pack_fixed_group(const float* x, DType weights, uint32_t* out) {
   // nothing.
   const bool is_usable = size > 1e-30f && scale > 0.0f;
   const F16 factor = set1(is_usable ? kLargestFixed / size : 0.0f);
-  auto* bytes = reinterpret_cast<int8_t*>(out);
   U16 total = set1_u(0);
   for (int i = 0; i < 2; ++i) {
     const F16 v = is_usable ? values[i] : set1(0.0f);
-    const U16 number = to_int(round_nearest(v * factor));
-    total = total + number;
-    // A number plus 128 in each digit has the digits plus 128, none of them negative.
-    const U16 digits = (number + set1_u(0x808080)) ^ set1_u(0x808080);
-    store_bytes(bytes + 16 * i, digits);
-    store_bytes(bytes + kGroupK + 16 * i, shift_right<8>(digits));
-    store_bytes(bytes + 2 * kGroupK + 16 * i, shift_right<16>(digits));
+    const U16 numbers = to_int(round_nearest(v * factor));
+    total = total + numbers;
+    store_digits<W>(numbers, 16 * i, out);
   }
   const int64_t sum = reduce_add(total);
   const float float_sum = static_cast<float>(sum) * scale;
-  __builtin_memcpy(out + kFixedScale, &scale, sizeof(scale));
-  __builtin_memcpy(out + kFixedSum, &float_sum, sizeof(float_sum));
-  const int64_t start = -code_offset(weights) * sum;
+  __builtin_memcpy(out + Group::kScale, &scale, sizeof(scale));
+  __builtin_memcpy(out + Group::kSum, &float_sum, sizeof(float_sum));
+  const int64_t start = -code_offset(W) * sum;
   const auto low = static_cast<int8_t>(start);
-  out[kFixedStart] = static_cast<uint32_t>(low);
-  out[kFixedStart + 1] = static_cast<uint32_t>((start - low) / 256);
+  out[Group::kStart] = static_cast<uint32_t>(low);
+  out[Group::kStart + 1] = static_cast<uint32_t>((start - low) / 256);
 }
 
-inline void pack_fixed(const float* x, int num_k, DType weights, uint32_t* out) {
-  for (int begin = 0; begin < num_k; begin += kGroupK, out += kFixedWords) {
-    pack_fixed_group(x + begin, weights, out);
+template <DType W>
+inline void pack_fixed(const float* x, int num_k, uint32_t* out) {
+  for (int begin = 0; begin < num_k; begin += kGroupK, out += FixedGroup<W>::kWords) {
+    pack_fixed_group<W>(x + begin, out);
   }
 }
 
@@ -68,9 +101,6 @@ inline T* forget(T* p) {
 // How far ahead of the arithmetic the first rows that meet a group ask for another, across panels:
 // they follow each other.
 constexpr int64_t kPrefetchedGroups = 4;
-
-template <DType W>
-using CodeSumOf = CodeSum<W == DType::kInt8Group ? 8 : 4>;
 
 // Sixteen columns' scales of a group.
 template <DType W>
@@ -91,8 +121,8 @@ struct GroupScales {
     // With codes of 4 bits the whole sum has 31 bits.
     const F16 value = W == DType::kInt8Group ? fma(from_int(high), set1(256.0f), from_int(low))
                                              : from_int(shift_left<8>(high) + low);
-    F16 total = fma(scale, value * set1(row[kFixedScale]), load(at));
-    if (W == DType::kInt4Min) total = fma(centre, set1(row[kFixedSum]), total);
+    F16 total = fma(scale, value * set1(row[FixedGroup<W>::kScale]), load(at));
+    if (W == DType::kInt4Min) total = fma(centre, set1(row[FixedGroup<W>::kSum]), total);
     store(at, total);
   }
 };
@@ -100,35 +130,40 @@ struct GroupScales {
 // totals[r][·] += a group's sums, in R rows and 16 C columns from `column` on.
 template <int R, int C, DType W, bool kIsAsking>
 inline void multiply_group(const char* group, int column, const float* x, float* totals) {
+  using Group = FixedGroup<W>;
+  using Sum = typename Group::Sum;
   constexpr bool kIsByte = W == DType::kInt8Group;
-  constexpr int kStepWords = kIsByte ? 1 : 2;  // of a row that a vector of codes meets
+  constexpr int kQuads = kIsByte ? 1 : 2;  // of a column in a vector of codes
   const char* codes = group + group_header_bytes(W) + 4 * column;
   const auto* words = reinterpret_cast<const uint32_t*>(x);
-  CodeSumOf<W> sums[R][kDigits][C];
-  for (int r = 0; r < R; ++r) {
-    const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
-    for (int c = 0; c < C; ++c) {
-      sums[r][0][c].start(start[0]);
-      sums[r][1][c].start(start[1]);
-      sums[r][2][c].start(0);
-    }
-  }
-  for (int step = 0; step < kDigitWords; step += kStepWords, codes += 4 * kPanelColumns) {
+  Sum sums[R][Group::kDigits][C];
+  // Unrolled, so that sums are registers: GCC keeps an array that a loop is left to in memory.
+#pragma GCC unroll 8
+  for (int quad = 0; quad < kGroupK / 4; quad += kQuads, codes += 4 * kPanelColumns) {
     U16 packed[C];
     for (int c = 0; c < C; ++c) {
       if (kIsAsking) __builtin_prefetch(codes + 64 * c + kPrefetchedGroups * group_bytes(W));
       packed[c] = load_words(codes + 64 * c);
     }
-    for (int i = 0; i < kStepWords; ++i) {
-      U16 quads[C];
+    for (int i = 0; i < kQuads; ++i) {
+      typename Sum::Codes quads[C];
       for (int c = 0; c < C; ++c) {
         const U16 shifted = i == 0 ? packed[c] : shift_right<4>(packed[c]);
-        quads[c] = kIsByte ? packed[c] : shifted & set1_u(0x0f0f0f0f);
+        quads[c] = Sum::codes(kIsByte ? packed[c] : shifted & set1_u(0x0f0f0f0f));
       }
       for (int r = 0; r < R; ++r) {
-        for (int digit = 0; digit < kDigits; ++digit) {
-          const U16 factor = set1_u(words[r * kFixedRowWords + digit * kDigitWords + step + i]);
-          for (int c = 0; c < C; ++c) sums[r][digit][c].add(quads[c], factor);
+        const uint32_t* digits = words + r * Group::kRowWords;
+        for (int d = 0; d < Group::kDigits; ++d, digits += Group::kDigitWords) {
+          const auto factor = Sum::factor(digits, quad + i);
+          for (int c = 0; c < C; ++c) {
+            Sum& sum = sums[r][d][c];
+            if (quad + i == 0) {
+              sum.begin(d == 2 ? 0 : words[r * Group::kRowWords + Group::kStart + d], quads[c],
+                        factor);
+            } else {
+              sum.add(quads[c], factor);
+            }
+          }
         }
       }
     }
@@ -136,10 +171,11 @@ inline void multiply_group(const char* group, int column, const float* x, float*
   for (int c = 0; c < C; ++c) {
     const GroupScales<W> scales(group, column + 16 * c);
     for (int r = 0; r < R; ++r) {
-      const uint32_t* start = words + r * kFixedRowWords + kFixedStart;
+      const uint32_t* start = words + r * Group::kRowWords + Group::kStart;
       const U16 low = sums[r][0][c].total(start[0]);
-      const U16 high = shift_left<8>(sums[r][2][c].total(0)) + sums[r][1][c].total(start[1]);
-      scales.add(low, high, x + r * kFixedRowWords, totals + r * kPanelColumns + column + 16 * c);
+      U16 high = sums[r][1][c].total(start[1]);
+      if constexpr (!Group::kHasWideDigits) high = shift_left<8>(sums[r][2][c].total(0)) + high;
+      scales.add(low, high, x + r * Group::kRowWords, totals + r * kPanelColumns + column + 16 * c);
     }
   }
 }
@@ -147,11 +183,12 @@ inline void multiply_group(const char* group, int column, const float* x, float*
 // Register blocks: up to block_rows rows by block_vectors vectors of columns.
 template <DType W>
 constexpr int block_rows() {
-  return CodeSumOf<W>::kMaxSums < 4 ? CodeSumOf<W>::kMaxSums : 4;
+  constexpr int kMaxSums = FixedGroup<W>::Sum::kMaxSums;
+  return kMaxSums < 4 ? kMaxSums : 4;
 }
 template <DType W>
 constexpr int block_vectors(int num_rows) {
-  constexpr int kMaxSums = CodeSumOf<W>::kMaxSums;
+  constexpr int kMaxSums = FixedGroup<W>::Sum::kMaxSums;
   return kMaxSums < 4 ? 1 : num_rows == 1 ? 4 : kMaxSums / 4;
 }
 
@@ -184,10 +221,11 @@ inline void add_grouped_chunk(int num_rows, const char* chunk, const float* x, i
   for (int block = 0; block < num_blocks; ++block) {
     const int row = num_rows * block / num_blocks;
     const int count = num_rows * (block + 1) / num_blocks - row;
-    const float* rows = x + row * kFixedRowWords;
+    const float* rows = x + row * FixedGroup<W>::kRowWords;
     float* sums = totals + row * kPanelColumns;
     const char* group = chunk;
-    for (int k = 0; k < num_k; k += kGroupK, group += group_bytes(W), rows += kFixedWords) {
+    for (int k = 0; k < num_k;
+         k += kGroupK, group += group_bytes(W), rows += FixedGroup<W>::kWords) {
       if (block == 0) {
         for (int64_t at = 0; at < group_header_bytes(W); at += 64) {
           __builtin_prefetch(group + at + kPrefetchedGroups * group_bytes(W));

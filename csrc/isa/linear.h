@@ -68,7 +68,7 @@ constexpr bool kRoundsToBf16 = kHasBf16Dot || kHasTiles;
 // Words that hold a chunk of a row as weights of a type multiply it; see pack_row. What tiles read
 // lies in whole cache lines.
 constexpr int row_words(DType weights) {
-  if (is_grouped(weights)) return kFixedRowWords;
+  if (is_grouped(weights)) return fixed_row_words(weights);
   if (weights == DType::kInt8) return kChunkK / 4 + (kHasTiles ? 16 : 2);
   return kRoundsToBf16 && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
 }
@@ -125,8 +125,10 @@ inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64
     const int num_k = k - begin < kChunkK ? static_cast<int>(k - begin) : kChunkK;
     if (weights == DType::kInt8) {
       pack_int8(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
+    } else if (weights == DType::kInt8Group) {
+      pack_fixed<DType::kInt8Group>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (is_grouped(weights)) {
-      pack_fixed(x + begin, num_k, weights, reinterpret_cast<uint32_t*>(out));
+      pack_fixed<DType::kInt4>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (kRoundsToBf16 && weights == DType::kBFloat16) {
       pack_bf16(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else {

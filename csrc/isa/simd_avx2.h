@@ -205,7 +205,10 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {
 struct NibbleSum {
   static constexpr int kMaxSums = 2;
   __m256i lo, hi;
-  void start() { lo = hi = _mm256_setzero_si256(); }
+  void begin(U16 codes, U16 x) {
+    lo = _mm256_maddubs_epi16(codes.lo, x.lo);
+    hi = _mm256_maddubs_epi16(codes.hi, x.hi);
+  }
   void add(U16 codes, U16 x) {
     const __m256i products_lo = _mm256_maddubs_epi16(codes.lo, x.lo);
     const __m256i products_hi = _mm256_maddubs_epi16(codes.hi, x.hi);
@@ -216,6 +219,19 @@ struct NibbleSum {
     const __m256i ones = _mm256_set1_epi16(1);
     return {_mm256_madd_epi16(lo, ones), _mm256_madd_epi16(hi, ones)};
   }
+};
+// The sum of products of pairs of numbers of 16 bits.
+struct PairSum {
+  static constexpr int kMaxSums = 2;
+  __m256i lo, hi;
+  void start(uint32_t start) { lo = hi = _mm256_set1_epi32(static_cast<int>(start)); }
+  void add(U16 a, U16 b) {
+    const __m256i products_lo = _mm256_madd_epi16(a.lo, b.lo);
+    const __m256i products_hi = _mm256_madd_epi16(a.hi, b.hi);
+    asm volatile("vpaddd %1, %0, %0" : "+x"(lo) : "x"(products_lo));
+    asm volatile("vpaddd %1, %0, %0" : "+x"(hi) : "x"(products_hi));
+  }
+  U16 total() const { return {lo, hi}; }
 };
 #include "isa/nibble_sums.h"
 inline F16 multiply_add(F16 sum, F16 a, F16 b) {

@@ -7,11 +7,15 @@ inline U16 dot_int8(U16 sum, U16 offset_weights, U16 x) {  // in place: see simd
   return sum;
 }
 // See simd_avx2.h.
+#include "isa/byte_digits.h"
 template <int kBits>
-struct CodeSum {
+struct CodeSum : ByteDigits {
   static constexpr int kMaxSums = 8;
   U16 sum;
-  void start(uint32_t start) { sum = set1_u(start); }
+  void begin(uint32_t start, U16 codes, U16 x) {
+    sum = set1_u(start);
+    add(codes, x);
+  }
   void add(U16 codes, U16 x) { sum = dot_int8(sum, codes, x); }
   U16 total(uint32_t) const { return sum; }
 };

@@ -131,11 +131,15 @@ inline Int16Lanes signed_byte(U16 x) {
   return reinterpret_cast<Int16Lanes>(x.v << (24 - 8 * kByte)) >> 24;
 }
 // See simd_avx2.h.
+#include "isa/byte_digits.h"
 template <int kBits>
-struct CodeSum {
+struct CodeSum : ByteDigits {
   static constexpr int kMaxSums = 1;
   U16 sum;
-  void start(uint32_t start) { sum = set1_u(start); }
+  void begin(uint32_t start, U16 codes, U16 x) {
+    sum = set1_u(start);
+    add(codes, x);
+  }
   void add(U16 codes, U16 x) {
     const auto product = [&]<int kByte>() {
       return reinterpret_cast<Int16Lanes>((codes.v >> (8 * kByte)) & 0xff) * signed_byte<kByte>(x);

@@ -211,8 +211,8 @@ inline const char* expand_codes(const char* codes, char* out) {
 template <DType W>
 inline void add_group_tiles(int num_rows, const char* rows, const char* group, const char* codes,
                             float* totals) {
-  constexpr int64_t kRowBytes = 4 * kFixedRowWords;
-  alignas(64) int32_t sums[4][kDigits][16][16];
+  constexpr int64_t kRowBytes = 4 * FixedGroup<W>::kRowWords;
+  alignas(64) int32_t sums[4][FixedGroup<W>::kDigits][16][16];
   Tiles::load<4>(rows, kRowBytes);
   Tiles::load<5>(rows + kGroupK, kRowBytes);
   Tiles::load<6>(rows + 2 * kGroupK, kRowBytes);
@@ -232,7 +232,7 @@ inline void add_group_tiles(int num_rows, const char* rows, const char* group, c
     const GroupScales<W> scales(group, 16 * c);
     for (int r = 0; r < num_rows; ++r) {
       const auto* row = reinterpret_cast<const float*>(rows + r * kRowBytes);
-      const auto* start = reinterpret_cast<const uint32_t*>(row) + kFixedStart;
+      const auto* start = reinterpret_cast<const uint32_t*>(row) + FixedGroup<W>::kStart;
       const U16 low = load_words(sums[c][0][r]) + set1_u(start[0]);
       const U16 middle = load_words(sums[c][1][r]) + set1_u(start[1]);
       scales.add(low, shift_left<8>(load_words(sums[c][2][r])) + middle, row,
@@ -258,8 +258,8 @@ inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64
       const char* rows = tiled.rows(tile, begin / kChunkK);
       for (int i = 0; i < count; ++i) {
         ask_ahead(group + (i + kGroups) * group_bytes(W), group_bytes(W), tile, tiled.count);
-        add_group_tiles<W>(tiled.height, rows + i * 4 * kFixedWords, group + i * group_bytes(W),
-                           codes[i], tiled.sums(tile));
+        add_group_tiles<W>(tiled.height, rows + i * 4 * FixedGroup<W>::kWords,
+                           group + i * group_bytes(W), codes[i], tiled.sums(tile));
       }
     }
     group += count * group_bytes(W);
