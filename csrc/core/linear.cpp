@@ -93,7 +93,7 @@ class PackedRows {
 // Pieces of a weight, panels or tiles, that follow each other in memory, in parts: most of them in
 // one part for each thread, which so reads on where it stopped, as the processor expects when it
 // reads ahead; the rest, for who comes first, in parts of about kTaskBytes, or less where many rows
-// make a piece more work.
+// make a piece more work, or where each thread would not find two of them.
 class Parts {
  public:
   // piece_bytes: weight bytes of a piece, for each row that meets them
@@ -102,9 +102,11 @@ class Parts {
         num_long_(num_threads()),
         long_size_(num_pieces * 3 / 4 / num_long_) {
     if (long_size_ == 0) num_long_ = 0;
+    const int64_t rest = num_pieces - num_long_ * long_size_;
     const int64_t work = std::max<int64_t>(1, piece_bytes * num_rows);
-    const int64_t short_size = std::max<int64_t>(1, kTaskBytes / work);
-    num_short_ = (num_pieces - num_long_ * long_size_ + short_size - 1) / short_size;
+    const int64_t even_size = rest / (2 * num_threads());
+    const int64_t short_size = std::max<int64_t>(1, std::min(kTaskBytes / work, even_size));
+    num_short_ = (rest + short_size - 1) / short_size;
   }
 
   int64_t count() const { return num_long_ + num_short_; }
