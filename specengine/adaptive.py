@@ -56,6 +56,10 @@ _ENOUGH_BETTER = 1.02
 # Rounds that a choice holds, and sequences for which it does so one longer: it takes time in proportion to them.
 _HOLD_LEAST = 2
 _HOLD_SEQUENCES = 4
+# Where lookups had nothing worth a row: rounds without a look after so many looks in a row that were in vain, for each
+# of them, and at most.
+_IDLE_LOOKS_A_ROUND = 4
+_IDLE_MOST = 8
 # Probes: rounds, rounds before the first, the share of time they may take; after a new sequence they come
 # sooner again, and what is remembered of drafts weighs less than what they find.
 _PROBE_ROUNDS = 2
@@ -302,6 +306,8 @@ class Chooser:
         self._part, self._k, self._rate = next(iter(self._steppers), -1), AUTO_NUM_SPECULATIVE_TOKENS, 0.0
         self._held: list[int] = []
         self._num_held = 0
+        # Looks in a row after which nobody drafted anything.
+        self._num_idle_looks = 0
         # Rounds that may run before it is asked again.
         self.max_rounds = 1
         # Rounds of a probe that are to come.
@@ -345,18 +351,17 @@ class Chooser:
                 guess = self._guesses[self._alone[part], is_long]
                 guess.value, guess.num_rounds = acceptance[0], max(_FIRST_GUESS_ROUNDS, num_judged)
 
-    @property
-    def reads_text(self) -> bool:
-        """Whether it must know what was written last: lookups go on from there."""
-        return bool(self._lookups)
+    def reads_text(self, running: Collection[Sequence]) -> bool:
+        """Whether, to choose for these, it must know what was written last: lookups go on from there."""
+        return bool(self._lookups) and not self._is_held(self._chosen(running))
 
     def choose(self, running: Collection[Sequence]) -> None:
         """Before a round of these, those among them that are not computing their prompt."""
-        chosen = [each for each in running if each.output_ids and self._is_open(each)]
+        chosen = self._chosen(running)
         if not chosen:
             self.max_rounds = MAX_ROUNDS_UNREAD
             return
-        if self._num_held and self._held == [each.sequence_id for each in chosen]:
+        if self._is_held(chosen):
             self._num_held -= 1
             self.max_rounds = 1 + self._num_held
             return
@@ -389,19 +394,40 @@ class Chooser:
         if not self._num_probes:
             before = self._part, self._k
             plan = self._best(chosen, others)
-            # What is settled holds longer than what is still being found out.
-            is_settled = not self._lookups and before == (self._part, self._k)
-            num_held = _HOLD_LEAST + len(chosen) // _HOLD_SEQUENCES if is_settled else 0
             is_drafting = any(choice.num_steps for _, choice in plan) or bool(others)
+            is_idle = not (is_drafting or any(choice.limit for _, choice in plan))
+            ids = [each.sequence_id for each in chosen]
+            num_held = self._num_rounds_to_hold(ids, before=before, is_idle=is_idle)
             due = self._due_part(1 + num_held, is_drafting=is_drafting)
             if due is None:
                 self._apply(plan)
-                self._held, self._num_held = [each.sequence_id for each in chosen], num_held
+                self._held, self._num_held = ids, num_held
                 self.max_rounds = 1 + num_held
                 return
             self._begin_probe(due)
         self._num_probes -= 1
         self._apply(self._plan_all(chosen, self._part, self._probing[self._part].k))
+
+    def _chosen(self, running: Collection[Sequence]) -> list[Sequence]:
+        return [each for each in running if each.output_ids and self._is_open(each)]
+
+    def _is_held(self, chosen: Collection[Sequence]) -> bool:
+        """Whether the latest choice holds for these, too."""
+        return self._num_held > 0 and self._held == [each.sequence_id for each in chosen]
+
+    def _num_rounds_to_hold(self, ids: list[int], *, before: tuple[int, int], is_idle: bool) -> int:
+        """What is settled holds longer than what is still being found out, and lookups that are of no use to these
+        sequences are asked less often.
+
+        before: the drafter and k of the choice before this one
+        """
+        if not self._lookups:
+            is_settled = before == (self._part, self._k)
+            return _HOLD_LEAST + len(ids) // _HOLD_SEQUENCES if is_settled else 0
+        if ids != self._held or not is_idle:
+            self._num_idle_looks = 0
+        self._num_idle_looks += is_idle
+        return min(self._num_idle_looks // _IDLE_LOOKS_A_ROUND, _IDLE_MOST)
 
     def _is_open(self, sequence: Sequence) -> bool:
         """Whether anything is to be chosen: how many drafts, or who makes them."""
@@ -502,8 +528,6 @@ class Chooser:
             row.num_known[part] = result.length
         row.last_part = part
         self._note_drafts(row, way, num_own, limit, result)
-        if row.offers:
-            self._note_offers(row, sequence.output_ids[row.num_output :])
         return num_missed
 
     def _note_drafts(self, row: _Row, way: Way, num_own: int, limit: int, result: RowResult) -> None:
@@ -528,9 +552,11 @@ class Chooser:
         row.offers = {}
 
     def _look(self, chosen: Collection[Sequence]) -> None:
-        """Asks the lookups."""
+        """Finds out what became of the last offers, and asks the lookups again."""
         for sequence in chosen:
             row = self._row(sequence)
+            if row.offers:
+                self._note_offers(row, sequence.output_ids[row.num_output :])
             most = row.reach if sequence.has_auto_k else sequence.num_speculative_tokens
             most = min(most, _room(sequence))
             row.num_output = len(sequence.output_ids)

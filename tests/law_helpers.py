@@ -71,7 +71,7 @@ def choose_ways(engine: Engine, choose: Callable[[Any, int, int], tuple[int, int
             sequence.way, sequence.num_own_drafts = (choose or at_random)(sequence, number, num_ways)
 
     stepper.chooser = SimpleNamespace(  # type: ignore[assignment]
-        reads_text=False,
+        reads_text=lambda _: False,
         max_rounds=1,
         choose=choose_each,
         go_on=lambda _: None,

@@ -10,6 +10,7 @@ import pytest
 from law_helpers import BuildTwins, CheckpointFactory, Tally, assert_idle, assert_same, plain
 from test_adaptive import MODES, PROMPTS, Row, auto_params, wild_clock
 
+from specengine import adaptive
 from specengine.adaptive import Chooser
 from specengine.drafters.base import ALONE, RowResult, Way
 from specengine.engine.engine import Engine
@@ -27,11 +28,13 @@ class Text:
     def __init__(self, seed: int, lookup: Callable[[int], float], model: Callable[[int], float]) -> None:
         self._rng, self._seed = random.Random(seed), seed
         self.lookup, self.model = lookup, model
+        self.num_asked = 0
 
     def token(self, place: int) -> int:
         return random.Random(self._seed * 10**6 + place).randrange(10**6)
 
     def follow(self, row: Any, drafted: Any, limit: int) -> list[int]:
+        self.num_asked += limit > 0
         start = len(row.output_ids) + len(drafted)
         right = self.count(self.lookup, start, limit)
         return [self.token(start + i) if i < right else -1 for i in range(limit)]
@@ -110,6 +113,20 @@ def test_a_list_is_better_than_each_on_a_text_that_is_half_copied() -> None:
     text = Text(4, in_turn, flat(0.75))
     alone = [run(text, ways, 4000) for ways in ((ALONE,), (Way(1),))]
     assert run(text, WAYS, 4000) > 1.05 * max(alone), alone
+
+
+def test_a_lookup_that_is_of_no_use_is_asked_in_one_round_of_nine() -> None:
+    text = Text(6, flat(0.0), flat(0.0))
+    run(text, (Way(1),), 2000)
+    # A few at the beginning, then fewer and fewer, one in nine at last.
+    assert 2000 / 9 < text.num_asked < 2000 / 6
+
+
+def test_asking_less_often_costs_little_where_copies_begin_and_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    rarely = [run(Text(seed, in_turn, flat(0.0)), (Way(1),), 4000) for seed in range(3)]
+    monkeypatch.setattr(adaptive, "_IDLE_MOST", 0)
+    always = [run(Text(seed, in_turn, flat(0.0)), (Way(1),), 4000) for seed in range(3)]
+    assert sum(rarely) > 0.97 * sum(always), (rarely, always)
 
 
 def test_with_a_given_number_the_drafter_is_still_chosen() -> None:

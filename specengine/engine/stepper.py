@@ -72,7 +72,7 @@ class Stepper:
         try:
             self.is_stepping = True
             begun = time.perf_counter()
-            while self.chooser.reads_text and self._collect_one():
+            while self.chooser.reads_text(self.scheduler.running) and self._collect_one():
                 pass
             self.chooser.choose(self.scheduler.running)
             while self._rounds.must_read(self.scheduler.running):
