@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
+    from aot_suite import Storage
     from gpu_costs.rounds import Sum
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,11 +27,11 @@ sys.path.append(str(ROOT / "tests"))  # where kernels are compiled without a GPU
 
 
 def main() -> None:
-    import torch
+    from aot_suite import DTYPES
     from gpu_costs.rounds import K, draft_step, plain_token, speculative_round
 
-    dtypes = {"float16": torch.float16, "int8": torch.int8}
-    known: dict[str, Callable[[torch.dtype], Sum]] = {"draft step": draft_step}
+    dtypes = {name: DTYPES[name] for name in ("float16", "int8", "int4_min", "int8_group")}
+    known: dict[str, Callable[[Storage], Sum]] = {"draft step": draft_step}
     for target in ("gpt2-medium", "gpt2-xl"):
         known[f"{target} token"] = partial(plain_token, target)
         known[f"{target} round"] = partial(speculative_round, target)

@@ -21,9 +21,12 @@ from specengine.kernels.device.linear import (
     first_block,
     multiply_split,
 )
-from specengine.kernels.device.tiles import choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
 from specengine.kernels.device.workspace import scratch, zeroed
 from specengine.kernels.types.packed import PackedLinear
+
+# Of a tile in prompts: without spills, and in shared memory.
+_LARGEST_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.uint8: 64}
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -109,7 +112,7 @@ def linear_residual(
     tile = choose_tile(
         "linear_residual", weight.out_features, weight.in_features, weight.weight.dtype, x.device
     )
-    block_m, options = rows_of_tile(tile, x.shape[0], may_grow=weight.weight.itemsize == 2)
+    block_m, options = rows_of_tile(tile, x.shape[0], largest=_LARGEST_ROWS.get(weight.weight.dtype, BLOCK_M))
     grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], block_m), tile.split_k)
     num_tiles = grid[0] * grid[1]
     launch(

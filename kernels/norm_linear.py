@@ -31,7 +31,7 @@ from specengine.kernels.device.linear import (
     norm_multiply_held,
     num_held_rows,
 )
-from specengine.kernels.device.tiles import choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -88,9 +88,9 @@ def spec_norm_linear(
     columns = tl.minimum(wanted, NUM_COLUMNS - 1)
     first_row = tl.program_id(1) * BLOCK_M
     if HELD > 0:
-        weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
-        norm_weight = hold_norm(norm_weight_ptr, WIDTH, HELD)
-        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
+        norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
+        norm_bias = hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
         scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
@@ -170,7 +170,7 @@ def norm_linear(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
     held = held_depth(weight, tile.block_n)
-    block_m, options = rows_of_tile(tile, hidden.shape[0], may_grow=held > 0)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=64 if held else BLOCK_M)
     launch(
         spec_norm_linear,
         (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], block_m)),

@@ -27,7 +27,7 @@ from specengine.kernels.device.linear import (
     num_held_rows,
 )
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
-from specengine.kernels.device.tiles import choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -68,9 +68,9 @@ def spec_norm_qkv(
     columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
     first_row = tl.program_id(1) * BLOCK_M
     if HELD > 0:
-        weight = hold_weights(weight_ptr, columns, WEIGHT_STRIDE, HELD)
-        norm_weight = hold_norm(norm_weight_ptr, WIDTH, HELD)
-        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, WIDTH, HELD)
+        weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
+        norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
+        norm_bias = hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
         scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
@@ -191,7 +191,7 @@ def norm_qkv(
         tile = choose_tile("norm_heads", *layer)
         num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
     held = held_depth(weight, block_n)
-    block_m, options = rows_of_tile(tile, hidden.shape[0], may_grow=held > 0)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=64 if held else BLOCK_M)
     launch(
         spec_norm_qkv,
         (num_tiles, ceil_div(hidden.shape[0], block_m)),

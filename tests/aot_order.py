@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 _WAIT, _RELEASE = "griddepcontrol.wait", "griddepcontrol.launch_dependents"
 _PREFETCH, _LOAD, _COPY = "prefetch.global.L2", "ld.global", "cp.async.cg.shared.global"
+_KEEP = "st.shared"  # a program's own: weights by group, as numbers that tensor cores multiply
 # Pointers to what no kernel writes: the weights that linears multiply with, and all of a layer's.
 _WEIGHTS = {"weight_ptr", "mlp_weight_ptr"}
 _NEVER_WRITTEN = _WEIGHTS | {"scale_ptr", "bias_ptr", "norm_weight_ptr", "norm_bias_ptr"}
@@ -75,8 +76,8 @@ def pointers_behind(block: list[Instruction], parameters: list[str]) -> list[tup
 
 
 def check_wait(ptx: str, parameters: list[str]) -> list[tuple[str, set[str]]]:
-    """Asserts that every thread waits before memory is touched, weights apart, and then lets the next kernel begin;
-    returns what is asked for before the wait, as `pointers_behind` does."""
+    """Asserts that every thread waits before memory is touched, weights and the program's own shared memory apart, and
+    then lets the next kernel begin; returns what is asked for before the wait, as `pointers_behind` does."""
     block = first_block(ptx)
     opcodes = [instruction.opcode for instruction in block]
     assert opcodes.count(_WAIT) == 1, "no wait that every thread comes to"
@@ -85,7 +86,7 @@ def check_wait(ptx: str, parameters: list[str]) -> list[tuple[str, set[str]]]:
     touched = [
         instruction
         for instruction in block[:at]
-        if _MEMORY.match(instruction.opcode) and not instruction.opcode.startswith(("ld.param", _LOAD))
+        if _MEMORY.match(instruction.opcode) and not instruction.opcode.startswith(("ld.param", _LOAD, _KEEP))
     ]
     assert not touched, f"before the wait: {touched}"
     asked = pointers_behind(block[:at], parameters)

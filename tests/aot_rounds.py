@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from aot_suite import TRITON, Size, build_decoder, integers, meta
+from aot_suite import TRITON, Size, Storage, build_decoder, integers, meta
 
 from specengine.drafters.draft_model import DraftModelDrafter
 from specengine.drafters.host import HostDrafter
@@ -19,7 +19,7 @@ from specengine.runtime.state import BatchState, RoundMode
 from specengine.speculative import run_round
 
 
-def build_runner(size: Size, num_layers: int, index: int, dtype: torch.dtype = torch.float16) -> ModelRunner:
+def build_runner(size: Size, num_layers: int, index: int, dtype: Storage = torch.float16) -> ModelRunner:
     """A model with weights in `dtype` and its float16 cache, the `index`-th of a round's."""
     cache = meta(num_layers, 2, 640, size.num_kv_heads, 16, size.head_dim, dtype=torch.float16)
     kv_cache: Any = SimpleNamespace(block_size=16, tensors=[cache] * (index + 1))

@@ -9,6 +9,7 @@ are meta tensors, and the engine's own executor says which kernels it would laun
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -36,7 +37,7 @@ NUM_DRAFT = 8
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
 IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b")
 BY_GROUP = ("smollm2-135m", "gpt2-medium")
-IN_PROMPTS, PROMPT = ("gpt2-medium", "smollm2-135m"), 256
+IN_PROMPTS, PROMPTS = ("gpt2-medium", "smollm2-135m"), (256, 512)
 # What the report says of a launch's tile.
 TILE = {"WIDTH", "SPLIT_K", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
 
@@ -195,11 +196,11 @@ def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[La
     return launches
 
 
-def prompt_launches(size: Size, dtype: Storage) -> list[Launch]:
-    """What a chunk of PROMPT tokens launches."""
+def prompt_launches(size: Size, dtype: Storage, num_tokens: int) -> list[Launch]:
+    """What a chunk of a prompt launches."""
     kv_cache = meta(1, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=float_of(dtype))
     with record() as launches:
-        build_decoder(size, dtype).forward(build_batch(size, 1, PROMPT), kv_cache, size.vocab_size)
+        build_decoder(size, dtype).forward(build_batch(size, 1, num_tokens), kv_cache, size.vocab_size)
     return launches
 
 
@@ -313,9 +314,9 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch
-    for name in IN_PROMPTS:
-        for launch in new(prompt_launches(SIZES[name], torch.float16)):
-            yield f"{name} prompt float16", launch
+    for name, dtype_name, num_tokens in itertools.product(IN_PROMPTS, ("float16", "int4_min"), PROMPTS):
+        for launch in new(prompt_launches(SIZES[name], DTYPES[dtype_name], num_tokens)):
+            yield f"{name} prompt of {num_tokens} {dtype_name}", launch
 
 
 def main() -> None:
@@ -334,6 +335,7 @@ def main() -> None:
             "model": model,
             "grid": launch.grid,
             "num_stages": launch.num_stages,
+            "num_warps": launch.num_warps,
             "weight_bytes": getattr(launch.arguments.get("weight_ptr"), "nbytes", 0),
             "tile": {name: launch.arguments[name] for name in launch.arguments.keys() & TILE},
             **asdict(compile_launch(launch, arguments.capability)),

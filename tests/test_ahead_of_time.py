@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from aot_order import all_instructions, check_early_weights, check_plain, check_wait, pointers_behind
-from aot_suite import PROMPT
+from aot_suite import PROMPTS
 
 from specengine.kernels import reference
 from specengine.weight_formats import GROUPED_FORMATS
@@ -141,12 +141,11 @@ def test_weights_are_read_sixteen_bytes_at_a_time_into_tensor_cores(report: dict
         # By group the scales are read beside the codes, two bytes each.
         narrow = "8" if is_grouped else "(8|16)"
         assert not re.search(rf"ld\.global(\.\w+)*\.[bu]{narrow}\s", ptx), where
-        is_exact = kernel["model"].endswith("float32") or is_grouped
-        assert ("mma.sync" in ptx) != is_exact, where
+        assert ("mma.sync" in ptx) != kernel["model"].endswith("float32"), where
         assert "wgmma" not in ptx, f"{where}: another order of sums than mma.sync"
 
 
-VECTOR_BYTES, NUM_THREADS = 16, 128
+VECTOR_BYTES, WARP = 16, 32
 
 
 def weight_vectors(kernel: dict[str, Any]) -> int:
@@ -162,24 +161,30 @@ def weight_bytes(kernel: dict[str, Any]) -> int:
         assert num_vectors % kernel["num_stages"] == 0
         num_vectors = num_vectors // kernel["num_stages"] * -(-tile["WIDTH"] // tile["BLOCK_K"])
         num_vectors //= tile.get("SPLIT_K", 1)
-    return num_vectors * VECTOR_BYTES * NUM_THREADS * math.prod(kernel["grid"])
+    return num_vectors * VECTOR_BYTES * WARP * kernel["num_warps"] * math.prod(kernel["grid"])
 
 
 def check_prompts(kernels: list[dict[str, Any]]) -> None:
-    names = set()
+    found = set()
     for kernel in kernels:
-        tile = kernel["tile"]
-        if " prompt " in kernel["model"] and tile.get("BLOCK_M", 16) > 16:
-            names.add(kernel["name"])
-            assert kernel["grid"][1] == PROMPT // 64
+        tile, model, name = kernel["tile"], kernel["model"], kernel["name"].removeprefix("spec_")
+        if " prompt " not in model or tile.get("BLOCK_M", 16) == 16:
+            continue
+        num_tokens = next(count for count in PROMPTS if f" {count} " in model)
+        assert kernel["grid"][1] == num_tokens // tile["BLOCK_M"], (model, name)
+        found.add((name, model.split()[-1], tile["BLOCK_M"]))
+        if model.split()[-1] not in BY_GROUP:
             # Some of a tile's depth may lie beyond the row: those vectors are masked.
             depth = -(-tile["WIDTH"] // 1024) * 1024
             share = weight_bytes(kernel) / kernel["grid"][1] / kernel["weight_bytes"]
-            assert 1 <= share <= depth / tile["WIDTH"], (kernel["model"], kernel["name"], share)
-    assert names == {"spec_norm_qkv", "spec_norm_linear", "spec_linear_residual"}
+            assert 1 <= share <= depth / tile["WIDTH"], (model, name, share)
+    layers = {("linear_residual", "float16", 128)}
+    for dtype in ("float16", "int4_min"):
+        layers |= {(name, dtype, 64) for name in ("norm_qkv", "norm_linear", "linear_residual")}
+    assert found == layers
 
 
-def test_prompts_read_weights_once_for_64_rows(report: dict[str, Any]) -> None:
+def test_prompts_read_weights_once_for_64_rows_and_longer_ones_for_128(report: dict[str, Any]) -> None:
     check_prompts(report["kernels"])
 
 
@@ -279,6 +284,9 @@ FAULTS = {
         f"ld.param.b64 %rd1, [spec_norm_linear_param_0];\nld.global.b32 %r1, [%rd1];\n{WAIT}",
         ptx,
         flags=re.MULTILINE,
+    ),
+    "a write before the wait": lambda ptx: re.sub(
+        rf"^\s*{re.escape(WAIT)}", f"st.global.b32 [%rd1], %r1;\n{WAIT}", ptx, flags=re.MULTILINE
     ),
     "the next kernel let in before the wait": lambda ptx: re.sub(
         rf"^\s*{re.escape(WAIT)}",

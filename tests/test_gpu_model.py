@@ -222,6 +222,11 @@ def test_what_a_layer_launches_is_one_wave_and_mostly_has_room_beside_the_kernel
         assert sorted(late) == ["spec_linear_residual", "spec_norm_qkv"], name
 
 
+def weight_bytes(found: dict[str, Any]) -> int:
+    kernels = [kernel for kernel in found["kernels"] if "attention" not in kernel["name"]]
+    return sum(kernel["count"] * kernel["num_bytes"] for kernel in kernels)
+
+
 def test_int8_weights_are_read_in_half_the_bytes_and_their_counts_stay(
     sums: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -229,11 +234,7 @@ def test_int8_weights_are_read_in_half_the_bytes_and_their_counts_stay(
     assert found["us"] <= 415
     layers = {kernel["name"]: kernel for kernel in found["kernels"] if kernel["num_bytes"]}
     assert {kernel["waves"] for kernel in layers.values()} == {1}
-    read, halves = (
-        sum(kernel["count"] * kernel["num_bytes"] for kernel in kernels if "attention" not in kernel["name"])
-        for kernels in (found["kernels"], sums["gpt2-medium token"]["kernels"])
-    )
-    assert 2 * read == halves
+    assert 2 * weight_bytes(found) == weight_bytes(sums["gpt2-medium token"])
     assert layers["spec_norm_qkv"]["shuffles"] <= 30
     assert layers["spec_linear_residual"]["shuffles"] <= 20
 
@@ -255,3 +256,18 @@ def test_bytes_are_those_of_the_weights(sums: dict[str, Any]) -> None:
     width, num_layers = 1024, 24
     weights = 2 * width * (12 * width * num_layers + 50257)
     assert read == weights + 2 * 2 * 512 * width * num_layers
+
+
+@pytest.mark.parametrize(("dtype", "most_us"), [("int4_min", 620), ("int8_group", 495)])
+def test_weights_by_group_are_held_and_their_counts_stay(
+    dtype: str, most_us: float, sums: dict[str, Any], tmp_path: Path
+) -> None:
+    found = run_model(tmp_path, "gpt2-medium token", dtype=dtype)["gpt2-medium token"]
+    assert found["us"] <= most_us
+    bits = {"int4_min": 4 + 2 * 16 / 32, "int8_group": 8 + 16 / 32}[dtype]
+    assert weight_bytes(found) == weight_bytes(sums["gpt2-medium token"]) * bits / 16
+    layers = {kernel["name"]: kernel for kernel in found["kernels"] if kernel["num_bytes"]}
+    assert {kernel["waves"] for name, kernel in layers.items() if name != "spec_head_draw"} == {1}
+    assert layers["spec_norm_qkv"]["a_block"][0] <= 10
+    assert layers["spec_norm_qkv"]["shuffles"] <= 36
+    assert layers["spec_linear_residual"]["a_block"][0] <= 2

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
-import torch
 from aot_rounds import build_drafter, build_runner, round_launches
-from aot_suite import SIZES
+from aot_suite import SIZES, Storage
 
 from gpu_costs.kernel import KernelCost, Load, costs
 from specengine.kernels.device.launch import Launch, assume_capability
@@ -37,24 +36,24 @@ class Sum:
         return list(Counter(self.costs).items())
 
 
-def plain_token(target: str, dtype: torch.dtype) -> Sum:
+def plain_token(target: str, dtype: Storage) -> Sum:
     """One sequence, one token. dtype: of the weights"""
     return Sum(costs(_launches(target, 0, dtype), Load(rows=1)))
 
 
-def draft_step(dtype: torch.dtype) -> Sum:
+def draft_step(dtype: Storage) -> Sum:
     """One draft in a round: what a round of K + 1 has more than one of K, without the row more for the target."""
     drafts, _ = _parts(DRAFT, dtype)
     return Sum(costs(drafts, Load(rows=1))[-(len(drafts) // K) :])
 
 
-def speculative_round(target: str, dtype: torch.dtype) -> Sum:
+def speculative_round(target: str, dtype: Storage) -> Sum:
     """K drafts, verification of them, and the commit."""
     drafts, rest = _parts(target, dtype)
     return Sum(costs(drafts, Load(rows=1)) + costs(rest, Load(rows=K + 1)))
 
 
-def _parts(target: str, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]:
+def _parts(target: str, dtype: Storage) -> tuple[list[Launch], list[Launch]]:
     """A round's launches: those of its drafts, and the others."""
     launches = _launches(target, K, dtype)
     draws = [at for at, launch in enumerate(launches) if launch.name == "spec_head_draw"]
@@ -63,7 +62,7 @@ def _parts(target: str, dtype: torch.dtype) -> tuple[list[Launch], list[Launch]]
     return launches[num_drawn:end], launches[:num_drawn] + launches[end:]
 
 
-def _launches(target: str, k: int, dtype: torch.dtype) -> list[Launch]:
+def _launches(target: str, k: int, dtype: Storage) -> list[Launch]:
     assume_capability(90)
     runner = build_runner(SHAPES[target], NUM_LAYERS[target], 0, dtype)
     draft = build_runner(SHAPES[DRAFT], NUM_LAYERS[DRAFT], 1, dtype)

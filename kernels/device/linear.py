@@ -29,6 +29,10 @@ ROW_MULTIPLE = 16
 # rounded part by part. At least a tensor core's.
 _PART_DEPTH, _MIN_DEPTH = tl.constexpr(128), 32
 
+GROUP_K = tl.constexpr(GROUP_SIZE)
+# What is taken from codes of 4 bits, and as many scales added to their minimum: less cancels in the sums.
+_CENTRE = tl.constexpr(8)
+
 # Of 16-bit weights a tile of so few columns is multiplied by warps that share out K; as many as its warps.
 _FEW_COLUMNS = tl.constexpr(32)
 PARTS = tl.constexpr(4)
@@ -205,25 +209,62 @@ def repeat(x, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def load_groups(weight_ptr, columns, k, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.constexpr):
-    """Numbers `[BLOCK_K, BLOCK_N]` fp32 of weights by group, see `pack_groups`; 0 beyond WIDTH. A row of 8 bits is
-    longer than WIDTH, one of 4 bits is not."""
+def load_codes(weight_ptr, columns, group, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.constexpr):
+    """Codes `[GROUPS, N, 32]` bf16, exactly, of weights by group, see `pack_groups`, those of 4 bits less _CENTRE; any
+    beyond WIDTH. A row of 8 bits is longer than WIDTH, one of 4 bits is not."""
     HAS_8_BITS: tl.constexpr = WEIGHT_STRIDE > WIDTH
-    CODE_BYTES: tl.constexpr = WIDTH if HAS_8_BITS else WIDTH // 2
-    is_inside = (k < WIDTH)[:, None]
-    row = columns[None, :].to(tl.int64)
-    halves_ptr = weight_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
-    halves_at = row * (WEIGHT_STRIDE // 2) + CODE_BYTES // 2 + (k // 32)[:, None]
-    scale = tl.load(halves_ptr + halves_at, mask=is_inside, other=0.0).to(tl.float32)
+    BYTES: tl.constexpr = GROUP_K if HAS_8_BITS else GROUP_K // 2
+    byte = group[:, None, None] * BYTES + tl.arange(0, BYTES)[None, None, :]
+    at = columns[None, :, None].to(tl.int64) * WEIGHT_STRIDE + byte
+    packed = tl.load(weight_ptr + at, mask=(group < WIDTH // GROUP_K)[:, None, None], other=0)
     if HAS_8_BITS:
-        codes = tl.load(weight_ptr + row * WEIGHT_STRIDE + k[:, None], mask=is_inside, other=0)
-        return codes.to(tl.int8, bitcast=True).to(tl.float32) * scale
+        return exactly(packed.to(tl.int8, bitcast=True))
     else:
-        at = row * WEIGHT_STRIDE + (k // 32 * 16 + k % 16)[:, None]
-        pairs = tl.load(weight_ptr + at, mask=is_inside, other=0).to(tl.int32)
-        codes = ((pairs >> (k % 32 // 16 * 4)[:, None]) & 15).to(tl.float32)
-        minimum = tl.load(halves_ptr + halves_at + WIDTH // 32, mask=is_inside, other=0.0).to(tl.float32)
-        return codes * scale + minimum
+        low = exactly((packed & 15).to(tl.int32) - _CENTRE)
+        high = exactly((packed >> 4).to(tl.int32) - _CENTRE)
+        halves = tl.permute(tl.join(low, high), (0, 1, 3, 2))
+        return tl.reshape(halves, (packed.shape[0], packed.shape[1], GROUP_K))
+
+
+@triton.jit
+def exactly(numbers):
+    """Integers of up to 8 bits in bf16."""
+    return round_to(numbers.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def load_scales(
+    weight_ptr, columns, group, BEHIND: tl.constexpr, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.constexpr
+):
+    """Of groups of columns `[GROUPS, N]` fp32, 0 beyond WIDTH: scales, or what is BEHIND them, minima and _CENTRE
+    scales."""
+    NUM_GROUPS: tl.constexpr = WIDTH // GROUP_K
+    CODE_BYTES: tl.constexpr = WIDTH if WEIGHT_STRIDE > WIDTH else WIDTH // 2
+    halves_ptr = weight_ptr.to(tl.pointer_type(tl.float16), bitcast=True)
+    at = columns[None, :].to(tl.int64) * (WEIGHT_STRIDE // 2) + (CODE_BYTES // 2 + group)[:, None]
+    is_inside = (group < NUM_GROUPS)[:, None]
+    scales = tl.load(halves_ptr + at, mask=is_inside, other=0.0).to(tl.float32)
+    if BEHIND:
+        minima = tl.load(halves_ptr + at + NUM_GROUPS, mask=is_inside, other=0.0).to(tl.float32)
+        return minima + _CENTRE * scales
+    else:
+        return scales
+
+
+@triton.jit
+def in_three(x):
+    """fp32 x as the sum of three numbers of 8 bits each, bf16: their products with codes are exact."""
+    high = round_to(x, tl.bfloat16)
+    rest = x - high.to(tl.float32)
+    middle = round_to(rest, tl.bfloat16)
+    return high, middle, round_to(rest - middle.to(tl.float32), tl.bfloat16)
+
+
+@triton.jit
+def stack_rows(x, y):
+    """Two of `[GROUPS, ROWS, K]` as one of `[GROUPS, 2 ROWS, K]`."""
+    both = tl.permute(tl.join(x, y), (0, 3, 1, 2))
+    return tl.reshape(both, (x.shape[0], 2 * x.shape[1], x.shape[2]))
 
 
 @triton.jit
@@ -241,7 +282,7 @@ def keep_layout(x):
 def add_parts(total):
     """`[PARTS, M, N]` to `[M, N]`, in an order that no layout decides: each with the one half of PARTS behind it, until
     one is left."""
-    for _ in tl.static_range(4):
+    for _ in tl.static_range(5):
         if total.shape[0] > 1:
             halves = tl.reshape(total, (2, total.shape[0] // 2, total.shape[1], total.shape[2]))
             first, second = tl.split(tl.permute(halves, (1, 2, 3, 0)))
@@ -257,20 +298,40 @@ def places(HELD: tl.constexpr):
 
 
 @triton.jit
-def hold_weights(weight_ptr, columns, WEIGHT_STRIDE: tl.constexpr, HELD: tl.constexpr):
+def hold_weights(weight_ptr, columns, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.constexpr, HELD: tl.constexpr):
     """The weights of `columns` over all of K, `[PARTS, N, DEPTH]`, to be loaded before the wait: no kernel writes
-    weights, so they may come while the kernel before still runs."""
-    k = places(HELD)
-    at = columns[None, :, None].to(tl.int64) * WEIGHT_STRIDE + k
-    if WEIGHT_STRIDE == HELD:
-        return tl.load(weight_ptr + at)
+    weights, so they may come while the kernel before still runs. A tuple of them; by group codes `[GROUPS, N, 32]`
+    bf16, scales `[GROUPS, N]` and, of 4 bits, minima as `load_scales` gives them."""
+    if weight_ptr.dtype.element_ty == tl.uint8:
+        group = tl.arange(0, HELD // GROUP_K)
+        codes = load_codes(weight_ptr, columns, group, WIDTH, WEIGHT_STRIDE)
+        scales = load_scales(weight_ptr, columns, group, False, WIDTH, WEIGHT_STRIDE)
+        if WEIGHT_STRIDE > WIDTH:
+            return (codes, scales)
+        else:
+            return (codes, scales, load_scales(weight_ptr, columns, group, True, WIDTH, WEIGHT_STRIDE))
     else:
-        return tl.load(weight_ptr + at, mask=k < WEIGHT_STRIDE, other=0)
+        k = places(HELD)
+        at = columns[None, :, None].to(tl.int64) * WEIGHT_STRIDE + k
+        if WEIGHT_STRIDE == HELD:
+            return (tl.load(weight_ptr + at),)
+        else:
+            return (tl.load(weight_ptr + at, mask=k < WEIGHT_STRIDE, other=0),)
 
 
 @triton.jit
-def hold_norm(vector_ptr, WIDTH: tl.constexpr, HELD: tl.constexpr):
-    """A norm's weight or bias as the rows of a group have it, `[PARTS, ROWS_AT_ONCE, DEPTH]`; see `hold_weights`."""
+def hold_norm(vector_ptr, weight, WIDTH: tl.constexpr, HELD: tl.constexpr):
+    """A norm's weight or bias, see `load_norm`, to be held like weights; None, or beside weights by group, which leave
+    no registers for it, the pointer."""
+    if vector_ptr is None or len(weight) > 1:
+        return vector_ptr
+    else:
+        return load_norm(vector_ptr, WIDTH, HELD)
+
+
+@triton.jit
+def load_norm(vector_ptr, WIDTH: tl.constexpr, HELD: tl.constexpr):
+    """A norm's weight or bias as the rows of a group have it, `[PARTS, ROWS_AT_ONCE, DEPTH]`."""
     k = tl.broadcast_to(places(HELD), (HELD // min(HELD, _PART_DEPTH), ROWS_AT_ONCE, min(HELD, _PART_DEPTH)))
     return tl.load(vector_ptr + k, mask=k < WIDTH, other=0.0)
 
@@ -309,6 +370,10 @@ def norm_multiply_held(
     is_inside = k < WIDTH
     at = rows[None, :, None].to(tl.int64) * hidden_stride + k
     x = tl.load(hidden_ptr + at, mask=(rows < num_rows)[None, :, None] & is_inside, other=0.0)
+    if len(weight) > 1:
+        norm_weight = load_norm(norm_weight, WIDTH, HELD)
+        if norm_bias is not None:
+            norm_bias = load_norm(norm_bias, WIDTH, HELD)
     if norm_bias is not None:
         mean = sum_rows(x) / WIDTH
         centred = tl.where(is_inside, x - mean[None, :, None], 0.0)
@@ -329,15 +394,39 @@ def norm_multiply_held(
 def multiply_held(x, weight):
     """x `[PARTS, ROWS, DEPTH]` fp32, rounded, times held weights: `[2 ROWS, N]` fp32, the rows and the rows again."""
     PARTS: tl.constexpr = x.shape[0]
-    if weight.dtype == tl.int8:
+    if len(weight) > 1:
+        total = multiply_held_groups(x, weight)
+    elif weight[0].dtype == tl.int8:
         rounded, unit = round_to_127ths(x)
-        exact = tl.dot(weight, tl.permute(twice(rounded), (0, 2, 1)), out_dtype=tl.int32)
+        exact = tl.dot(weight[0], tl.permute(twice(rounded), (0, 2, 1)), out_dtype=tl.int32)
         total = exact.to(tl.float32) * tl.permute(twice(unit[:, :, None]), (0, 2, 1))
     else:
-        rows = tl.permute(twice(round_to(x, weight.dtype)), (0, 2, 1))
-        total = tl.zeros((PARTS, weight.shape[1], rows.shape[2]), tl.float32)
-        total = tl.dot(as_operand(weight), as_operand(rows), total)
+        rows = tl.permute(twice(round_to(x, weight[0].dtype)), (0, 2, 1))
+        total = tl.zeros((PARTS, weight[0].shape[1], rows.shape[2]), tl.float32)
+        total = tl.dot(as_operand(weight[0]), as_operand(rows), total)
     return tl.trans(add_parts(total))
+
+
+@triton.jit
+def multiply_held_groups(x, weight):
+    """`[GROUPS, N, 2 ROWS]` of weights by group, without rounding: see `multiply_groups`. Of the three numbers that
+    make one of x two are rows of one product, beside each other."""
+    ROWS: tl.constexpr = x.shape[1]
+    GROUPS: tl.constexpr = weight[0].shape[0]
+    codes = as_operand(weight[0])
+    parts = tl.reshape(x, (x.shape[0], ROWS, x.shape[2] // GROUP_K, GROUP_K))
+    x = tl.reshape(tl.permute(parts, (0, 2, 1, 3)), (GROUPS, ROWS, GROUP_K))
+    high, middle, low = in_three(x)
+    total = tl.zeros((GROUPS, codes.shape[1], 2 * ROWS), tl.float32)
+    rows = tl.permute(stack_rows(high, middle), (0, 2, 1))
+    total = tl.dot(codes, as_operand(rows), total)
+    rows = tl.permute(stack_rows(low, tl.zeros_like(low)), (0, 2, 1))
+    total = tl.dot(codes, as_operand(rows), total)
+    first, second = tl.split(tl.permute(tl.reshape(total, (GROUPS, codes.shape[1], 2, ROWS)), (0, 1, 3, 2)))
+    total = (first + second) * weight[1][:, :, None]
+    if len(weight) > 2:
+        total += weight[2][:, :, None] * tl.sum(x, axis=2)[:, None, :]
+    return tl.permute(twice(tl.permute(total, (0, 2, 1))), (0, 2, 1))
 
 
 @triton.jit
@@ -427,6 +516,57 @@ def multiply_parts(
 
 
 @triton.jit
+def multiply_groups(
+    x_ptr,
+    x_stride,
+    rows,
+    row_mask,
+    weight_ptr,
+    columns,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse,
+    first_block,
+    last_block,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """`multiply_range` for weights by group: exact products of rows and codes, summed over each group, then scaled.
+    A block's groups have sums of their own, which warps share out, and are added up in the end."""
+    GROUPS: tl.constexpr = BLOCK_K // GROUP_K
+    HAS_MINIMUM: tl.constexpr = WEIGHT_STRIDE <= WIDTH
+    total = tl.zeros((GROUPS, rows.shape[0], columns.shape[0]), tl.float32)
+    for block in tl.range(first_block, last_block):
+        group = block * GROUPS + tl.arange(0, GROUPS)
+        k = group[:, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :]
+        is_inside = k < WIDTH
+        x_at = rows[None, :, None].to(tl.int64) * x_stride + k[:, None, :]
+        x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None] & is_inside[:, None, :], other=0.0)
+        if norm_weight_ptr is not None:
+            scale = tl.load(norm_weight_ptr + k, mask=is_inside, other=0.0)[:, None, :]
+            if norm_bias_ptr is not None:
+                shift = tl.load(norm_bias_ptr + k, mask=is_inside, other=0.0)[:, None, :]
+                x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
+            else:
+                x = x * inverse[None, :, None] * scale
+            x = keep_layout(x)
+        codes = load_codes(weight_ptr, columns, group, WIDTH, WEIGHT_STRIDE)
+        codes = as_operand(tl.permute(codes, (0, 2, 1)))
+        high, middle, low = in_three(x)
+        products = tl.dot(as_operand(high), codes, tl.zeros_like(total))
+        products = tl.dot(as_operand(middle), codes, products)
+        products = tl.dot(as_operand(low), codes, products)
+        scales = load_scales(weight_ptr, columns, group, False, WIDTH, WEIGHT_STRIDE)
+        total += products * scales[:, None, :]
+        if HAS_MINIMUM:
+            minima = load_scales(weight_ptr, columns, group, True, WIDTH, WEIGHT_STRIDE)
+            total += tl.sum(x, axis=2)[:, :, None] * minima[:, None, :]
+    return add_parts(total)
+
+
+@triton.jit
 def multiply_range(
     x_ptr,
     x_stride,
@@ -455,9 +595,7 @@ def multiply_range(
         k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         weight_at = columns[None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, None]
         x_at = rows[:, None].to(tl.int64) * x_stride + k[None, :]
-        if weight_ptr.dtype.element_ty == tl.uint8:
-            weight = load_groups(weight_ptr, columns, k, WIDTH, WEIGHT_STRIDE)
-        elif WEIGHT_STRIDE % BLOCK_K == 0:
+        if WEIGHT_STRIDE % BLOCK_K == 0:
             weight = tl.load(weight_ptr + weight_at)
         else:
             weight = tl.load(weight_ptr + weight_at, mask=k[:, None] < WEIGHT_STRIDE, other=0)
@@ -478,7 +616,7 @@ def multiply_range(
             rounded, unit = round_to_127ths(x)
             accumulator += tl.dot(rounded, weight, out_dtype=tl.int32).to(tl.float32) * unit[:, None]
         else:
-            operand = as_operand(round_to(x, weight.dtype))  # fp32, where weights are by group
+            operand = as_operand(round_to(x, weight.dtype))
             accumulator = tl.dot(operand, as_operand(weight), accumulator, input_precision="ieee")
     return accumulator
 
@@ -501,47 +639,33 @@ def multiply(
     WEIGHT_STRIDE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`multiply_parts` or `multiply_range`, as the layer's type and tile say."""
+    """`multiply_groups`, `multiply_parts` or `multiply_range`, as the layer's type and tile say."""
     is_16_bits: tl.constexpr = (
         weight_ptr.dtype.element_ty == tl.float16 or weight_ptr.dtype.element_ty == tl.bfloat16
     )
     is_in_parts: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8 and BLOCK_K == PARTS * _PART_DEPTH
-    if (is_16_bits or is_in_parts) and columns.shape[0] <= _FEW_COLUMNS:
-        return multiply_parts(
-            x_ptr,
-            x_stride,
-            rows,
-            row_mask,
-            weight_ptr,
-            columns,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            mean,
-            inverse,
-            first_block,
-            last_block,
-            WIDTH,
-            WEIGHT_STRIDE,
-            BLOCK_K,
-        )
-    else:
-        return multiply_range(
-            x_ptr,
-            x_stride,
-            rows,
-            row_mask,
-            weight_ptr,
-            columns,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            mean,
-            inverse,
-            first_block,
-            last_block,
-            WIDTH,
-            WEIGHT_STRIDE,
-            BLOCK_K,
-        )
+    is_shared_out: tl.constexpr = (is_16_bits or is_in_parts) and columns.shape[0] <= _FEW_COLUMNS
+    is_grouped: tl.constexpr = weight_ptr.dtype.element_ty == tl.uint8
+    by_type: tl.constexpr = (
+        multiply_groups if is_grouped else multiply_parts if is_shared_out else multiply_range
+    )
+    return by_type(
+        x_ptr,
+        x_stride,
+        rows,
+        row_mask,
+        weight_ptr,
+        columns,
+        norm_weight_ptr,
+        norm_bias_ptr,
+        mean,
+        inverse,
+        first_block,
+        last_block,
+        WIDTH,
+        WEIGHT_STRIDE,
+        BLOCK_K,
+    )
 
 
 @triton.jit

@@ -18,12 +18,13 @@ import torch
 from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil_div
 
 BLOCK_M = 16  # rows of a tile: one mma.sync tile, so that one row costs what sixteen do
-# Of more rows than this, prompts, a tile has so many where it can: weights are read a quarter as often.
-_FEW_ROWS, _PROMPT_BLOCK_M, _PROMPT_STAGES = 64, 64, 3
+# Of so many rows and more, prompts, a tile has so many where it can, in so many stages at most: weights are read less
+# often.
+_PROMPT_TILES = ((65, 64, 3), (512, 128, 2))
 # A program of a normed layer with so many columns of these types, of up to so many elements, holds all its weights: at
 # most 64 of a thread's registers (`specengine.kernels.device.linear.hold_weights`).
 HELD_COLUMNS, HELD_WIDTH = 16, 1024
-HELD_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
+HELD_DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.uint8)
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
 _INT8_PARTS = 4 * INT8_BLOCK_K  # as many chunks as `multiply_parts` has parts
 
@@ -61,15 +62,17 @@ class Tile:
         }
 
 
-def rows_of_tile(tile: Tile, num_rows: int, *, may_grow: bool) -> tuple[int, dict[str, Any]]:
-    """A tile's rows in a launch of so many, and what `launch` takes of the tile.
+def rows_of_tile(tile: Tile, num_rows: int, *, largest: int) -> tuple[int, dict[str, Any]]:
+    """A tile's rows in a launch of so many, at most `largest`, and what `launch` takes of the tile.
 
     No bit of a row depends on it: products follow each other along K in the tile's order, and what a row is normed by
     is found in groups of rows of one size.
     """
-    if num_rows <= _FEW_ROWS or not may_grow:
-        return BLOCK_M, tile.options
-    return _PROMPT_BLOCK_M, {**tile.options, "num_stages": min(tile.num_stages, _PROMPT_STAGES)}
+    block_m, num_stages = BLOCK_M, tile.num_stages
+    for least, size, most_stages in _PROMPT_TILES:
+        if num_rows >= least and size <= largest:
+            block_m, num_stages = size, min(num_stages, most_stages)
+    return block_m, {**tile.options, "num_stages": num_stages}
 
 
 @cache
@@ -112,16 +115,17 @@ def may_hold(op: str, in_features: int, dtype: torch.dtype) -> bool:
 def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capability: int) -> Tile:
     """The shape of a layer that was never tuned."""
     wanted = _WANTED_PROGRAMS[capability]
-    is_exact = dtype in (torch.float32, torch.uint8)  # by group: fp32 numbers, made on the way
+    is_exact, is_grouped = dtype == torch.float32, dtype == torch.uint8
     block_k = INT8_BLOCK_K if dtype == torch.int8 else 64 if is_exact else 128
     if op == "head":
+        if is_grouped:
+            block_k = 64
         if is_exact and capability == 80:
             block_k = 32  # deeper tiles spill there
-        if capability == 90:
-            # Left to itself, ptxas keeps to 128 or 168 registers at the price of a spill. As many programs fit either
-            # way.
-            return Tile(128, block_k, num_warps=8 if is_exact else 4, num_stages=3, max_registers=200)
-        return Tile(128, block_k, num_stages=3)
+        num_warps = 8 if is_grouped or (is_exact and capability == 90) else 4
+        # Left to itself, ptxas keeps to 128 or 168 registers at the price of a spill. As many programs fit either way.
+        max_registers = 255 if is_grouped else 200 if capability == 90 else None
+        return Tile(128, block_k, num_warps=num_warps, num_stages=3, max_registers=max_registers)
     if may_hold(op, in_features, dtype):
         return Tile(HELD_COLUMNS, block_k, num_stages=1)  # there is no loop over K to be staged
     if op == "linear_residual" and dtype == torch.int8 and in_features >= _INT8_PARTS:

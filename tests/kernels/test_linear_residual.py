@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from kernel_cases import (
+    GROUPED,
     NATIVE,
     TRITON,
     WEIGHT_DTYPES,
@@ -82,18 +83,24 @@ def test_groups_of_a_prompts_rows_are_as_alone(dtype: torch.dtype, num_threads: 
 
 @pytest.mark.triton
 @pytest.mark.parametrize("block_n", [16, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, *GROUPED])
 def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
     dtype: torch.dtype, block_n: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of sixteen columns warps share out every block of K (`multiply_parts`)."""
+    """Of sixteen columns, or of weights by group, warps share out every block of K."""
     monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(block_n, 128, split_k=2))
-    layer, x, residual = random_layer(300, 24, dtype, ops=TRITON), random_rows(90, 300), random_rows(90, 24)
+    width = width_of(300, dtype)
+    layer = random_layer(width, 24, dtype, ops=TRITON)
+    x, residual = random_rows(512, width), random_rows(512, 24)
+    sizes = {64: 16, 65: 64, 511: 64, 512: 128 if dtype in (torch.float16, torch.bfloat16) else 64}
     with record() as launches:
-        for count in (90, 64):
+        for count in sizes:
             TRITON.linear_residual(x[:count], layer.packed, residual[:count])
-    assert [launch.arguments["BLOCK_M"] for launch in launches] == [64, 16]
-    together = TRITON.linear_residual(x, layer.packed, residual)
+    assert [launch.arguments["BLOCK_M"] for launch in launches] == list(sizes.values())
+    found = [TRITON.linear_residual(x[:count], layer.packed, residual[:count]) for count in sizes]
+    for count, out in zip(sizes, found, strict=True):
+        assert torch.equal(out, found[-1][:count])
+    x, residual, together = x[:90], residual[:90], found[-1][:90]
     pairs = zip(x.split(11), residual.split(11), strict=True)
     apart = [TRITON.linear_residual(rows, layer.packed, others) for rows, others in pairs]
     assert torch.equal(together, torch.cat(apart))
