@@ -3,6 +3,9 @@
 A token's program looks at the lengths of all sequences, so none needs what another one found; the first also writes
 what there is of each sequence, and where logit rows are padded, program r fills row r. Everything is loaded before
 anything is stored: a load behind a store waits for it. See `specengine.kernels.reference.begin_forward`.
+
+A round's first forward may be begun from the state itself (`begin_round`): every program then finds what all sequences
+feed as `plan_round` does, and the first writes the plan.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from specengine.kernels.device.dependent import wait
 from specengine.kernels.device.launch import launch
 from specengine.kernels.device.race import check_columns, check_table
 from specengine.kernels.embed import check_tables
+from specengine.kernels.plan_round import RoundState, load_plan, store_plan
 from specengine.kernels.row_keys import load_each, store_each
 from specengine.kernels.types.program import ForwardStart
 from specengine.kernels.types.rows import SamplingRows
@@ -33,6 +37,7 @@ from specengine.kernels.types.rows import SamplingRows
         "num_logits_ptr",
         "num_sequences",
         "num_logit_rows",
+        "draft_positions",
     ]
 )
 def spec_begin_forward(
@@ -58,6 +63,12 @@ def spec_begin_forward(
     token_table_ptr,
     position_table_ptr,
     hidden_ptr,
+    state_ptrs,
+    plan_ptr,
+    draft_positions,
+    K: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    NUM_FED: tl.constexpr,
     NUM_TOKENS: tl.constexpr,
     NUM_POSITIONS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,10 +81,19 @@ def spec_begin_forward(
     row = tl.program_id(0)
     sequences = tl.arange(0, BLOCK_B)
     is_sequence = sequences < num_sequences
-    q_lens = tl.load(q_len_ptr + sequences, is_sequence, 0)
-    logit_counts = tl.load(num_logits_ptr + sequences, is_sequence, 0)
-    starts = tl.load(start_ptr + sequences, is_sequence, 0)
-    slots = tl.load(slots_ptr + sequences, is_sequence, 0)
+    if state_ptrs is None:
+        q_lens = tl.load(q_len_ptr + sequences, is_sequence, 0)
+        logit_counts = tl.load(num_logits_ptr + sequences, is_sequence, 0)
+        starts = tl.load(start_ptr + sequences, is_sequence, 0)
+        slots = tl.load(slots_ptr + sequences, is_sequence, 0)
+    else:
+        slots = tl.load(slots_ptr + sequences, is_sequence, 0)
+        lengths, is_running, num_draft = load_plan(
+            slots, is_sequence, state_ptrs[0], state_ptrs[1], state_ptrs[2], draft_positions, K
+        )
+        logit_counts = (is_running if K == 0 else num_draft > 0).to(tl.int32)
+        q_lens = logit_counts * NUM_FED
+        starts = lengths - NUM_FED
     ends = tl.cumsum(q_lens, axis=0)
     is_before = is_sequence & (ends <= row)
     owner = tl.sum(is_before.to(tl.int32), axis=0)
@@ -121,6 +141,25 @@ def spec_begin_forward(
         tl.store(q_start_ptr, 0)
         tl.store(q_start_ptr + 1 + sequences, ends, is_sequence)
         tl.store(context_len_ptr + sequences, tl.where(q_lens > 0, starts + q_lens, 0), is_sequence)
+        if state_ptrs is not None:
+            store_plan(
+                plan_ptr, sequences, is_sequence, num_sequences, lengths, is_running, num_draft, K, BLOCK_K
+            )
+
+
+class Feed(NamedTuple):
+    """What sequences feed, `[B]` int32 each; see `specengine.kernels.reference.expand_batch`."""
+
+    start: Tensor
+    q_len: Tensor
+    num_logits: Tensor
+
+
+class RoundFeed(NamedTuple):
+    """The last num_fed committed tokens of whoever takes part in a round, for the last one's logits."""
+
+    state: RoundState
+    num_fed: int
 
 
 class Entry(NamedTuple):
@@ -149,36 +188,35 @@ def begin_forward(
     """See `specengine.kernels.reference.begin_forward`, and `expand_batch` for bounds. Rows of padding have keys that
     some sequence has; hidden is left alone there."""
     check_tables(token_table, position_table)
-    entry = Entry(rows, token_table, position_table)
-    where = (tokens, block_table, slots, start, q_len, num_logits, block_size)
-    return launch_begin(*where, num_tokens, num_logit_rows, entry)
+    entry, feed = Entry(rows, token_table, position_table), Feed(start, q_len, num_logits)
+    return launch_begin(tokens, block_table, slots, feed, block_size, num_tokens, num_logit_rows, entry)
 
 
 def launch_begin(
     tokens: Tensor,
     block_table: Tensor,
     slots: Tensor,
-    start: Tensor,
-    q_len: Tensor,
-    num_logits: Tensor,
+    feed: Feed | RoundFeed,
     block_size: int,
     num_tokens: int | None,
     num_logit_rows: int | None,
     entry: Entry | None,
 ) -> ForwardStart:
-    """One launch of `spec_begin_forward`; without an entry there are neither hidden rows nor keys."""
+    """One launch of `spec_begin_forward`; without an entry there are neither hidden rows nor keys. Of a round's feed
+    the numbers of rows are given."""
     check_table("tokens", tokens)
     check_table("block_table", block_table)
     count, device = slots.numel(), tokens.device
-    for name, vector in (("slots", slots), ("start", start), ("q_len", q_len), ("num_logits", num_logits)):
+    lengths, begun = (feed._asdict(), None) if isinstance(feed, Feed) else ({}, feed)
+    for name, vector in {"slots": slots, **lengths}.items():
         if vector.shape != (count,) or vector.dtype != torch.int32 or not vector.is_contiguous():
             raise ValueError(
                 f"{name}: expected contiguous [{count}] torch.int32, got {list(vector.shape)} {vector.dtype}"
             )
     if num_tokens is None:
-        num_tokens = int(q_len.sum())
+        num_tokens = int(lengths["q_len"].sum())
     if num_logit_rows is None:
-        num_logit_rows = int(num_logits.sum())
+        num_logit_rows = int(lengths["num_logits"].sum())
 
     def empty(length: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(length, dtype=dtype, device=device)
@@ -199,6 +237,7 @@ def launch_begin(
         )
         hidden = torch.empty(num_tokens, token_table.shape[1], device=device)
     width = 1 if hidden is None else hidden.shape[1]
+    k = 0 if begun is None else begun.state.k
     launch(
         spec_begin_forward,
         (max(1, num_tokens, num_logit_rows) if count else 0,),
@@ -207,9 +246,7 @@ def launch_begin(
         block_table,
         block_table.stride(0),
         slots,
-        start,
-        q_len,
-        num_logits,
+        *(lengths.get(name) for name in Feed._fields),
         *expanded,
         count,
         num_logit_rows,
@@ -219,6 +256,12 @@ def launch_begin(
         token_table,
         position_table,
         hidden,
+        None if begun is None else begun.state.tensors,
+        None if begun is None else begun.state.plan,
+        None if begun is None else begun.state.draft_positions,
+        K=k,
+        BLOCK_K=triton.next_power_of_2(max(k, 1)),
+        NUM_FED=0 if begun is None else begun.num_fed,
         NUM_TOKENS=1 if token_table is None else token_table.shape[0],
         NUM_POSITIONS=1 if position_table is None else position_table.shape[0],
         WIDTH=width,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from specengine.kernels.begin_forward import launch_begin
+from specengine.kernels.begin_forward import Feed, launch_begin
 
 
 def expand_batch(
@@ -25,5 +25,5 @@ def expand_batch(
                                 from the device, which waits for it. Beyond the sums logit_rows are 0, so that they
                                 can be used as indices, and the tokens are left alone
     """
-    where = (tokens, block_table, slots, start, q_len, num_logits, block_size)
+    where = (tokens, block_table, slots, Feed(start, q_len, num_logits), block_size)
     return launch_begin(*where, num_tokens, num_logit_rows, None).expanded

@@ -23,7 +23,7 @@ from specengine.kernels.types.rows import SamplingRows
 from specengine.logits.processors import process
 from specengine.ops.backend import Backend
 from specengine.ops.interpreter import row_keys
-from specengine.runtime.batch import Feed
+from specengine.runtime.batch import Feed, FirstForward
 from specengine.runtime.model_runner import ModelRunner, draw_keys
 from specengine.runtime.sequence import Sequence
 from specengine.runtime.state import BatchState, RunningBatch
@@ -74,7 +74,8 @@ def run_round(
     """
     size = {"batch_size": batch.slots.numel(), "k": batch.k}
     with ranges.span(ranges.DRAFT, **size):
-        batch = state.plan(batch, draft_positions=drafter.draft_positions)
+        first = _first_forward(batch, state, target, drafter) if target.backend.has_launches else None
+        batch = state.plan(batch, draft_positions=drafter.draft_positions, first=first)
         proposal = drafter.propose(batch, state)
         mark()
     with ranges.span(ranges.VERIFY, **size):
@@ -84,6 +85,19 @@ def run_round(
         record = commit(outcome, batch, state)
         mark()
     return outcome, record
+
+
+def _first_forward(
+    batch: RunningBatch, state: BatchState, target: ModelRunner, drafter: RoundDrafter
+) -> FirstForward | None:
+    """What a round begins with, where that is known before it has a plan: the target's forward over a token of each
+    sequence, or the draft model's first."""
+    if not batch.k:
+        return target.first_forward(1)
+    source = drafter.source(batch, state)
+    if source is None or source.model is None:
+        return None
+    return source.model.first_forward(source.num_fed)
 
 
 def bind_round(
@@ -122,11 +136,13 @@ def judge(
     """The target's one forward and what follows from it: over the last committed token and the drafts, or, for chunks
     of prompts, over `feed`, where the logit row row_start[b] is the one that decides."""
     plan, k = batch.planned, proposal.tokens.shape[1]
-    if feed is None:
-        num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
-        most = batch.slots.numel() * (k + 1)
-        feed = Feed(plan.last_position, num_rows, num_rows, most, most)
-    rows = target.build(batch, feed)
+    rows = batch.started if batch.k == 0 else None
+    if rows is None:
+        if feed is None:
+            num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
+            most = batch.slots.numel() * (k + 1)
+            feed = Feed(plan.last_position, num_rows, num_rows, most, most)
+        rows = target.build(batch, feed)
     if row_start is None:
         row_start = rows.q_start[:-1]
     if not rows.logit_rows.numel():

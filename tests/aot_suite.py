@@ -24,11 +24,12 @@ from specengine.kernels.device.linear import row_widths
 from specengine.kernels.types.drafts import DraftLaw, Drafts, Staging, Verdict
 from specengine.kernels.types.packed import Norm, PackedLinear
 from specengine.kernels.types.program import DrawKeys, ForwardBatch
+from specengine.kernels.types.round import StateTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.kernels.types.transforms import Transforms
 from specengine.models.decoder import Decoder, DecoderSpec, DecoderWeights, LayerWeights
 from specengine.ops.load import load_backend
-from specengine.runtime.batch import Feed, build_forward_batch
+from specengine.runtime.batch import Feed, FirstForward, begin_round, build_forward_batch
 
 TRITON = load_backend("triton", torch.device("cuda"))
 BLOCK_SIZE = 16
@@ -178,7 +179,8 @@ def build_batch(size: Size, num_sequences: int, q_len: int) -> ForwardBatch:
 
 
 def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[Launch]:
-    """What a verification of k drafts launches, logits with statistics and draws without logits, and what a draft."""
+    """What a verification of k drafts launches, logits with statistics and draws without logits, and what a draft;
+    and how rounds with and without drafts begin."""
     kv_dtype = float_of(dtype)
     kv_cache = meta(num_layers, 2, 640, size.num_kv_heads, BLOCK_SIZE, size.head_dim, dtype=kv_dtype)
     off = DrawKeys(SamplingRows.empty(1, "meta"), has_filters=False)
@@ -193,6 +195,10 @@ def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[La
         entry = (off.rows, decoder.weights.token_table, decoder.weights.position_table)
         draft = build_forward_batch(TRITON, tokens, table, one, feed, entry, block_size=BLOCK_SIZE)
         decoder.draw(draft, kv_cache, size.vocab_size, off, staging)
+        state = StateTensors(tokens, table, *(integers(64) for _ in range(3)))
+        for k, num_fed in ((0, 1), (NUM_DRAFT, 1), (NUM_DRAFT, 2)):
+            first = FirstForward(num_fed, BLOCK_SIZE, *entry[1:])
+            begin_round(TRITON, state, one, off.rows, first, k=k, draft_positions=1024)
     return launches
 
 

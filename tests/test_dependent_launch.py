@@ -156,6 +156,8 @@ class EveryOp:
         kv_cache = torch.full(self.shape, 0.25 * (turn % 7), dtype=self.kv_dtype, device=DEVICE)
         ragged = (tokens, self.block_table, lengths.slots, lengths.start, lengths.q_len, lengths.num_logits)
         entry = (SamplingRows.empty(2, DEVICE), self.table, None)
+        state = [lengths.start + 12, lengths.start + 20, torch.full_like(lengths.start, 4)]
+        plan, begun = ops.begin_round(*ragged[:3], *state, 3, 32, 2, BLOCK_SIZE, *entry)
         start = ops.begin_forward(*ragged, BLOCK_SIZE, *entry, num_tokens=23, num_logit_rows=6)
         _, positions, kv_slots, q_start, context_len, logit_rows = start.expanded
         places = (positions, kv_slots, kv_cache, None)
@@ -171,7 +173,8 @@ class EveryOp:
             query, expanded = ops.parallel_norm_linear(hidden, norm, *pair, "gelu", *places)
             attended = ops.paged_attention(query, kv_cache, *batch)
             hidden = ops.parallel_linear_residual(attended, linear.output, expanded, linear.down, hidden)
-        return [hidden, *self.judge(hidden[logit_rows], positions[logit_rows] + 1, tokens)]
+        judged = self.judge(hidden[logit_rows], positions[logit_rows] + 1, tokens)
+        return [hidden, *plan, *begun.expanded, begun.hidden, *judged]
 
     def judge(self, hidden: Tensor, positions: Tensor, tokens: Tensor) -> list[Tensor]:
         """What is made of rows whose logits are wanted."""

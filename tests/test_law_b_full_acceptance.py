@@ -234,7 +234,7 @@ def test_the_law_notices_a_hole_that_is_not_refilled(twins: Engine, monkeypatch:
         if batch.k:
             batch.planned.draft_start[0] += 1
             batch.planned.draft_q_len[0] = batch.planned.is_drafting[0]
-        return batch
+        return batch.with_plan(batch.planned)  # whatever has been begun fed both
 
     check_everything_is_accepted(twins, [4], [GREEDY], num_tokens=40)
     twins._kv_cache.manager.reset_prefix_cache()

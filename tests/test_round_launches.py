@@ -77,7 +77,8 @@ def run(
 @pytest.mark.parametrize(("drafts", "k"), [("none", 0), ("model", K), ("layers", K), ("upload", K)])
 def test_a_round_asks_the_host_nothing(mode: str, drafts: str, k: int) -> None:
     ours, _ = run(MODES[mode], k, drafts)
-    assert ours["spec_plan_round"] == ours["spec_commit_round"] + ours["spec_commit_draws"] == 1
+    assert ours["spec_commit_round"] + ours["spec_commit_draws"] == 1
+    assert ours["spec_plan_round"] == (drafts == "upload")  # else its first forward begins with the plan
     num_forwards = 1 + (k if drafts in ("model", "layers") else 0)
     assert ours["spec_paged_attention"] == NUM_LAYERS * num_forwards
     assert ours["spec_begin_forward"] == num_forwards
@@ -85,24 +86,32 @@ def test_a_round_asks_the_host_nothing(mode: str, drafts: str, k: int) -> None:
 
 
 def test_the_phases_of_a_plain_token() -> None:
-    """Five a layer, and four for the round: what is to be measured against the memory's time."""
+    """Five a layer, and three for the round: what is to be measured against the memory's time."""
     ours, others = run(MODES["plain"], 0)
-    assert sum(ours.values()) == 5 * NUM_LAYERS + 4
+    assert sum(ours.values()) == 5 * NUM_LAYERS + 3
     assert not others
 
 
 def test_the_phases_of_a_speculative_round() -> None:
     """A draft forward has five a layer and two more; PyTorch's own are few, and as many for every k."""
     ours, others = run(MODES["plain"], K)
-    target, draft = 5 * NUM_LAYERS + 4, 5 * NUM_LAYERS + 2
+    target, draft = 5 * NUM_LAYERS + 3, 5 * NUM_LAYERS + 2
     assert sum(ours.values()) == target + K * draft
     assert others == {"index": 1, "add": 1}
     assert run(MODES["plain"], K + 2)[1] == others
 
 
+@pytest.mark.parametrize("drafts", ["model", "layers"])
+def test_drafts_that_may_end_early_have_a_plan_first(drafts: str) -> None:
+    """Their model says nothing of a round before it has one."""
+    ours, _ = run(RoundMode(has_confidence=True), K, drafts)
+    assert ours["spec_plan_round"] == 1
+    assert ours["spec_begin_forward"] == K + 1
+
+
 def test_a_parallel_layer_is_three() -> None:
     ours, _ = run(MODES["plain"], 0, size="pythia-1.4b")
-    assert sum(ours.values()) == 3 * NUM_LAYERS + 4
+    assert sum(ours.values()) == 3 * NUM_LAYERS + 3
 
 
 def test_a_round_that_looks_at_a_value_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

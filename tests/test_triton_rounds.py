@@ -188,17 +188,17 @@ def test_a_padded_row_that_runs_is_noticed(
 ) -> None:
     _, replayed = build_twins(small(checkpoint, seed=3), max_batch_size=4)
     backend = replayed._target.backend
-    plan_round = backend.plan_round
 
-    def mutant(*given: Any) -> Any:
-        plan = plan_round(*given)
+    def mutant(tokens: Any, table: Any, slots: Any, *given: Any) -> Any:
+        plan = backend.plan_round(slots, *given[:5])
         plan.is_running.fill_(1)
-        plan.last_position.clamp_(
-            min=0
-        )  # padding has no last token: position -1 lies in somebody else's memory
-        return plan
+        # Padding has no last token: position -1 lies in somebody else's memory.
+        plan.last_position.clamp_(min=0)
+        feed, count = (plan.last_position, plan.is_running, plan.is_running), slots.numel()
+        room = {"num_tokens": count, "num_logit_rows": count}
+        return plan, backend.begin_forward(tokens, table, slots, *feed, *given[6:], **room)
 
-    monkeypatch.setattr(backend, "plan_round", mutant)
+    monkeypatch.setattr(backend, "begin_round", mutant)
     with pytest.raises(AssertionError):
         check_padding(replayed)
 

@@ -54,12 +54,11 @@ def speculative_round(target: str, dtype: Storage) -> Sum:
 
 
 def _parts(target: str, dtype: Storage) -> tuple[list[Launch], list[Launch]]:
-    """A round's launches: those of its drafts, and the others."""
+    """A round's launches: those of its drafts, the plan among them, and the others."""
     launches = _launches(target, K, dtype)
     draws = [at for at, launch in enumerate(launches) if launch.name == "spec_head_draw"]
-    num_drawn = launches[0].name == "spec_plan_round"
     end = draws[K - 1] + 1
-    return launches[num_drawn:end], launches[:num_drawn] + launches[end:]
+    return launches[:end], launches[end:]
 
 
 def _launches(target: str, k: int, dtype: Storage) -> list[Launch]:

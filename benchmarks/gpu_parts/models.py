@@ -16,7 +16,7 @@ from gpu_parts.context import Context
 
 # Kernels that wait for each other, as tests/test_round_launches.py counts them: of a layer, of a forward beside its
 # layers, and of a round beside its forwards.
-PHASES_PER_LAYER, PHASES_PER_FORWARD, PHASES_PER_ROUND = 5, 2, 2
+PHASES_PER_LAYER, PHASES_PER_FORWARD, PHASES_PER_ROUND = 5, 2, 1
 US_PER_PHASE = 1.6
 
 

@@ -128,6 +128,7 @@ KERNEL_TESTS = {
     ),
     "round": (
         "plan_round",
+        "begin_round",
         "row_keys",
         "stage_draft",
         "match_draws",

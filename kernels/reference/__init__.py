@@ -1,6 +1,7 @@
 """The ops in plain PyTorch: the oracle that every kernel is tested against. Any device, any float dtype."""
 
 from specengine.kernels.reference.begin_forward import begin_forward
+from specengine.kernels.reference.begin_round import begin_round
 from specengine.kernels.reference.block_verify import block_verify
 from specengine.kernels.reference.commit_draws import commit_draws
 from specengine.kernels.reference.commit_round import commit_round
@@ -31,6 +32,7 @@ from specengine.kernels.reference.typical_verify import typical_verify
 __all__ = [
     "OPS",
     "begin_forward",
+    "begin_round",
     "block_verify",
     "commit_draws",
     "commit_round",

@@ -228,7 +228,9 @@ class RoundDrafter(Protocol):
 
     def source(self, batch: RunningBatch, state: BatchState) -> DraftSource | None:
         """Where `propose` would have its drafts from in the round that was prepared, and in every other of its size,
-        k, mode and key; None: only `propose` knows. Asked for rounds that draws alone decide."""
+        k, mode and key; None: only `propose` knows. A model that is named feeds the last `num_fed` committed tokens
+        first, and `propose` takes that forward from the batch where it has been begun. Asked only where a round may
+        run in one call, or a forward be begun with it."""
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """The proposal for a round that has begun, staged behind the committed tokens."""
@@ -252,8 +254,7 @@ class RoundDrafter(Protocol):
 
 
 class DraftSource(NamedTuple):
-    """Where the drafts of a round come from that runs in one call: a model draws them, or they are given, or, with
-    neither, there are none.
+    """Where the drafts of a round come from: a model draws them, or they are given, or, with neither, there are none.
 
     num_fed: the last committed tokens, 1 or 2, that the model's first forward feeds
     given:   as `propose` would read them: `[slots, k]` and `[slots]` int32, the same memory every time

@@ -80,8 +80,9 @@ class DraftModelDrafter:
         return None
 
     def source(self, batch: RunningBatch, state: BatchState) -> DraftSource | None:
-        """The model, unless it has to look at how sure it is."""
-        return None if batch.mode.has_confidence else DraftSource(self.runner, self.num_fed)
+        """The model, unless it has to look at how sure it is, or feeds what it lacks first."""
+        is_alike = self._lacking is None and not batch.mode.has_confidence
+        return DraftSource(self.runner, self.num_fed) if is_alike else None
 
     def propose(self, batch: RunningBatch, state: BatchState) -> DraftProposal:
         """k draws in a row, in one call where the backend has it."""
@@ -223,16 +224,10 @@ class _Draft:
     def draw(self, step: int) -> None:
         """Draws token `step` of every sequence that still drafts, and stages it."""
         batch, plan, runner = self._batch, self._batch.planned, self._runner
-        count = batch.slots.numel()
         wanted = self._wanted(step)
-        if step == 0 and self._lacking is not None:
-            q_len = (plan.seq_len - self._start) * wanted
-            feed = Feed(self._start, q_len, wanted, self._lacking.most + self._num_fed * count, count)
-        elif step == 0 and self._num_fed > 1:
-            feed = Feed(self._start, plan.draft_q_len[0], wanted, _NUM_FED * count, count)
-        else:
-            feed = Feed(plan.draft_start[step] if step else self._start, wanted, wanted, count, count)
-        rows = runner.build(batch, feed)
+        rows = batch.started if step == 0 else None
+        if rows is None:
+            rows = runner.build(batch, self._feed(step, wanted))
         if not rows.logit_rows.numel():  # the host expected more drafts than there is room for
             return
         if not (batch.reads_law or batch.mode.has_confidence):
@@ -249,6 +244,17 @@ class _Draft:
         if self._law is None:
             self._law = _Law.empty(self._tokens.shape, logits)
         self._stage(step, tokens, None, (log_probs, logits, stats))
+
+    def _feed(self, step: int, wanted: Tensor) -> Feed:
+        """What the forward of a step feeds, for a logit row of each sequence that is wanted."""
+        plan, count = self._batch.planned, wanted.numel()
+        if step:
+            return Feed(plan.draft_start[step], wanted, wanted, count, count)
+        if self._lacking is not None:
+            q_len = (plan.seq_len - self._start) * wanted
+            return Feed(self._start, q_len, wanted, self._lacking.most + self._num_fed * count, count)
+        q_len = plan.draft_q_len[0] if self._num_fed > 1 else wanted
+        return Feed(self._start, q_len, wanted, self._num_fed * count, count)
 
     def proposal(self) -> DraftProposal:
         if self._law is None:

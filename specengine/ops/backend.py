@@ -87,7 +87,7 @@ class Backend(Protocol):
     # stands on the device; else batches have the size that the lengths say, and no padding.
     has_padding: bool
     # Whether an op is a launch, which takes longer than what many do: then those are used that do several's work
-    # (`begin_forward`, `commit_draws`, and `head_draw` with a `staging`).
+    # (`begin_forward`, `begin_round`, `commit_draws`, and `head_draw` with a `staging`).
     has_launches: bool
 
     def set_num_threads(self, num_threads: int) -> None:
@@ -305,6 +305,23 @@ class Backend(Protocol):
         k: int,
         draft_positions: int,
     ) -> RoundPlan: ...
+
+    def begin_round(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+        num_fed: int,
+        block_size: int,
+        rows: SamplingRows,
+        token_table: Tensor,
+        position_table: Tensor | None,
+    ) -> tuple[RoundPlan, ForwardStart]: ...
 
     def row_keys(
         self, rows: SamplingRows, q_start: Tensor, positions: Tensor, logit_rows: Tensor

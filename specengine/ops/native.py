@@ -118,6 +118,29 @@ class NativeBackend:
         expanded = (token_ids, positions, kv_slots, q_start, context_len, logit_rows)
         return ForwardStart(*expanded, hidden, row_keys)
 
+    def begin_round(
+        self,
+        tokens: Tensor,
+        block_table: Tensor,
+        slots: Tensor,
+        seq_len: Tensor,
+        length_limit: Tensor,
+        num_speculative: Tensor,
+        k: int,
+        draft_positions: int,
+        num_fed: int,
+        block_size: int,
+        rows: SamplingRows,
+        token_table: Tensor,
+        position_table: Tensor | None,
+    ) -> tuple[RoundPlan, ForwardStart]:
+        if num_fed < 1:
+            raise ValueError(f"num_fed: {num_fed} is less than 1")
+        plan = self.plan_round(slots, seq_len, length_limit, num_speculative, k, draft_positions)
+        wanted = plan.is_drafting[0] if k else plan.is_running
+        where = (tokens, block_table, slots, plan.seq_len - num_fed, num_fed * wanted, wanted, block_size)
+        return plan, self.begin_forward(*where, rows, token_table, position_table)
+
     def commit_draws(
         self,
         drawn: Tensor,

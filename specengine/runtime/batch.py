@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from specengine.kernels.types.program import ForwardBatch, ForwardStart
+from specengine.kernels.types.round import RoundPlan, StateTensors
 from specengine.kernels.types.rows import SamplingRows
 from specengine.ops.backend import Backend
 
@@ -23,6 +24,19 @@ class Feed(NamedTuple):
     num_logits: Tensor
     max_tokens: int
     max_logits: int
+
+
+class FirstForward(NamedTuple):
+    """The forward that a round begins with: it feeds the last num_fed committed tokens of each sequence that drafts, or
+    that runs, where nobody may draft.
+
+    token_table, position_table: the model's, which enter the first layer
+    """
+
+    num_fed: int
+    block_size: int
+    token_table: Tensor
+    position_table: Tensor | None
 
 
 def build_forward_batch(
@@ -52,6 +66,36 @@ def build_forward_batch(
     else:
         expanded = backend.expand_batch(*where, num_tokens=feed.max_tokens, num_logit_rows=feed.max_logits)
         started = ForwardStart(*expanded, hidden=None, row_keys=None)
+    return _complete(backend, started, slots, block_table, wants_all=wants_all)
+
+
+def begin_round(
+    backend: Backend,
+    state: StateTensors,
+    slots: Tensor,
+    rows: SamplingRows,
+    first: FirstForward,
+    *,
+    k: int,
+    draft_positions: int,
+) -> tuple[RoundPlan, ForwardBatch]:
+    """A round's plan, and its first forward.
+
+    slots: `[B]` int32
+    rows:  what the sequences are judged by, `[B]`
+    """
+    num_fed, block_size, *tables = first
+    numbers = (state.seq_len, state.length_limit, state.num_speculative, k, draft_positions, num_fed)
+    plan, started = backend.begin_round(
+        state.tokens, state.block_table, slots, *numbers, block_size, rows, *tables
+    )
+    return plan, _complete(backend, started, slots, state.block_table, wants_all=num_fed == 1)
+
+
+def _complete(
+    backend: Backend, started: ForwardStart, slots: Tensor, block_table: Tensor, *, wants_all: bool
+) -> ForwardBatch:
+    """The batch of a forward that has been begun. wants_all: whether every token's logits are wanted"""
     token_ids, positions, kv_slots, q_start, context_len, logit_rows = started.expanded
     num_tokens = q_start[-1:] if backend.has_padding else None
     return ForwardBatch(

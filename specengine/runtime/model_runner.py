@@ -8,7 +8,7 @@ from specengine.kernels.types.drafts import Staging
 from specengine.kernels.types.program import DraftRows, DrawKeys, ForwardBatch, JudgedLogits
 from specengine.models.decoder import Decoder
 from specengine.ops.backend import Backend, RoundModel
-from specengine.runtime.batch import Feed, build_forward_batch
+from specengine.runtime.batch import Feed, FirstForward, build_forward_batch
 from specengine.runtime.kv_cache import KVCache
 from specengine.runtime.state import RunningBatch
 
@@ -40,6 +40,11 @@ class ModelRunner:
         entry = (batch.rows, weights.token_table, weights.position_table)
         where = (batch.tokens, batch.block_table, batch.slots, feed, entry)
         return build_forward_batch(self.backend, *where, block_size=self.kv_cache.block_size)
+
+    def first_forward(self, num_fed: int) -> FirstForward:
+        """A forward of this model that a round begins with."""
+        weights = self.decoder.weights
+        return FirstForward(num_fed, self.kv_cache.block_size, weights.token_table, weights.position_table)
 
     def forward(self, rows: ForwardBatch) -> Tensor:
         """The fp32 logits of the rows that are wanted, `[R, V]`."""

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from specengine.config import MAX_NUM_SPECULATIVE_TOKENS
 from specengine.kernels.types.drafts import Drafts, Verdict
-from specengine.kernels.types.round import RoundPlan
+from specengine.kernels.types.program import ForwardBatch
+from specengine.kernels.types.round import RoundPlan, StateTensors
 from specengine.kernels.types.rows import COLUMNS, SamplingRows
 from specengine.kernels.types.rules import Rule
 from specengine.kernels.types.transforms import Transforms
 from specengine.logits.tables import TransformTables
 from specengine.ops.backend import Backend
+from specengine.runtime.batch import FirstForward, begin_round
 from specengine.runtime.sequence import Sequence
 
 _FOREVER = 2**31 - 1
@@ -69,6 +71,8 @@ class RunningBatch(NamedTuple):
     sequences:      the host's record of each sequence
     ways:           how each sequence drafts: its `way` and `num_own_drafts`; (): all of them 0
     plan:           what the round feeds, found on the device when it begins
+    started:        the round's first forward, the draft model's or for k = 0 the target's, where the launch that made
+                    the plan has begun it
     """
 
     sequence_ids: tuple[int, ...]
@@ -86,6 +90,7 @@ class RunningBatch(NamedTuple):
     sequences: tuple[Sequence, ...] = ()
     ways: tuple[tuple[int, int], ...] = ()
     plan: RoundPlan | None = None
+    started: ForwardBatch | None = None
 
     @property
     def size(self) -> int:
@@ -124,15 +129,16 @@ class RunningBatch(NamedTuple):
         """Whether the target's own draws decide everything, so that nobody need see its logits."""
         return not (self.mode.wants_logprobs or self.mode.has_processors or self.reads_law)
 
-    def with_plan(self, plan: RoundPlan) -> RunningBatch:
+    def with_plan(self, plan: RoundPlan, started: ForwardBatch | None = None) -> RunningBatch:
         """The batch of a round that begins. (`_replace`, which asks for names, takes four times as long.)"""
-        return RunningBatch(*self[:-1], plan)
+        return RunningBatch(*self[:-2], plan, started)
 
     def without_padding(self) -> RunningBatch:
         """The batch of its sequences alone."""
         if self.size == self.slots.numel():
             return self
-        return self._replace(slots=self.slots[: self.size], rows=self.rows.take(slice(self.size)))
+        rows = self.rows.take(slice(self.size))
+        return self._replace(slots=self.slots[: self.size], rows=rows, started=None)
 
     def take(self, rows: Collection[int]) -> RunningBatch:
         """The batch of some of its sequences."""
@@ -149,11 +155,12 @@ class RunningBatch(NamedTuple):
             sequences=tuple([self.sequences[row] for row in rows]),
             ways=tuple([self.ways[row] for row in rows]),
             plan=None,
+            started=None,
         )
 
     def with_limits(self, limits: Collection[int]) -> RunningBatch:
         """The batch whose sequences draft no more than this, one number each."""
-        return self._replace(k=max(limits), draft_limits=tuple(limits), plan=None)
+        return self._replace(k=max(limits), draft_limits=tuple(limits), plan=None, started=None)
 
     def committed(self, index: int) -> list[int]:
         """The committed token ids of sequence `index` of this batch, the prompt's included. Asks no device."""
@@ -266,9 +273,16 @@ class BatchState:
     def _forget_selections(self) -> None:
         self._selected = {size: ([], *selection[1:]) for size, selection in self._selected.items()}
 
-    def plan(self, batch: RunningBatch, *, draft_positions: int = _FOREVER) -> RunningBatch:
-        """The batch with what its round feeds, as the state stands now."""
-        return self._plan(batch, self.num_speculative, draft_positions)
+    def plan(
+        self, batch: RunningBatch, *, draft_positions: int = _FOREVER, first: FirstForward | None = None
+    ) -> RunningBatch:
+        """The batch with what its round feeds, as the state stands now. first: a forward to be begun with it"""
+        if first is None:
+            return self._plan(batch, self.num_speculative, draft_positions)
+        numbers = (self.seq_len, self.length_limit, self.num_speculative)
+        state = StateTensors(batch.tokens, batch.block_table, *numbers)
+        what = (self._backend, state, batch.slots, batch.rows, first)
+        return batch.with_plan(*begin_round(*what, k=batch.k, draft_positions=draft_positions))
 
     def plan_within_limits(self, batch: RunningBatch, *, draft_positions: int) -> RunningBatch:
         """The same where nobody drafts more than the batch says, in whatever round it is a part of."""

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_cases import DTYPES, TRITON, random_seeds
-from torch import Tensor
+from begin_cases import BLOCK_SIZE, NUM_TOKENS, flat, random_rows_of, random_tables
+from kernel_cases import DTYPES, TRITON
 
 from specengine.kernels import reference
 from specengine.kernels.types.program import ForwardStart
-from specengine.kernels.types.rows import COLUMNS, SamplingRows
 from specengine.ops.backend import Backend
 
-BLOCK_SIZE, NUM_TOKENS, NUM_POSITIONS = 16, 300, 256
 # slots, start, q_len, num_logits
 BATCHES = {
     "one token": ([1], [5], [1], [1]),
@@ -31,15 +29,6 @@ BATCHES = {
 BeginForward = Callable[..., ForwardStart]
 
 
-def random_rows_of(count: int) -> SamplingRows:
-    """Every column of every sequence another number."""
-    generator = torch.Generator().manual_seed(count)
-    values = [
-        torch.randint(1, 1000, (count,), generator=generator).to(column.dtype) for column in COLUMNS.values()
-    ]
-    return SamplingRows(*values)._replace(seeds=random_seeds(count))
-
-
 def given(
     batch: str, dtype: torch.dtype = torch.float32, width: int = 40, *, has_positions: bool = True
 ) -> Any:
@@ -47,16 +36,8 @@ def given(
     tokens = torch.randint(NUM_TOKENS, (3, 256), generator=generator, dtype=torch.int32)
     block_table = torch.randperm(48, generator=generator).view(3, 16).int()
     lengths = [torch.tensor(each, dtype=torch.int32) for each in BATCHES[batch]]
-    tables = [torch.randn(size, width, generator=generator).to(dtype) for size in (NUM_TOKENS, NUM_POSITIONS)]
-    entry = (random_rows_of(lengths[0].numel()), tables[0], tables[1] if has_positions else None)
-    return (tokens, block_table, *lengths, BLOCK_SIZE, *entry)
-
-
-def flat(start: ForwardStart) -> list[Tensor]:
-    assert start.hidden is not None
-    assert start.row_keys is not None
-    rows, decided = start.row_keys
-    return [*start.expanded, start.hidden, *rows, decided]
+    tables = random_tables(dtype, width, has_positions=has_positions)
+    return (tokens, block_table, *lengths, BLOCK_SIZE, random_rows_of(lengths[0].numel()), *tables)
 
 
 def check_begin_forward(op: BeginForward, arguments: Any) -> None:

@@ -2,58 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from begin_cases import LARGEST, PlanCase, build_plan
 
 from specengine.kernels import reference
 from specengine.kernels.types.round import RoundPlan
 from specengine.ops.backend import Backend
 
-LARGEST = 2**31 - 1
-NUM_SLOTS = 40
 
-
-@dataclass(frozen=True)
-class Case:
-    """The arguments of `plan_round`, in order."""
-
-    slots: Tensor
-    seq_len: Tensor
-    length_limit: Tensor
-    num_speculative: Tensor
-    k: int
-    draft_positions: int
-
-    def run(self, op) -> RoundPlan:
-        arguments = [getattr(self, name) for name in self.__dataclass_fields__]
-        before = [each.clone() if isinstance(each, Tensor) else each for each in arguments]
-        plan = op(*arguments)
-        for now, then in zip(arguments, before, strict=True):
-            assert now is then or torch.equal(torch.as_tensor(now), torch.as_tensor(then))
-        return plan
-
-
-def build_case(count: int, k: int, draft_positions: int = 1024, seed: int = 0) -> Case:
-    """Sequences far from every limit, at one, and beyond it; every fourth row is padding, at the last slot."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(low: int, high: int) -> Tensor:
-        return torch.randint(low, high, (NUM_SLOTS,), generator=generator, dtype=torch.int32)
-
-    seq_len = random(2, 60)
-    room = torch.tensor([-3, 0, 1, 2, 3, 9, 50])[random(0, 7).long()]
-    length_limit = torch.where(random(0, 5) == 0, LARGEST, seq_len + room).int()
-    num_speculative = random(0, 12)
-    seq_len[-1] = length_limit[-1] = num_speculative[-1] = 0
-    slots = torch.randperm(NUM_SLOTS - 1, generator=generator)[:count].int()
-    slots[3::4] = NUM_SLOTS - 1
-    return Case(slots, seq_len, length_limit, num_speculative, k, draft_positions)
-
-
-def check_plan_round(op, case: Case) -> None:
+def check_plan_round(op, case: PlanCase) -> None:
     ours, theirs = case.run(op), case.run(reference.plan_round)
     assert isinstance(ours, RoundPlan)
     for name, actual, expected in zip(RoundPlan._fields, ours, theirs, strict=True):
@@ -65,12 +25,12 @@ def check_plan_round(op, case: Case) -> None:
 @pytest.mark.parametrize("k", [0, 1, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 2, 9, 33])
 def test_equals_the_reference(ops: Backend, count: int, k: int) -> None:
-    check_plan_round(ops.plan_round, build_case(count, k))
+    check_plan_round(ops.plan_round, build_plan(count, k))
 
 
 @pytest.mark.parametrize("draft_positions", [0, 1, 8, 30, LARGEST])
 def test_a_draft_model_with_fewer_positions_than_the_context(ops: Backend, draft_positions: int) -> None:
-    case = build_case(33, 4, draft_positions)
+    case = build_plan(33, 4, draft_positions)
     check_plan_round(ops.plan_round, case)
     plan = case.run(ops.plan_round)
     last_fed = (plan.draft_start + plan.draft_q_len - 1)[plan.is_drafting != 0]
@@ -79,7 +39,7 @@ def test_a_draft_model_with_fewer_positions_than_the_context(ops: Backend, draft
 
 
 def test_nobody_runs(ops: Backend) -> None:
-    case = build_case(9, 4)
+    case = build_plan(9, 4)
     case = replace(case, length_limit=case.seq_len.clone())
     check_plan_round(ops.plan_round, case)
     plan = case.run(ops.plan_round)
@@ -105,7 +65,7 @@ def test_what_it_says(ops: Backend) -> None:
 def test_the_largest_numbers_do_not_wrap_round(ops: Backend) -> None:
     columns = [[0, 1, 2], [1, LARGEST - 1, LARGEST], [LARGEST] * 3, [LARGEST, LARGEST, -LARGEST]]
     slots, seq_len, length_limit, asked = (torch.tensor(each, dtype=torch.int32) for each in columns)
-    case = Case(slots, seq_len, length_limit, asked, 4, LARGEST)
+    case = PlanCase(slots, seq_len, length_limit, asked, 4, LARGEST)
     check_plan_round(ops.plan_round, case)
     plan = case.run(ops.plan_round)
     assert (plan.is_running.tolist(), plan.num_draft.tolist()) == ([1, 1, 0], [4, 0, 0])
@@ -116,7 +76,7 @@ def test_the_largest_numbers_do_not_wrap_round(ops: Backend) -> None:
 
 def test_every_step_of_a_round_feeds_what_the_next_needs(ops: Backend) -> None:
     """Forward i feeds position seq_len + i - 1 last, and draws seq_len + i."""
-    plan = build_case(33, 8).run(ops.plan_round)
+    plan = build_plan(33, 8).run(ops.plan_round)
     for step in range(8):
         is_drafting = plan.is_drafting[step] != 0
         end = plan.draft_start[step] + plan.draft_q_len[step]
@@ -124,7 +84,7 @@ def test_every_step_of_a_round_feeds_what_the_next_needs(ops: Backend) -> None:
 
 
 def test_wrong_arguments_are_named(ops: Backend) -> None:
-    case = build_case(4, 2)
+    case = build_plan(4, 2)
     wrong = {
         "slots: expected": {"slots": case.slots.long()},
         "seq_len: expected": {"seq_len": case.seq_len.long()},
@@ -151,7 +111,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_planted_fault_is_noticed(ops: Backend, fault: str) -> None:
     def faulty(*arguments):
-        return ops.plan_round(*vars(FAULTS[fault](Case(*arguments))).values())
+        return ops.plan_round(*vars(FAULTS[fault](PlanCase(*arguments))).values())
 
     with pytest.raises(AssertionError):
-        check_plan_round(faulty, build_case(33, 4, draft_positions=30))
+        check_plan_round(faulty, build_plan(33, 4, draft_positions=30))
