@@ -35,6 +35,7 @@ from specengine.kernels.types.rows import SamplingRows
         "start_ptr",
         "q_len_ptr",
         "num_logits_ptr",
+        "num_more_ptr",
         "num_sequences",
         "num_logit_rows",
         "draft_positions",
@@ -49,6 +50,7 @@ def spec_begin_forward(
     start_ptr,
     q_len_ptr,
     num_logits_ptr,
+    num_more_ptr,
     token_ids_ptr,
     positions_ptr,
     kv_slots_ptr,
@@ -86,6 +88,10 @@ def spec_begin_forward(
         logit_counts = tl.load(num_logits_ptr + sequences, is_sequence, 0)
         starts = tl.load(start_ptr + sequences, is_sequence, 0)
         slots = tl.load(slots_ptr + sequences, is_sequence, 0)
+        if num_more_ptr is not None:
+            num_more = tl.load(num_more_ptr + sequences, is_sequence, 0)
+            q_lens += num_more
+            logit_counts += num_more
     else:
         slots = tl.load(slots_ptr + sequences, is_sequence, 0)
         lengths, is_running, num_draft = load_plan(
@@ -148,11 +154,13 @@ def spec_begin_forward(
 
 
 class Feed(NamedTuple):
-    """What sequences feed, `[B]` int32 each; see `specengine.kernels.reference.expand_batch`."""
+    """What sequences feed, `[B]` int32 each; see `specengine.kernels.reference.begin_forward`. Without
+    the first three it is a round's."""
 
-    start: Tensor
-    q_len: Tensor
-    num_logits: Tensor
+    start: Tensor | None = None
+    q_len: Tensor | None = None
+    num_logits: Tensor | None = None
+    num_more: Tensor | None = None
 
 
 class RoundFeed(NamedTuple):
@@ -184,11 +192,12 @@ def begin_forward(
     *,
     num_tokens: int | None = None,
     num_logit_rows: int | None = None,
+    num_more: Tensor | None = None,
 ) -> ForwardStart:
     """See `specengine.kernels.reference.begin_forward`, and `expand_batch` for bounds. Rows of padding have keys that
     some sequence has; hidden is left alone there."""
     check_tables(token_table, position_table)
-    entry, feed = Entry(rows, token_table, position_table), Feed(start, q_len, num_logits)
+    entry, feed = Entry(rows, token_table, position_table), Feed(start, q_len, num_logits, num_more)
     return launch_begin(tokens, block_table, slots, feed, block_size, num_tokens, num_logit_rows, entry)
 
 
@@ -202,21 +211,23 @@ def launch_begin(
     num_logit_rows: int | None,
     entry: Entry | None,
 ) -> ForwardStart:
-    """One launch of `spec_begin_forward`; without an entry there are neither hidden rows nor keys. Of a round's feed
+    """One launch of `spec_begin_forward`; without an entry there are neither hidden rows nor keys. With a round's feed
     the numbers of rows are given."""
     check_table("tokens", tokens)
     check_table("block_table", block_table)
     count, device = slots.numel(), tokens.device
-    lengths, begun = (feed._asdict(), None) if isinstance(feed, Feed) else ({}, feed)
-    for name, vector in {"slots": slots, **lengths}.items():
+    lengths, begun = (feed, None) if isinstance(feed, Feed) else (Feed(), feed)
+    for name, vector in {"slots": slots, **lengths._asdict()}.items():
+        if vector is None:
+            continue
         if vector.shape != (count,) or vector.dtype != torch.int32 or not vector.is_contiguous():
             raise ValueError(
                 f"{name}: expected contiguous [{count}] torch.int32, got {list(vector.shape)} {vector.dtype}"
             )
     if num_tokens is None:
-        num_tokens = int(lengths["q_len"].sum())
+        num_tokens = _total(lengths.q_len, lengths.num_more)
     if num_logit_rows is None:
-        num_logit_rows = int(lengths["num_logits"].sum())
+        num_logit_rows = _total(lengths.num_logits, lengths.num_more)
 
     def empty(length: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.empty(length, dtype=dtype, device=device)
@@ -246,7 +257,7 @@ def launch_begin(
         block_table,
         block_table.stride(0),
         slots,
-        *(lengths.get(name) for name in Feed._fields),
+        *lengths,
         *expanded,
         count,
         num_logit_rows,
@@ -271,3 +282,7 @@ def launch_begin(
         num_warps=4,
     )
     return ForwardStart(*expanded, hidden, row_keys)
+
+
+def _total(*counts: Tensor | None) -> int:
+    return sum(int(each.sum()) for each in counts if each is not None)

@@ -139,9 +139,10 @@ def judge(
     rows = batch.started if batch.k == 0 else None
     if rows is None:
         if feed is None:
-            num_rows = proposal.num_tokens + plan.is_running if k else plan.is_running
+            # The drafts, and a row for whoever runs.
+            counts = (proposal.num_tokens, plan.is_running) if k else (plan.is_running, None)
             most = batch.slots.numel() * (k + 1)
-            feed = Feed(plan.last_position, num_rows, num_rows, most, most)
+            feed = Feed(plan.last_position, counts[0], counts[0], most, most, counts[1])
         rows = target.build(batch, feed)
     if row_start is None:
         row_start = rows.q_start[:-1]

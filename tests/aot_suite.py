@@ -195,6 +195,8 @@ def forward_launches(size: Size, dtype: Storage, num_layers: int = 1) -> list[La
         entry = (off.rows, decoder.weights.token_table, decoder.weights.position_table)
         draft = build_forward_batch(TRITON, tokens, table, one, feed, entry, block_size=BLOCK_SIZE)
         decoder.draw(draft, kv_cache, size.vocab_size, off, staging)
+        verified = feed._replace(num_more=one)
+        build_forward_batch(TRITON, tokens, table, one, verified, entry, block_size=BLOCK_SIZE)
         state = StateTensors(tokens, table, *(integers(64) for _ in range(3)))
         for k, num_fed in ((0, 1), (NUM_DRAFT, 1), (NUM_DRAFT, 2)):
             first = FirstForward(num_fed, BLOCK_SIZE, *entry[1:])

@@ -112,8 +112,9 @@ def test_every_op_was_compiled(report: dict[str, Any]) -> None:
     compiled = {kernel["name"] for kernel in report["kernels"]}
     # expand_batch is begin_forward's kernel without what comes after, begin_round the same behind a plan.
     assert compiled == {f"spec_{op}" for op in reference.OPS} - {"spec_expand_batch", "spec_begin_round"}
-    begun = {"plan_ptr" in kernel["parameters"] for kernel in named(report, {"spec_begin_forward"})}
-    assert begun == {False, True}
+    for option in ("plan_ptr", "num_more_ptr"):
+        begun = {option in kernel["parameters"] for kernel in named(report, {"spec_begin_forward"})}
+        assert begun == {False, True}, option
 
 
 def test_nothing_spills_and_nothing_has_a_stack_frame(report: dict[str, Any]) -> None:

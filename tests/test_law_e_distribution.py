@@ -765,7 +765,7 @@ def kv_not_rolled_back(engine: Engine, patch: pytest.MonkeyPatch) -> None:
         backend: Backend, tokens: Tensor, table: Tensor, slots: Tensor, feed: Feed, *entry: Any, **sizes: int
     ) -> Any:
         batch = build(backend, tokens, table, slots, feed, *entry, **sizes)
-        start, q_len = feed.start, feed.q_len
+        start, q_len = feed.start, batch.q_start.diff()
         known = torch.tensor([reached.get(slot, 0) for slot in slots.tolist()]).masked_fill(start == 0, 0)
         reached.update(zip(slots.tolist(), (start + q_len).tolist(), strict=True))
         is_known = batch.positions < known.repeat_interleave(q_len)

@@ -93,12 +93,12 @@ def test_the_phases_of_a_plain_token() -> None:
 
 
 def test_the_phases_of_a_speculative_round() -> None:
-    """A draft forward has five a layer and two more; PyTorch's own are few, and as many for every k."""
+    """A draft forward has five a layer and two more; PyTorch has none."""
     ours, others = run(MODES["plain"], K)
     target, draft = 5 * NUM_LAYERS + 3, 5 * NUM_LAYERS + 2
     assert sum(ours.values()) == target + K * draft
-    assert others == {"index": 1, "add": 1}
-    assert run(MODES["plain"], K + 2)[1] == others
+    assert not others
+    assert not run(MODES["plain"], K + 2)[1]
 
 
 @pytest.mark.parametrize("drafts", ["model", "layers"])

@@ -25,13 +25,17 @@ def begin_forward(
     *,
     num_tokens: int | None = None,
     num_logit_rows: int | None = None,
+    num_more: Tensor | None = None,
 ) -> ForwardStart:
     """`expand_batch`, then `embed` of its tokens and `row_keys` of its logit rows.
 
     tokens … num_logits, block_size, num_tokens, num_logit_rows: as in `expand_batch`
     rows:        `[B]`, by sequence
+    num_more:    `[B]` int32, added to q_len and to num_logits; None: nothing
     token_table, position_table: as in `embed`
     """
+    if num_more is not None:
+        q_len, num_logits = q_len + num_more, num_logits + num_more
     where = (tokens, block_table, slots, start, q_len, num_logits, block_size)
     expanded = expand_batch(*where, num_tokens=num_tokens, num_logit_rows=num_logit_rows)
     token_ids, positions, _, q_start, _, logit_rows = expanded

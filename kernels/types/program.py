@@ -137,7 +137,7 @@ class ForwardBatch(NamedTuple):
     slots:       `[B]` int32, row of each sequence in block_table
     block_table: `[S, max_blocks]` int32
     logit_rows:  `[R]` int64, the tokens whose logits are wanted, ascending
-    wants_all_logits: whether these are all tokens
+    logit_stride: n where logit row r is token n (r + 1) - 1, padding's too (1: all logits are wanted); 0: none is known
     num_tokens, num_logit_rows: `[1]` int32 on the device where rows from there on are padding; None: there is none,
                  or (of logit rows) padding costs nothing that matters
     hidden, row_keys: what `begin_forward` has made of it already; None: nothing
@@ -151,7 +151,7 @@ class ForwardBatch(NamedTuple):
     slots: Tensor
     block_table: Tensor
     logit_rows: Tensor
-    wants_all_logits: bool = False
+    logit_stride: int = 0
     num_tokens: Tensor | None = None
     num_logit_rows: Tensor | None = None
     hidden: Tensor | None = None

@@ -137,6 +137,7 @@ class Backend(Protocol):
         *,
         num_tokens: int | None = None,
         num_logit_rows: int | None = None,
+        num_more: Tensor | None = None,
     ) -> ForwardStart: ...
 
     def embed(

@@ -100,8 +100,8 @@ class Interpreter:
         return {"token_ids": self._program.head_token_ids, **_padding(batch.num_logit_rows)}
 
     def _logit_inputs(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
-        hidden = self._run_layers(batch, kv_cache)
-        return hidden if batch.wants_all_logits else hidden[batch.logit_rows]
+        hidden, stride = self._run_layers(batch, kv_cache), batch.logit_stride
+        return hidden[stride - 1 :: stride] if stride else hidden[batch.logit_rows]
 
     def _run_layers(self, batch: ForwardBatch, kv_cache: Tensor) -> Tensor:
         ops, program = self._backend, self._program

@@ -110,7 +110,10 @@ class NativeBackend:
         *,
         num_tokens: int | None = None,
         num_logit_rows: int | None = None,
+        num_more: Tensor | None = None,
     ) -> ForwardStart:
+        if num_more is not None:
+            q_len, num_logits = q_len + num_more, num_logits + num_more
         where = (tokens, block_table, slots, start, q_len, num_logits, block_size)
         token_ids, positions, kv_slots, q_start, context_len, logit_rows = self.expand_batch(*where)
         hidden = self.embed(token_ids, positions, token_table, position_table)

@@ -17,6 +17,7 @@ class Feed(NamedTuple):
 
     start, q_len, num_logits: `[B]` int32; the same tensor for the last two: every token's logits are wanted
     max_tokens, max_logits:   bounds of their sums, as the host knows them
+    num_more:                 `[B]` int32, to be added to q_len and num_logits; None: nothing
     """
 
     start: Tensor
@@ -24,6 +25,7 @@ class Feed(NamedTuple):
     num_logits: Tensor
     max_tokens: int
     max_logits: int
+    num_more: Tensor | None = None
 
 
 class FirstForward(NamedTuple):
@@ -57,16 +59,28 @@ def build_forward_batch(
     entry:       what the sequences are judged by, `[B]`, and the model's embedding tables: where launches are dear,
                  `begin_forward` does with them what else comes before the layers
     """
-    wants_all = feed.num_logits is feed.q_len
-    where = (tokens, block_table, slots, feed.start, feed.q_len, feed.num_logits, block_size)
+    start, q_len, num_logits, num_tokens, num_logit_rows, num_more = feed
+    where, logit_stride = (tokens, block_table, slots, start), int(num_logits is q_len)
     if entry is not None and backend.has_launches:
         started = backend.begin_forward(
-            *where, *entry, num_tokens=feed.max_tokens, num_logit_rows=feed.max_logits
+            *where,
+            q_len,
+            num_logits,
+            block_size,
+            *entry,
+            num_tokens=num_tokens,
+            num_logit_rows=num_logit_rows,
+            num_more=num_more,
         )
     else:
-        expanded = backend.expand_batch(*where, num_tokens=feed.max_tokens, num_logit_rows=feed.max_logits)
+        if num_more is not None:
+            q_len = q_len + num_more
+            num_logits = q_len if logit_stride else num_logits + num_more
+        expanded = backend.expand_batch(
+            *where, q_len, num_logits, block_size, num_tokens=num_tokens, num_logit_rows=num_logit_rows
+        )
         started = ForwardStart(*expanded, hidden=None, row_keys=None)
-    return _complete(backend, started, slots, block_table, wants_all=wants_all)
+    return _complete(backend, started, slots, block_table, logit_stride=logit_stride)
 
 
 def begin_round(
@@ -84,18 +98,28 @@ def begin_round(
     slots: `[B]` int32
     rows:  what the sequences are judged by, `[B]`
     """
-    num_fed, block_size, *tables = first
-    numbers = (state.seq_len, state.length_limit, state.num_speculative, k, draft_positions, num_fed)
     plan, started = backend.begin_round(
-        state.tokens, state.block_table, slots, *numbers, block_size, rows, *tables
+        state.tokens,
+        state.block_table,
+        slots,
+        state.seq_len,
+        state.length_limit,
+        state.num_speculative,
+        k,
+        draft_positions,
+        first.num_fed,
+        first.block_size,
+        rows,
+        first.token_table,
+        first.position_table,
     )
-    return plan, _complete(backend, started, slots, state.block_table, wants_all=num_fed == 1)
+    return plan, _complete(backend, started, slots, state.block_table, logit_stride=first.num_fed)
 
 
 def _complete(
-    backend: Backend, started: ForwardStart, slots: Tensor, block_table: Tensor, *, wants_all: bool
+    backend: Backend, started: ForwardStart, slots: Tensor, block_table: Tensor, *, logit_stride: int
 ) -> ForwardBatch:
-    """The batch of a forward that has been begun. wants_all: whether every token's logits are wanted"""
+    """The batch of a forward that has been begun."""
     token_ids, positions, kv_slots, q_start, context_len, logit_rows = started.expanded
     num_tokens = q_start[-1:] if backend.has_padding else None
     return ForwardBatch(
@@ -107,9 +131,9 @@ def _complete(
         slots,
         block_table,
         logit_rows,
-        wants_all_logits=wants_all,
+        logit_stride=logit_stride,
         num_tokens=num_tokens,
-        num_logit_rows=num_tokens if wants_all else None,
+        num_logit_rows=num_tokens if logit_stride == 1 else None,
         hidden=started.hidden,
         row_keys=started.row_keys,
     )

@@ -75,6 +75,18 @@ def test_it_is_the_three_ops(ops: Backend, batch: str) -> None:
     assert all(map(torch.equal, flat(start)[: len(expected)], expected))
 
 
+@pytest.mark.parametrize("batch", BATCHES)
+def test_counts_may_be_given_in_two_parts(ops: Backend, batch: str) -> None:
+    *where, q_len, num_logits, block_size, rows, token_table, position_table = given(batch)
+    num_more = (num_logits > 0).int()
+    less = (*where, q_len - num_more, num_logits - num_more, block_size, rows, token_table, position_table)
+    expected = flat(reference.begin_forward(*given(batch)))
+    results = flat(ops.begin_forward(*less, num_more=num_more))
+    assert all(map(torch.equal, results, expected))
+    if num_more.any():
+        assert not all(map(torch.equal, flat(ops.begin_forward(*less)), expected))
+
+
 @pytest.mark.triton
 @pytest.mark.parametrize("batch", ["ragged", "no logits", "an empty sequence", "padding", "nobody drafts"])
 @pytest.mark.parametrize(("num_tokens", "num_logit_rows"), [(30, 30), (40, 20), (23, 60)])
@@ -108,6 +120,9 @@ def test_wrong_arguments_are_named(ops: Backend) -> None:
     tokens, table, slots, start, *rest = given("ragged")
     with pytest.raises(ValueError, match="tokens: expected"):
         ops.begin_forward(tokens.long(), table, slots, start, *rest)
+    if ops.name == "triton":
+        with pytest.raises(ValueError, match="num_more: expected"):
+            ops.begin_forward(tokens, table, slots, start, *rest, num_more=start.long())
     with pytest.raises(ValueError, match="start: expected"):
         ops.begin_forward(tokens, table, slots, start[:1], *rest)
     rows, token_table, position_table = rest[3:]
