@@ -28,13 +28,14 @@ sys.path.append(str(ROOT / "tests"))  # where kernels are compiled without a GPU
 
 def main() -> None:
     from aot_suite import DTYPES
-    from gpu_costs.rounds import K, draft_step, plain_token, speculative_round
+    from gpu_costs.rounds import PROMPT, K, draft_step, plain_token, prompt_layer, speculative_round
 
     dtypes = {name: DTYPES[name] for name in ("float16", "int8", "int4_min", "int8_group")}
     known: dict[str, Callable[[Storage], Sum]] = {"draft step": draft_step}
     for target in ("gpt2-medium", "gpt2-xl"):
         known[f"{target} token"] = partial(plain_token, target)
         known[f"{target} round"] = partial(speculative_round, target)
+        known[f"{target} prompt"] = partial(prompt_layer, target)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--json", type=Path, help="where to write every number")
     parser.add_argument(
@@ -44,6 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     sums = {name: known[name](dtypes[arguments.dtype]) for name in arguments.only}
     print(f"A model of an H200, not a measurement; microseconds; a round has {K} drafts.")
+    print(f"A prompt: one layer's part in {PROMPT} tokens, without attention.")
     for name, total in sums.items():
         print(f"\n{name}: {total.us:.0f} ({len(total.costs)} launches, bytes alone {total.floor_us:.0f})")
         print(

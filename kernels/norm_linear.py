@@ -1,8 +1,9 @@
-"""activation(norm(hidden) W^T + b) in one launch.
+"""activation(norm(hidden) W^T + b) in one launch, of prompts in two.
 
-Each program norms sixteen rows and multiplies them with a tile of the weights. Of narrow layers with 16-bit or int8
-weights it holds its tile over all of K in registers, which it loads while the kernel before still runs; then rows
-follow, four at a time. See `specengine.kernels.reference.norm_linear`.
+Each program norms sixteen rows and multiplies them with a tile of the weights. Of narrow layers with weights of any
+type but fp32 it holds its tile over all of K in registers, which it loads while the kernel before still runs; then rows
+follow, four at a time. Of many rows another launch norms them first (`specengine.kernels.device.normed`). See
+`specengine.kernels.reference.norm_linear`.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from specengine.kernels.device.linear import (
     norm_multiply_held,
     num_held_rows,
 )
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
+from specengine.kernels.device.normed import multiply_normed, norm_first
+from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -63,6 +65,7 @@ def store_activated(
 def spec_norm_linear(
     hidden_ptr,
     hidden_stride,
+    unit_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     eps,
@@ -87,10 +90,11 @@ def spec_norm_linear(
     wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.minimum(wanted, NUM_COLUMNS - 1)
     first_row = tl.program_id(1) * BLOCK_M
-    if HELD > 0:
+    IS_NORMED: tl.constexpr = hidden_ptr.dtype.element_ty != tl.float32
+    if HELD > 0 and not IS_NORMED:
         weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
         norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
-        norm_bias = hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
+        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
         scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
@@ -121,25 +125,42 @@ def spec_norm_linear(
             return
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
-        total = norm_multiply(
-            hidden_ptr,
-            hidden_stride,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            eps,
-            weight_ptr,
-            scale_ptr,
-            bias_ptr,
-            first_row,
-            num_rows,
-            columns,
-            WIDTH,
-            WEIGHT_STRIDE,
-            CHUNK,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        if IS_NORMED:
+            total = multiply_normed(
+                hidden_ptr,
+                hidden_stride,
+                unit_ptr,
+                rows,
+                row_mask,
+                weight_ptr,
+                scale_ptr,
+                bias_ptr,
+                columns,
+                WIDTH,
+                WEIGHT_STRIDE,
+                HELD,
+                BLOCK_K,
+            )
+        else:
+            total = norm_multiply(
+                hidden_ptr,
+                hidden_stride,
+                norm_weight_ptr,
+                norm_bias_ptr,
+                eps,
+                weight_ptr,
+                scale_ptr,
+                bias_ptr,
+                first_row,
+                num_rows,
+                columns,
+                WIDTH,
+                WEIGHT_STRIDE,
+                CHUNK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
         store_activated(total, out_ptr, out_stride, rows, row_mask, NUM_COLUMNS, ACTIVATION, BLOCK_N)
 
 
@@ -170,12 +191,14 @@ def norm_linear(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
     held = held_depth(weight, tile.block_n)
-    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=64 if held else BLOCK_M)
+    rows, units, tile, most_rows = norm_first(hidden, norm, weight, tile, num_rows)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=most_rows)
     launch(
         spec_norm_linear,
         (ceil_div(weight.out_features, tile.block_n), ceil_div(hidden.shape[0], block_m)),
-        hidden,
-        hidden.stride(0),
+        rows,
+        rows.stride(0),
+        units,
         norm.weight,
         norm.bias,
         norm.eps,

@@ -6,6 +6,8 @@ output, keys and values to the paged cache. See `specengine.kernels.reference.no
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -26,8 +28,9 @@ from specengine.kernels.device.linear import (
     norm_multiply_held,
     num_held_rows,
 )
+from specengine.kernels.device.normed import multiply_normed, norm_first
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
+from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -35,6 +38,7 @@ from specengine.kernels.types.packed import Norm, PackedLinear
 def spec_norm_qkv(
     hidden_ptr,
     hidden_stride,
+    unit_ptr,
     norm_weight_ptr,
     norm_bias_ptr,
     eps,
@@ -67,10 +71,11 @@ def spec_norm_qkv(
     head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
     columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
     first_row = tl.program_id(1) * BLOCK_M
-    if HELD > 0:
+    IS_NORMED: tl.constexpr = hidden_ptr.dtype.element_ty != tl.float32
+    if HELD > 0 and not IS_NORMED:
         weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
         norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
-        norm_bias = hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
+        norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
         scale = None if scale_ptr is None else tl.load(scale_ptr + columns)
         bias = None if bias_ptr is None else tl.load(bias_ptr + columns)
         wait(PDL)
@@ -121,25 +126,42 @@ def spec_norm_qkv(
             return
         rows = first_row + tl.arange(0, BLOCK_M)
         row_mask = rows < num_rows
-        x = norm_multiply(
-            hidden_ptr,
-            hidden_stride,
-            norm_weight_ptr,
-            norm_bias_ptr,
-            eps,
-            weight_ptr,
-            scale_ptr,
-            bias_ptr,
-            first_row,
-            num_rows,
-            columns,
-            WIDTH,
-            WEIGHT_STRIDE,
-            CHUNK,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_K,
-        )
+        if IS_NORMED:
+            x = multiply_normed(
+                hidden_ptr,
+                hidden_stride,
+                unit_ptr,
+                rows,
+                row_mask,
+                weight_ptr,
+                scale_ptr,
+                bias_ptr,
+                columns,
+                WIDTH,
+                WEIGHT_STRIDE,
+                HELD,
+                BLOCK_K,
+            )
+        else:
+            x = norm_multiply(
+                hidden_ptr,
+                hidden_stride,
+                norm_weight_ptr,
+                norm_bias_ptr,
+                eps,
+                weight_ptr,
+                scale_ptr,
+                bias_ptr,
+                first_row,
+                num_rows,
+                columns,
+                WIDTH,
+                WEIGHT_STRIDE,
+                CHUNK,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_K,
+            )
         store_head(
             x,
             head,
@@ -186,17 +208,23 @@ def norm_qkv(
     layer = (weight.out_features, weight.in_features, weight.weight.dtype, hidden.device)
     together = (num_heads + 2 * num_kv_heads, head_dim, rotary, head_norm)
     tile = choose_tile("norm_qkv", *layer)
-    num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
+    _, block_n = head_tiles(*together, block_n=tile.block_n)
     if block_n > tile.block_n:
         tile = choose_tile("norm_heads", *layer)
-        num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
+        _, block_n = head_tiles(*together, block_n=tile.block_n)
     held = held_depth(weight, block_n)
-    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=64 if held else BLOCK_M)
+    # A head's norm is a sum over a tile's columns, in an order that is known of sixteen rows only.
+    rows, units, tile, most_rows = norm_first(
+        hidden, norm, weight, replace(tile, block_n=block_n), num_rows, may=head_norm is None
+    )
+    num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)
+    block_m, options = rows_of_tile(tile, hidden.shape[0], largest=most_rows)
     launch(
         spec_norm_qkv,
         (num_tiles, ceil_div(hidden.shape[0], block_m)),
-        hidden,
-        hidden.stride(0),
+        rows,
+        rows.stride(0),
+        units,
         norm.weight,
         norm.bias,
         norm.eps,

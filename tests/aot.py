@@ -34,7 +34,8 @@ _DIVISIBLE = [["tt.divisibility", 16]]
 
 @dataclass(frozen=True)
 class Compiled:
-    """A kernel's PTX and the names of its parameters there, what ptxas says it takes, and its shared memory."""
+    """A kernel's PTX and the names of its parameters there, what ptxas says it takes, its shared memory, and the types
+    of what it reduces, layouts included: they decide in which order sums are made."""
 
     name: str
     ptx: str
@@ -43,6 +44,7 @@ class Compiled:
     stack_bytes: int
     spill_bytes: int
     shared_bytes: int
+    reduced: list[str]
 
     def count(self, pattern: str) -> int:
         """Matches of a regular expression in the PTX."""
@@ -115,4 +117,14 @@ def compile_launch(launch: Launch, capability: int) -> Compiled:
         for _ in range(len(kind) if isinstance(kind, tuple) else 1)
         if kind != "constexpr"
     ]
-    return Compiled(launch.name, compiled.asm["ptx"], parameters, registers, stack, stores + loads, shared)
+    sizes = (registers, stack, stores + loads, shared)
+    return Compiled(
+        launch.name, compiled.asm["ptx"], parameters, *sizes, reduced_types(compiled.asm["ttgir"])
+    )
+
+
+def reduced_types(ttgir: str) -> list[str]:
+    """The types of what is reduced by one operand, with the layouts that their names stand for."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = re.findall(r'"tt\.reduce"\(%\w+\).*?\}\) : \((tensor<[^>]*>)\)', ttgir, re.DOTALL)
+    return [re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), each) for each in found]

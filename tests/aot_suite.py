@@ -36,11 +36,12 @@ BLOCK_SIZE = 16
 NUM_DRAFT = 8
 # What the default report has: these in every type, and these in float16.
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
-IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b")
+IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b", "gpt2-xl")
 BY_GROUP = ("smollm2-135m", "gpt2-medium")
 IN_PROMPTS, PROMPTS = ("gpt2-medium", "smollm2-135m"), (256, 512)
+PROMPT_DTYPES = ("float16", "int8", "int4_min")
 # What the report says of a launch's tile.
-TILE = {"WIDTH", "SPLIT_K", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
+TILE = {"WIDTH", "HELD", "SPLIT_K", "BLOCK_M", "BLOCK_N", "BLOCK_K"}
 
 
 @dataclass(frozen=True)
@@ -322,7 +323,8 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch
-    for name, dtype_name, num_tokens in itertools.product(IN_PROMPTS, ("float16", "int4_min"), PROMPTS):
+    prompts = itertools.product(IN_PROMPTS, PROMPT_DTYPES, PROMPTS)
+    for name, dtype_name, num_tokens in (*prompts, ("gpt2-xl", "float16", PROMPTS[0])):
         for launch in new(prompt_launches(SIZES[name], DTYPES[dtype_name], num_tokens)):
             yield f"{name} prompt of {num_tokens} {dtype_name}", launch
 

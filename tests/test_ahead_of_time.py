@@ -110,8 +110,10 @@ def check_resources(report: dict[str, Any]) -> None:
 
 def test_every_op_was_compiled(report: dict[str, Any]) -> None:
     compiled = {kernel["name"] for kernel in report["kernels"]}
-    # expand_batch is begin_forward's kernel without what comes after, begin_round the same behind a plan.
-    assert compiled == {f"spec_{op}" for op in reference.OPS} - {"spec_expand_batch", "spec_begin_round"}
+    # expand_batch is begin_forward's kernel without what comes after, begin_round the same behind a plan; prompts are
+    # normed before norm_qkv and norm_linear.
+    ops = {f"spec_{op}" for op in reference.OPS}
+    assert compiled == (ops - {"spec_expand_batch", "spec_begin_round"}) | {"spec_norm_rows"}
     for option in ("plan_ptr", "num_more_ptr"):
         begun = {option in kernel["parameters"] for kernel in named(report, {"spec_begin_forward"})}
         assert begun == {False, True}, option
@@ -158,13 +160,14 @@ def weight_vectors(kernel: dict[str, Any]) -> int:
 
 
 def weight_bytes(kernel: dict[str, Any]) -> int:
-    """Bytes of 16-bit weights that the grid of a linear layer asks for."""
-    tile, num_vectors = kernel["tile"], weight_vectors(kernel)
+    """Bytes of 16-bit or int8 weights that the grid of a linear layer asks for."""
+    tile, num_vectors, num_programs = kernel["tile"], weight_vectors(kernel), math.prod(kernel["grid"])
     if "cp.async" in kernel["ptx"]:  # stages before the loop, and in the loop one block of K
         assert num_vectors % kernel["num_stages"] == 0
-        num_vectors = num_vectors // kernel["num_stages"] * -(-tile["WIDTH"] // tile["BLOCK_K"])
-        num_vectors //= tile.get("SPLIT_K", 1)
-    return num_vectors * VECTOR_BYTES * WARP * kernel["num_warps"] * math.prod(kernel["grid"])
+        depth = tile.get("HELD") or tile["WIDTH"]
+        num_vectors = num_vectors // kernel["num_stages"] * -(-depth // tile["BLOCK_K"])
+        num_programs //= tile.get("SPLIT_K", 1)  # which share the blocks
+    return num_vectors * VECTOR_BYTES * WARP * kernel["num_warps"] * num_programs
 
 
 def check_prompts(kernels: list[dict[str, Any]]) -> None:
@@ -178,13 +181,15 @@ def check_prompts(kernels: list[dict[str, Any]]) -> None:
         found.add((name, model.split()[-1], tile["BLOCK_M"]))
         if model.split()[-1] not in BY_GROUP:
             # Some of a tile's depth may lie beyond the row: those vectors are masked.
-            depth = -(-tile["WIDTH"] // 1024) * 1024
+            width = tile["WIDTH"]
+            depth = -(-width // 1024) * 1024
             share = weight_bytes(kernel) / kernel["grid"][1] / kernel["weight_bytes"]
-            assert 1 <= share <= depth / tile["WIDTH"], (model, name, share)
-    layers = {("linear_residual", "float16", 128)}
-    for dtype in ("float16", "int4_min"):
-        layers |= {(name, dtype, 64) for name in ("norm_qkv", "norm_linear", "linear_residual")}
-    assert found == layers
+            assert 1 <= share <= depth / width, (model, name, share)
+    names = ("norm_qkv", "norm_linear", "linear_residual")
+    layers = {(name, "float16", rows) for name in names for rows in (64, 128)}
+    layers |= {(name, "int4_min", 64) for name in names} | {(name, "int8", 64) for name in names[:2]}
+    # Tiles of whole heads, which 64 rows would take to `wgmma`.
+    assert found == layers | {("norm_qkv", "float16", 32)}
 
 
 def test_prompts_read_weights_once_for_64_rows_and_longer_ones_for_128(report: dict[str, Any]) -> None:
@@ -200,6 +205,29 @@ def test_prompts_that_read_weights_more_often_would_be_noticed(report: dict[str,
         kernels.append({**kernel, "grid": (2 * width, *grid[1:]) if fault == "twice" else grid})
     with pytest.raises(AssertionError):
         check_prompts(kernels)
+
+
+NORMED = {"spec_norm_qkv", "spec_norm_linear", "spec_norm_rows"}
+
+
+def row_sums(report: dict[str, Any], dtype: str, *, is_held: bool, is_alone: bool) -> set[str]:
+    """The types of what norms sum of four rows: by the layer's programs, or by a launch of their own."""
+    found = set()
+    for kernel in named(report, NORMED):
+        is_asked = kernel["model"].endswith(f" {dtype}") and bool(kernel["tile"]["HELD"]) == is_held
+        if is_asked and (kernel["name"] == "spec_norm_rows") == is_alone:
+            found |= {each for each in kernel["reduced"] if each.startswith("tensor<4x1024xf32")}
+    return found
+
+
+@pytest.mark.parametrize(("dtype", "is_held"), [("float16", True), ("float16", False), ("int8", True)])
+def test_prompts_are_normed_in_the_order_that_few_rows_are(
+    report: dict[str, Any], dtype: str, is_held: bool
+) -> None:
+    """A row's sums run over threads and then over what each holds of it: another layout would be another order."""
+    beside, alone = (row_sums(report, dtype, is_held=is_held, is_alone=each) for each in (False, True))
+    assert beside == alone
+    assert len(alone) == 1
 
 
 def test_attention_reads_vectors_into_tensor_cores(report: dict[str, Any]) -> None:

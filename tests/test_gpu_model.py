@@ -242,6 +242,17 @@ def test_int8_weights_are_read_in_half_the_bytes_and_their_counts_stay(
     assert layers["spec_linear_residual"]["shuffles"] <= 20
 
 
+@pytest.mark.parametrize(("dtype", "most_us"), [("float16", 55), ("int8", 82)])
+def test_a_prompts_rows_are_normed_once(dtype: str, most_us: float, tmp_path: Path) -> None:
+    found = run_model(tmp_path, "gpt2-medium prompt", dtype=dtype)["gpt2-medium prompt"]
+    assert found["us"] <= most_us
+    kernels = {kernel["name"]: kernel for kernel in found["kernels"]}
+    assert kernels["spec_norm_rows"]["count"] == 2
+    assert kernels["spec_norm_rows"]["us"] <= 2.2
+    for name in ("spec_norm_qkv", "spec_norm_linear"):
+        assert kernels[name]["shuffles"] == 0
+
+
 @pytest.mark.parametrize("name", ["to_first_copy", "levels", "shuffles", "waves"])
 def test_one_that_crept_up_would_be_noticed(sums: dict[str, Any], name: str) -> None:
     kernels = [dict(kernel) for kernel in sums["gpt2-medium token"]["kernels"]]

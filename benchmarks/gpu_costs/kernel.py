@@ -239,12 +239,13 @@ def _trips(body: list[Block], launch: Launch, load: Load) -> int:
     """How often a loop runs: over blocks of K, or over groups of rows whose moments are found or that held weights
     multiply, or over parts of a softmax; any other once."""
     constants = launch.arguments
-    if constants.get("HELD"):
+    if constants.get("HELD") and constants["hidden_ptr"].dtype == torch.float32:
         return ceil_div(min(load.rows, constants["BLOCK_M"]), ROWS_AT_ONCE.value)
     if any(block.has(*_PRODUCTS) for block in body):
         if "BLOCK_K" not in constants:
             return 1  # attention: a tile of a split
-        return ceil_div(ceil_div(constants["WIDTH"], constants["BLOCK_K"]), constants.get("SPLIT_K", 1))
+        depth = constants.get("HELD") or constants["WIDTH"]
+        return ceil_div(ceil_div(depth, constants["BLOCK_K"]), constants.get("SPLIT_K", 1))
     if "SPLIT" in constants and any(block.has("MUFU") for block in body):
         return ceil_div(ceil_div(load.context, constants["SPLIT"]), PARTS_AT_ONCE.value)
     if "CHUNK" in constants and any(block.has("SHFL") for block in body):

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from aot_rounds import build_drafter, build_runner, round_launches
-from aot_suite import SIZES, Storage
+from aot_suite import SIZES, Storage, prompt_launches
 
 from gpu_costs.kernel import KernelCost, Load, costs
 from specengine.kernels.device.launch import Launch, assume_capability
@@ -15,6 +15,8 @@ from specengine.runtime.state import RoundMode
 NUM_LAYERS = {"gpt2": 12, "gpt2-medium": 24, "gpt2-xl": 48, "distilgpt2": 6}
 SHAPES = {**SIZES, "distilgpt2": SIZES["gpt2"]}
 DRAFT, K = "distilgpt2", 4
+PROMPT = 256
+_LINEARS = {"spec_norm_rows", "spec_norm_qkv", "spec_linear_residual", "spec_norm_linear"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,13 @@ def speculative_round(target: str, dtype: Storage) -> Sum:
     """K drafts, verification of them, and the commit."""
     drafts, rest = _parts(target, dtype)
     return Sum(costs(drafts, Load(rows=1)) + costs(rest, Load(rows=K + 1)))
+
+
+def prompt_layer(target: str, dtype: Storage) -> Sum:
+    """One layer with PROMPT tokens of a prompt, but for attention, whose tiles the model does not count."""
+    assume_capability(90)
+    launches = prompt_launches(SHAPES[target], dtype, PROMPT)
+    return Sum(costs([each for each in launches if each.name in _LINEARS], Load(rows=PROMPT)))
 
 
 def _parts(target: str, dtype: Storage) -> tuple[list[Launch], list[Launch]]:

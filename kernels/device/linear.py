@@ -27,14 +27,14 @@ ROW_MULTIPLE = 16
 
 # Products with held weights go over parts of this depth, which a program's warps share; rows that meet int8 weights are
 # rounded part by part. At least a tensor core's.
-_PART_DEPTH, _MIN_DEPTH = tl.constexpr(128), 32
+PART_DEPTH, _MIN_DEPTH = tl.constexpr(128), 32
 
 GROUP_K = tl.constexpr(GROUP_SIZE)
 # What is taken from codes of 4 bits, and as many scales added to their minimum: less cancels in the sums.
 _CENTRE = tl.constexpr(8)
 
 # Of 16-bit weights a tile of so few columns is multiplied by warps that share out K; as many as its warps.
-_FEW_COLUMNS = tl.constexpr(32)
+FEW_COLUMNS = tl.constexpr(32)
 PARTS = tl.constexpr(4)
 
 _ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh")
@@ -293,7 +293,7 @@ def add_parts(total):
 @triton.jit
 def places(HELD: tl.constexpr):
     """Where along K the elements of a held tile lie, `[PARTS, 1, DEPTH]`."""
-    DEPTH: tl.constexpr = min(HELD, _PART_DEPTH)
+    DEPTH: tl.constexpr = min(HELD, PART_DEPTH)
     return tl.arange(0, HELD // DEPTH)[:, None, None] * DEPTH + tl.arange(0, DEPTH)[None, None, :]
 
 
@@ -321,9 +321,9 @@ def hold_weights(weight_ptr, columns, WIDTH: tl.constexpr, WEIGHT_STRIDE: tl.con
 
 @triton.jit
 def hold_norm(vector_ptr, weight, WIDTH: tl.constexpr, HELD: tl.constexpr):
-    """A norm's weight or bias, see `load_norm`, to be held like weights; None, or beside weights by group, which leave
-    no registers for it, the pointer."""
-    if vector_ptr is None or len(weight) > 1:
+    """A norm's weight or bias, see `load_norm`, to be held like weights; beside weights by group, which leave no
+    registers for it, the pointer."""
+    if len(weight) > 1:
         return vector_ptr
     else:
         return load_norm(vector_ptr, WIDTH, HELD)
@@ -332,14 +332,58 @@ def hold_norm(vector_ptr, weight, WIDTH: tl.constexpr, HELD: tl.constexpr):
 @triton.jit
 def load_norm(vector_ptr, WIDTH: tl.constexpr, HELD: tl.constexpr):
     """A norm's weight or bias as the rows of a group have it, `[PARTS, ROWS_AT_ONCE, DEPTH]`."""
-    k = tl.broadcast_to(places(HELD), (HELD // min(HELD, _PART_DEPTH), ROWS_AT_ONCE, min(HELD, _PART_DEPTH)))
+    k = tl.broadcast_to(places(HELD), (HELD // min(HELD, PART_DEPTH), ROWS_AT_ONCE, min(HELD, PART_DEPTH)))
     return tl.load(vector_ptr + k, mask=k < WIDTH, other=0.0)
 
 
 @triton.jit
 def sum_rows(x):
     """`[PARTS, ROWS, DEPTH]` to `[ROWS]`."""
-    return tl.sum(tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2])), axis=1)
+    return tl.sum(as_matrix(x), axis=1)
+
+
+@triton.jit
+def as_matrix(x):
+    """`[PARTS, ROWS, DEPTH]` as `[ROWS, PARTS * DEPTH]`."""
+    return tl.reshape(tl.permute(x, (1, 0, 2)), (x.shape[1], x.shape[0] * x.shape[2]))
+
+
+@triton.jit
+def norm_rows(
+    hidden_ptr,
+    hidden_stride,
+    rows,
+    num_rows,
+    norm_weight,
+    norm_bias,
+    eps,
+    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """A group of rows normed, `[PARTS, ROWS_AT_ONCE, DEPTH]` fp32; zeros beyond WIDTH.
+
+    Each row is a warp's, where the compiler gives warps to rows: it finds its mean and variance without the others.
+
+    rows:                   `[ROWS_AT_ONCE]`, of which those below num_rows are read
+    norm_weight, norm_bias: see `hold_norm`; without a bias there is no mean, see `Norm`
+    """
+    k = places(HELD)
+    is_inside = k < WIDTH
+    at = rows[None, :, None].to(tl.int64) * hidden_stride + k
+    x = tl.load(hidden_ptr + at, mask=(rows < num_rows)[None, :, None] & is_inside, other=0.0)
+    if norm_weight.dtype.is_ptr():
+        norm_weight = load_norm(norm_weight, WIDTH, HELD)
+        if norm_bias is not None:
+            norm_bias = load_norm(norm_bias, WIDTH, HELD)
+    if norm_bias is not None:
+        mean = sum_rows(x) / WIDTH
+        centred = tl.where(is_inside, x - mean[None, :, None], 0.0)
+        inverse = 1.0 / tl.sqrt_rn(sum_rows(centred * centred) / WIDTH + eps)
+        x = centred * inverse[None, :, None] * norm_weight + norm_bias
+    else:
+        inverse = 1.0 / tl.sqrt_rn(sum_rows(x * x) / WIDTH + eps)
+        x = x * inverse[None, :, None] * norm_weight
+    return keep_layout(x)
 
 
 @triton.jit
@@ -359,30 +403,13 @@ def norm_multiply_held(
 ):
     """norm(rows) W^T + b for held weights, `[2 * ROWS_AT_ONCE, N]` fp32: the rows, and once more the rows.
 
-    Each row is a warp's, where the compiler gives warps to rows: it finds its mean and variance without the others.
     Rounded, the rows are the narrower side of the product, eight of them.
 
-    rows:                   `[ROWS_AT_ONCE]`, of which those below num_rows are read
-    norm_weight, norm_bias: see `hold_norm`; without a bias there is no mean, see `Norm`
-    scale, bias:            `[N]` or None
+    rows … eps:  see `norm_rows`
+    scale, bias: `[N]` or None
     """
-    k = places(HELD)
-    is_inside = k < WIDTH
-    at = rows[None, :, None].to(tl.int64) * hidden_stride + k
-    x = tl.load(hidden_ptr + at, mask=(rows < num_rows)[None, :, None] & is_inside, other=0.0)
-    if len(weight) > 1:
-        norm_weight = load_norm(norm_weight, WIDTH, HELD)
-        if norm_bias is not None:
-            norm_bias = load_norm(norm_bias, WIDTH, HELD)
-    if norm_bias is not None:
-        mean = sum_rows(x) / WIDTH
-        centred = tl.where(is_inside, x - mean[None, :, None], 0.0)
-        inverse = 1.0 / tl.sqrt_rn(sum_rows(centred * centred) / WIDTH + eps)
-        x = centred * inverse[None, :, None] * norm_weight + norm_bias
-    else:
-        inverse = 1.0 / tl.sqrt_rn(sum_rows(x * x) / WIDTH + eps)
-        x = x * inverse[None, :, None] * norm_weight
-    total = multiply_held(keep_layout(x), weight)
+    x = norm_rows(hidden_ptr, hidden_stride, rows, num_rows, norm_weight, norm_bias, eps, WIDTH, HELD)
+    total = multiply_held(x, weight)
     if scale is not None:
         total *= scale[None, :]
     if bias is not None:
@@ -643,8 +670,8 @@ def multiply(
     is_16_bits: tl.constexpr = (
         weight_ptr.dtype.element_ty == tl.float16 or weight_ptr.dtype.element_ty == tl.bfloat16
     )
-    is_in_parts: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8 and BLOCK_K == PARTS * _PART_DEPTH
-    is_shared_out: tl.constexpr = (is_16_bits or is_in_parts) and columns.shape[0] <= _FEW_COLUMNS
+    is_in_parts: tl.constexpr = weight_ptr.dtype.element_ty == tl.int8 and BLOCK_K == PARTS * PART_DEPTH
+    is_shared_out: tl.constexpr = (is_16_bits or is_in_parts) and columns.shape[0] <= FEW_COLUMNS
     is_grouped: tl.constexpr = weight_ptr.dtype.element_ty == tl.uint8
     by_type: tl.constexpr = (
         multiply_groups if is_grouped else multiply_parts if is_shared_out else multiply_range

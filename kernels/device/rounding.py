@@ -10,8 +10,10 @@ from specengine.kernels.device.launch import INTERPRETED
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """fp32 x in `dtype`, rounded to nearest, ties to even."""
-    if INTERPRETED and dtype == tl.bfloat16:
+    """fp32 x in `dtype`, rounded to nearest, ties to even; or x that is in it already."""
+    if x.dtype == dtype:
+        return x
+    elif INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         return (bits & 0xFFFF0000).to(tl.float32, bitcast=True).to(dtype)

@@ -20,11 +20,15 @@ from specengine.kernels.device.launch import IS_INTERPRETED, capability_of, ceil
 BLOCK_M = 16  # rows of a tile: one mma.sync tile, so that one row costs what sixteen do
 # Of so many rows and more, prompts, a tile has so many where it can, in so many stages at most: weights are read less
 # often.
-_PROMPT_TILES = ((65, 64, 3), (512, 128, 2))
+_PROMPT_TILES = ((65, 32, 3), (65, 64, 3), (512, 128, 2))
 # A program of a normed layer with so many columns of these types, of up to so many elements, holds all its weights: at
 # most 64 of a thread's registers (`specengine.kernels.device.linear.hold_weights`).
 HELD_COLUMNS, HELD_WIDTH = 16, 1024
 HELD_DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.uint8)
+# In launches of so many rows and more, those that meet weights of these types are normed by a launch of their own (int8
+# where weights would be held), and where weights would be held other tiles multiply them, see `norm_first`.
+FEWEST_NORMED = _PROMPT_TILES[0][0]
+NORMED_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
 _INT8_PARTS = 4 * INT8_BLOCK_K  # as many chunks as `multiply_parts` has parts
 
@@ -60,6 +64,9 @@ class Tile:
             "num_stages": self.num_stages,
             "max_registers": self.max_registers,
         }
+
+
+NORMED_TILE = Tile(32, 256, num_stages=2)
 
 
 def rows_of_tile(tile: Tile, num_rows: int, *, largest: int) -> tuple[int, dict[str, Any]]:

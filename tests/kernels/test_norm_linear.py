@@ -31,6 +31,7 @@ from torch import Tensor
 from specengine import _C
 from specengine.kernels import norm_linear as kernel
 from specengine.kernels import reference
+from specengine.kernels.device import normed
 from specengine.kernels.device.launch import record
 from specengine.kernels.device.tiles import HELD_COLUMNS, Tile
 from specengine.kernels.reference.norm_linear import apply_activation
@@ -265,19 +266,93 @@ def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
     with record() as launches:
         held.norm_linear(hidden, layer.norm, layer.packed, "relu")
         held.norm_linear(hidden[:64], layer.norm, layer.packed, "relu")
-    assert [launch.arguments["BLOCK_M"] for launch in launches] == [64, 16]
+    assert [launch.arguments.get("BLOCK_M") for launch in launches] in ([None, 64, 16], [64, 16])
     together = held.norm_linear(hidden, layer.norm, layer.packed, "relu")
     apart = [held.norm_linear(rows, layer.norm, layer.packed, "relu") for rows in hidden.split(11)]
     assert torch.equal(together, torch.cat(apart))
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("count", [0, 1, 4, 5, 17, 40])
-def test_rows_of_padding_are_left_alone_by_held_weights(held: Backend, count: int) -> None:
+@pytest.mark.parametrize("width", [16, 128, 200, 400, 512, 576, 1024])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("is_rms", [False, True])
+def test_rows_that_are_normed_first_have_the_bits_of_those_that_meet_held_weights(
+    held: Backend, width: int, dtype: torch.dtype, is_rms: bool
+) -> None:
+    """However many parts K has: one to eight."""
+    layer, hidden = random_layer(width, 40, dtype, ops=held, is_rms=is_rms), random_rows(70, width)
+    hidden[3] = 0.0
+    check_normed_first(held, layer, hidden)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("block_n", [16, 32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("is_rms", [False, True])
+def test_rows_that_are_normed_first_have_the_bits_of_those_that_a_loop_norms(
+    monkeypatch: pytest.MonkeyPatch, block_n: int, dtype: torch.dtype, is_rms: bool
+) -> None:
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(block_n, 128))
+    layer = random_layer(1100, 40, dtype, ops=TRITON, is_rms=is_rms)
+    with record() as launches:
+        TRITON.norm_linear(random_rows(70, 1100), layer.norm, layer.packed, "gelu_tanh")
+    assert [launch.arguments["HELD"] for launch in launches] == [0, 0]
+    check_normed_first(TRITON, layer, random_rows(70, 1100))
+
+
+def check_normed_first(ops: Backend, layer: Layer, hidden: torch.Tensor) -> None:
+    together = ops.norm_linear(hidden, layer.norm, layer.packed, "gelu_tanh")
+    apart = [ops.norm_linear(rows, layer.norm, layer.packed, "gelu_tanh") for rows in hidden.split(35)]
+    assert torch.equal(together, torch.cat(apart))
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", ["order", "last row", "last part"])
+def test_a_fault_in_rows_that_are_normed_first_is_noticed(
+    held: Backend, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def faulty(hidden, norm, weight, tile, num_rows):
+        given = normed.norm_first(hidden, norm, weight, tile, num_rows)
+        if given.rows is hidden:
+            return given
+        rows = given.rows
+        if fault == "order":  # of the parts, in rows and weights
+            places = torch.arange(1024).view(8, 128)[[1, 0, 2, 3, 4, 5, 6, 7]].flatten()
+            weight.weight.copy_(weight.weight[:, places])
+            rows = rows[:, places].contiguous()
+        elif fault == "last row":
+            rows[-1] = rows[-2]
+        else:
+            rows[:, -128:] = 0
+        return given._replace(rows=rows)
+
+    layer, hidden = random_layer(1024, 40, torch.float16, ops=held), random_rows(70, 1024)
+    apart = [held.norm_linear(rows, layer.norm, layer.packed, "none") for rows in hidden.split(35)]
+    assert torch.equal(held.norm_linear(hidden, layer.norm, layer.packed, "none"), torch.cat(apart))
+    monkeypatch.setattr(kernel, "norm_first", faulty)
+    assert not torch.equal(held.norm_linear(hidden, layer.norm, layer.packed, "none"), torch.cat(apart))
+
+
+@pytest.mark.triton
+def test_the_longest_prompts_go_through_tiles_of_128_rows_with_the_same_bits(held: Backend) -> None:
+    layer, hidden = random_layer(64, 8, torch.float16, ops=held), random_rows(520, 64)
+    with record() as launches:
+        held.norm_linear(hidden, layer.norm, layer.packed, "relu")
+    assert launches[-1].arguments["BLOCK_M"] == 128
+    together = held.norm_linear(hidden, layer.norm, layer.packed, "relu")
+    few = held.norm_linear(hidden[500:], layer.norm, layer.packed, "relu")
+    assert torch.equal(together[500:], few)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("count", "most"), [(0, 40), (1, 40), (4, 40), (5, 40), (17, 40), (40, 40), (0, 90), (3, 90), (71, 90)]
+)
+def test_rows_of_padding_are_left_alone_by_held_weights(held: Backend, count: int, most: int) -> None:
     layer = random_layer(64, 50, torch.float16, ops=held)
-    hidden, limit = random_rows(40, 64), torch.tensor([count], dtype=torch.int32)
+    hidden, limit = random_rows(most, 64), torch.tensor([count], dtype=torch.int32)
     hidden[count:] = float("nan")
-    out = torch.full((40, 50), 7.0)
+    out = torch.full((most, 50), 7.0)
     held.norm_linear(hidden, layer.norm, layer.packed, "relu", out=out, num_rows=limit)
     assert torch.equal(out[:count], held.norm_linear(hidden[:count], layer.norm, layer.packed, "relu"))
     assert (out[count:] == 7.0).all()
@@ -290,13 +365,14 @@ def test_rows_that_are_no_numbers_spoil_no_others_of_their_group(
     held: Backend, dtype: torch.dtype, is_rms: bool
 ) -> None:
     width = width_of(260, dtype)
-    layer, rows = random_layer(width, 40, dtype, ops=held, is_rms=is_rms), random_rows(6, width)
-    rows[0, 5], rows[2, -1], rows[3] = float("nan"), float("inf"), 0.0
-    out = held.norm_linear(rows, layer.norm, layer.packed, "none")
-    assert out[[0, 2]].isnan().all()
-    others = [1, 3, 4, 5]
-    assert torch.equal(out[others], held.norm_linear(rows[others], layer.norm, layer.packed, "none"))
-    assert out[others].isfinite().all()
+    for count in (6, 66):
+        layer, rows = random_layer(width, 40, dtype, ops=held, is_rms=is_rms), random_rows(count, width)
+        rows[0, 5], rows[2, -1], rows[3] = float("nan"), float("inf"), 0.0
+        out = held.norm_linear(rows, layer.norm, layer.packed, "none")
+        assert out[[0, 2]].isnan().all()
+        others = [1, *range(3, count)]
+        assert torch.equal(out[others], held.norm_linear(rows[others], layer.norm, layer.packed, "none"))
+        assert out[others].isfinite().all()
 
 
 @pytest.mark.triton

@@ -198,21 +198,27 @@ def test_padded_rows_are_left_alone(heads: Heads, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.triton
-def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits() -> None:
-    heads = HEADS[0]
-    layer, hidden = layer_of(heads, torch.float16, TRITON), random_rows(90, WIDTH)
+@pytest.mark.parametrize(
+    ("heads", "rows"), [(HEADS[0], 64), (HEADS[2], 64), (HEADS[3], 32), (HEADS[4], None)]
+)
+def test_a_prompt_goes_through_larger_tiles_of_rows_with_the_same_bits(
+    heads: Heads, rows: int | None
+) -> None:
+    """rows: of a tile once all are normed; None: heads are normed, too, in the order of sixteen rows"""
+    layer, rotary, head_norm = layer_of(heads, torch.float16, TRITON), rotary_of(heads), head_norm_of(heads)
+    hidden = random_rows(90, WIDTH)
 
-    def run(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    def run(count: int) -> tuple[Tensor, Tensor]:
         cache = torch.zeros(2, 90, heads.num_kv_heads, 1, heads.head_dim)
         places = torch.arange(90)[:count]
-        return TRITON.norm_qkv(
-            rows[:count], layer.norm, layer.packed, places.int(), places, cache, None
-        ), cache
+        given = (hidden[:count], layer.norm, layer.packed, places.int() % 50, places, cache, rotary)
+        return TRITON.norm_qkv(*given, head_norm), cache
 
     with record() as launches:
-        run(hidden, 90)
-    assert launches[0].arguments["BLOCK_M"] == 64
-    (query, cache), (first, cache_of_first) = run(hidden, 90), run(hidden, 37)
+        run(90)
+    assert [launch.name for launch in launches] == ["spec_norm_rows"] * (rows is not None) + ["spec_norm_qkv"]
+    assert launches[-1].arguments["BLOCK_M"] == (rows or 16)
+    (query, cache), (first, cache_of_first) = run(90), run(37)
     assert torch.equal(query[:37], first)
     assert torch.equal(cache[:, :37], cache_of_first[:, :37])
     assert (cache[:, 37:] != 0).any()
