@@ -492,6 +492,38 @@ def held_rows(first_row, num_rows):
 
 
 @triton.jit
+def load_parts(
+    x_ptr,
+    x_stride,
+    rows,
+    row_mask,
+    k,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    mean,
+    inverse,
+    WIDTH: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+):
+    """Rows at places k `[PARTS, DEPTH]` along K, `[PARTS, M, DEPTH]`, normed as in `multiply_range`; zeros beyond
+    WIDTH, unless IS_WHOLE says that no place is there."""
+    x_at = rows[None, :, None].to(tl.int64) * x_stride + k[:, None, :]
+    if IS_WHOLE:
+        x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None], other=0.0)
+    else:
+        x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None] & (k < WIDTH)[:, None, :], other=0.0)
+    if norm_weight_ptr is not None:
+        scale = tl.load(norm_weight_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
+        if norm_bias_ptr is not None:
+            shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
+            x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
+        else:
+            x = x * inverse[None, :, None] * scale
+        x = keep_layout(x)
+    return x
+
+
+@triton.jit
 def multiply_parts(
     x_ptr,
     x_stride,
@@ -517,23 +549,12 @@ def multiply_parts(
     for block in tl.range(first_block, last_block):
         k = block * BLOCK_K + tl.arange(0, PARTS)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
         weight_at = columns[None, None, :].to(tl.int64) * WEIGHT_STRIDE + k[:, :, None]
-        x_at = rows[None, :, None].to(tl.int64) * x_stride + k[:, None, :]
         if WEIGHT_STRIDE % BLOCK_K == 0:
             weight = tl.load(weight_ptr + weight_at)
         else:
             weight = tl.load(weight_ptr + weight_at, mask=k[:, :, None] < WEIGHT_STRIDE, other=0)
-        if WIDTH % BLOCK_K == 0:
-            x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None], other=0.0)
-        else:
-            x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None] & (k < WIDTH)[:, None, :], other=0.0)
-        if norm_weight_ptr is not None:
-            scale = tl.load(norm_weight_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
-            if norm_bias_ptr is not None:
-                shift = tl.load(norm_bias_ptr + k, mask=k < WIDTH, other=0.0)[:, None, :]
-                x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
-            else:
-                x = x * inverse[None, :, None] * scale
-            x = keep_layout(x)
+        norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
+        x = load_parts(x_ptr, x_stride, rows, row_mask, k, *norm, WIDTH, WIDTH % BLOCK_K == 0)
         if weight.dtype == tl.int8:
             rounded, unit = round_to_127ths(x)
             total += tl.dot(rounded, weight, out_dtype=tl.int32).to(tl.float32) * unit[:, :, None]
@@ -568,17 +589,8 @@ def multiply_groups(
     for block in tl.range(first_block, last_block):
         group = block * GROUPS + tl.arange(0, GROUPS)
         k = group[:, None] * GROUP_K + tl.arange(0, GROUP_K)[None, :]
-        is_inside = k < WIDTH
-        x_at = rows[None, :, None].to(tl.int64) * x_stride + k[:, None, :]
-        x = tl.load(x_ptr + x_at, mask=row_mask[None, :, None] & is_inside[:, None, :], other=0.0)
-        if norm_weight_ptr is not None:
-            scale = tl.load(norm_weight_ptr + k, mask=is_inside, other=0.0)[:, None, :]
-            if norm_bias_ptr is not None:
-                shift = tl.load(norm_bias_ptr + k, mask=is_inside, other=0.0)[:, None, :]
-                x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
-            else:
-                x = x * inverse[None, :, None] * scale
-            x = keep_layout(x)
+        norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
+        x = load_parts(x_ptr, x_stride, rows, row_mask, k, *norm, WIDTH, False)
         codes = load_codes(weight_ptr, columns, group, WIDTH, WEIGHT_STRIDE)
         codes = as_operand(tl.permute(codes, (0, 2, 1)))
         high, middle, low = in_three(x)

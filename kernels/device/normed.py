@@ -26,9 +26,9 @@ from specengine.kernels.device.linear import (
     count_rows,
     finish_columns,
     held_depth,
+    load_parts,
     multiply,
     norm_rows,
-    places,
     round_to_127ths,
 )
 from specengine.kernels.device.rounding import as_operand, round_to
@@ -72,21 +72,15 @@ def spec_norm_rows(
         HAS_MEAN: tl.constexpr = norm_bias_ptr is not None
         mean, variance = chunk_moments(hidden_ptr, hidden_stride, rows, is_row, WIDTH, CHUNK, HAS_MEAN)
         inverse = 1.0 / tl.sqrt_rn(variance + eps)
+        DEPTH: tl.constexpr = min(CHUNK, PART_DEPTH)
         for first in tl.static_range(0, WIDTH, CHUNK):
             # In three dimensions, so that what is written has no say in how the moments were laid out.
-            k = first + places(CHUNK)
-            is_inside = is_row[None, :, None] & (k < WIDTH)
-            x = tl.load(hidden_ptr + rows[None, :, None].to(tl.int64) * hidden_stride + k, is_inside, 0.0)
-            scale = tl.load(norm_weight_ptr + k, k < WIDTH, 0.0)
-            if HAS_MEAN:
-                shift = tl.load(norm_bias_ptr + k, k < WIDTH, 0.0)
-                x = (x - mean[None, :, None]) * inverse[None, :, None] * scale + shift
-            else:
-                x = x * inverse[None, :, None] * scale
-            at = rows[None, :, None].to(tl.int64) * out_stride + k
-            tl.store(
-                out_ptr + at, round_to(x, out_ptr.dtype.element_ty), is_row[None, :, None] & (k < out_stride)
-            )
+            k = first + tl.arange(0, CHUNK // DEPTH)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
+            norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
+            x = load_parts(hidden_ptr, hidden_stride, rows, is_row, k, *norm, WIDTH, False)
+            at = rows[None, :, None].to(tl.int64) * out_stride + k[:, None, :]
+            mask = is_row[None, :, None] & (k < out_stride)[:, None, :]
+            tl.store(out_ptr + at, round_to(x, out_ptr.dtype.element_ty), mask)
 
 
 class RowsOfLayer(NamedTuple):
