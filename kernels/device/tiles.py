@@ -149,7 +149,11 @@ def rule(op: str, out_features: int, in_features: int, dtype: torch.dtype, capab
                 break
             split_k *= 2
     num_stages = max(3, min(1 + _BYTES_IN_FLIGHT // (block_n * block_k * dtype.itemsize), 6))
-    tile = Tile(block_n, block_k, split_k, num_stages=num_stages)
+    # As for the head: without spills, and with shared memory for as many programs as before.
+    has_heads = op == "norm_heads"
+    num_warps = 8 if has_heads and (is_grouped or (is_exact and capability == 80)) else 4
+    max_registers = 255 if is_grouped or (is_exact and has_heads) else None
+    tile = Tile(block_n, block_k, split_k, num_warps, num_stages, max_registers)
     # Fewer stages where all programs then run at once: the last of two waves leaves most of the GPU idle.
     resident = ceil_div(ceil_div(out_features, block_n) * split_k, _MULTIPROCESSORS[capability])
     shapes = [replace(tile, num_stages=stages) for stages in range(num_stages, 2, -1)]
