@@ -1,7 +1,9 @@
 """residual + x W^T + b in one launch.
 
 A tile of columns may be split along K over several programs: each leaves its sum in scratch memory, and the last to
-arrive adds them in the order of K. The split belongs to the layer, not to the number of rows.
+arrive adds them in the order of K. The split belongs to the layer, not to the number of rows. Of many rows that meet
+int8 weights another launch rounds them first, and a program adds up all ranges of K itself
+(`specengine.kernels.device.rounded`).
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from specengine.kernels.device.linear import (
     first_block,
     multiply_split,
 )
-from specengine.kernels.device.tiles import BLOCK_M, choose_tile, rows_of_tile
+from specengine.kernels.device.rounded import multiply_rounded, round_rows
+from specengine.kernels.device.tiles import BLOCK_M, FEWEST_ALONE, ROUNDED_TILE, choose_tile, rows_of_tile
 from specengine.kernels.device.workspace import scratch, zeroed
 from specengine.kernels.types.packed import PackedLinear
 
@@ -33,6 +36,7 @@ _LARGEST_ROWS = {torch.float16: 128, torch.bfloat16: 128, torch.uint8: 64}
 def spec_linear_residual(
     x_ptr,
     x_stride,
+    unit_ptr,
     weight_ptr,
     scale_ptr,
     bias_ptr,
@@ -48,6 +52,7 @@ def spec_linear_residual(
     WEIGHT_STRIDE: tl.constexpr,
     NUM_COLUMNS: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    RANGES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -64,27 +69,34 @@ def spec_linear_residual(
         return
     rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = rows < num_rows
-    total = multiply_split(
-        x_ptr,
-        x_stride,
-        weight_ptr,
-        scale_ptr,
-        rows,
-        row_mask,
-        columns,
-        split,
-        WIDTH,
-        WEIGHT_STRIDE,
-        SPLIT_K,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    if SPLIT_K > 1:
-        tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        total, is_last = add_splits(total, partial_ptr, counter_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N)
-        if not is_last:
-            return
+    if unit_ptr is not None:
+        total = multiply_rounded(
+            x_ptr, unit_ptr, rows, row_mask, weight_ptr, scale_ptr, columns, WEIGHT_STRIDE, RANGES, BLOCK_K
+        )
+    else:
+        total = multiply_split(
+            x_ptr,
+            x_stride,
+            weight_ptr,
+            scale_ptr,
+            rows,
+            row_mask,
+            columns,
+            split,
+            WIDTH,
+            WEIGHT_STRIDE,
+            SPLIT_K,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+        if SPLIT_K > 1:
+            tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            total, is_last = add_splits(
+                total, partial_ptr, counter_ptr, tile, split, SPLIT_K, BLOCK_M, BLOCK_N
+            )
+            if not is_last:
+                return
     mask = row_mask[:, None] & (wanted < NUM_COLUMNS)[None, :]
     residual = tl.load(residual_ptr + rows[:, None].to(tl.int64) * residual_stride + wanted[None, :], mask)
     if bias_ptr is not None:
@@ -112,14 +124,19 @@ def linear_residual(
     tile = choose_tile(
         "linear_residual", weight.out_features, weight.in_features, weight.weight.dtype, x.device
     )
-    block_m, options = rows_of_tile(tile, x.shape[0], largest=_LARGEST_ROWS.get(weight.weight.dtype, BLOCK_M))
-    grid = (ceil_div(weight.out_features, tile.block_n), ceil_div(x.shape[0], block_m), tile.split_k)
+    rows, units, num_splits, columns = x, None, tile.split_k, tile
+    largest = _LARGEST_ROWS.get(weight.weight.dtype, BLOCK_M)
+    if weight.weight.dtype == torch.int8 and x.shape[0] >= FEWEST_ALONE:
+        (rows, units), num_splits, columns, largest = round_rows(x, weight, num_rows), 1, ROUNDED_TILE, 64
+    block_m, options = rows_of_tile(columns, x.shape[0], largest=largest)
+    grid = (ceil_div(weight.out_features, columns.block_n), ceil_div(x.shape[0], block_m), num_splits)
     num_tiles = grid[0] * grid[1]
     launch(
         spec_linear_residual,
         grid,
-        x,
-        x.stride(0),
+        rows,
+        rows.stride(0),
+        units,
         weight.weight,
         weight.scale,
         weight.bias,
@@ -127,16 +144,17 @@ def linear_residual(
         residual.stride(0),
         out,
         out.stride(0),
-        scratch(num_tiles * tile.split_k * block_m * tile.block_n, torch.float32, x.device),
+        scratch(num_tiles * num_splits * block_m * columns.block_n, torch.float32, x.device),
         zeroed(num_tiles, torch.int32, x.device),
         x.shape[0],
         num_rows,
         WIDTH=weight.in_features,
         WEIGHT_STRIDE=weight.weight.shape[1],
         NUM_COLUMNS=weight.out_features,
-        SPLIT_K=tile.split_k,
+        SPLIT_K=num_splits,
+        RANGES=tile.split_k,
         BLOCK_M=block_m,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=columns.block_n,
         BLOCK_K=tile.block_k,
         **options,
     )

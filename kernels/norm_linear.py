@@ -24,15 +24,13 @@ from specengine.kernels.device.linear import (
     chunk_of,
     count_rows,
     gate,
-    held_depth,
     held_rows,
     hold_norm,
     hold_weights,
-    norm_multiply,
     norm_multiply_held,
     num_held_rows,
 )
-from specengine.kernels.device.normed import multiply_normed, norm_first
+from specengine.kernels.device.normed import multiply_rows, norm_first
 from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
 
@@ -90,8 +88,7 @@ def spec_norm_linear(
     wanted = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.minimum(wanted, NUM_COLUMNS - 1)
     first_row = tl.program_id(1) * BLOCK_M
-    IS_NORMED: tl.constexpr = hidden_ptr.dtype.element_ty != tl.float32
-    if HELD > 0 and not IS_NORMED:
+    if HELD > 0 and hidden_ptr.dtype.element_ty == tl.float32:
         weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
         norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
         norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
@@ -123,44 +120,27 @@ def spec_norm_linear(
         num_rows = count_rows(num_rows, num_rows_ptr)
         if first_row >= num_rows:
             return
-        rows = first_row + tl.arange(0, BLOCK_M)
-        row_mask = rows < num_rows
-        if IS_NORMED:
-            total = multiply_normed(
-                hidden_ptr,
-                hidden_stride,
-                unit_ptr,
-                rows,
-                row_mask,
-                weight_ptr,
-                scale_ptr,
-                bias_ptr,
-                columns,
-                WIDTH,
-                WEIGHT_STRIDE,
-                HELD,
-                BLOCK_K,
-            )
-        else:
-            total = norm_multiply(
-                hidden_ptr,
-                hidden_stride,
-                norm_weight_ptr,
-                norm_bias_ptr,
-                eps,
-                weight_ptr,
-                scale_ptr,
-                bias_ptr,
-                first_row,
-                num_rows,
-                columns,
-                WIDTH,
-                WEIGHT_STRIDE,
-                CHUNK,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
+        total, rows, row_mask = multiply_rows(
+            hidden_ptr,
+            hidden_stride,
+            unit_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            eps,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            first_row,
+            num_rows,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            CHUNK,
+            HELD,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         store_activated(total, out_ptr, out_stride, rows, row_mask, NUM_COLUMNS, ACTIVATION, BLOCK_N)
 
 
@@ -190,8 +170,7 @@ def norm_linear(
     tile = choose_tile(
         "norm_linear", weight.out_features, weight.in_features, weight.weight.dtype, hidden.device
     )
-    held = held_depth(weight, tile.block_n)
-    rows, units, tile, most_rows = norm_first(hidden, norm, weight, tile, num_rows)
+    held, rows, units, tile, most_rows = norm_first(hidden, norm, weight, tile, num_rows)
     block_m, options = rows_of_tile(tile, hidden.shape[0], largest=most_rows)
     launch(
         spec_norm_linear,

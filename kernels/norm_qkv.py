@@ -20,15 +20,13 @@ from specengine.kernels.device.linear import (
     check_linear,
     chunk_of,
     count_rows,
-    held_depth,
     held_rows,
     hold_norm,
     hold_weights,
-    norm_multiply,
     norm_multiply_held,
     num_held_rows,
 )
-from specengine.kernels.device.normed import multiply_normed, norm_first
+from specengine.kernels.device.normed import multiply_rows, norm_first
 from specengine.kernels.device.qkv import check_places, head_columns, head_tiles, store_head
 from specengine.kernels.device.tiles import choose_tile, rows_of_tile
 from specengine.kernels.types.packed import Norm, PackedLinear
@@ -71,8 +69,7 @@ def spec_norm_qkv(
     head, features, has_feature = head_columns(tl.program_id(0), HEAD_DIM, BLOCK_N)
     columns = head * HEAD_DIM + tl.minimum(features, HEAD_DIM - 1)
     first_row = tl.program_id(1) * BLOCK_M
-    IS_NORMED: tl.constexpr = hidden_ptr.dtype.element_ty != tl.float32
-    if HELD > 0 and not IS_NORMED:
+    if HELD > 0 and hidden_ptr.dtype.element_ty == tl.float32:
         weight = hold_weights(weight_ptr, columns, WIDTH, WEIGHT_STRIDE, HELD)
         norm_weight = hold_norm(norm_weight_ptr, weight, WIDTH, HELD)
         norm_bias = None if norm_bias_ptr is None else hold_norm(norm_bias_ptr, weight, WIDTH, HELD)
@@ -124,44 +121,27 @@ def spec_norm_qkv(
         num_rows = count_rows(num_rows, num_rows_ptr)
         if first_row >= num_rows:
             return
-        rows = first_row + tl.arange(0, BLOCK_M)
-        row_mask = rows < num_rows
-        if IS_NORMED:
-            x = multiply_normed(
-                hidden_ptr,
-                hidden_stride,
-                unit_ptr,
-                rows,
-                row_mask,
-                weight_ptr,
-                scale_ptr,
-                bias_ptr,
-                columns,
-                WIDTH,
-                WEIGHT_STRIDE,
-                HELD,
-                BLOCK_K,
-            )
-        else:
-            x = norm_multiply(
-                hidden_ptr,
-                hidden_stride,
-                norm_weight_ptr,
-                norm_bias_ptr,
-                eps,
-                weight_ptr,
-                scale_ptr,
-                bias_ptr,
-                first_row,
-                num_rows,
-                columns,
-                WIDTH,
-                WEIGHT_STRIDE,
-                CHUNK,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-            )
+        x, rows, row_mask = multiply_rows(
+            hidden_ptr,
+            hidden_stride,
+            unit_ptr,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            eps,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            first_row,
+            num_rows,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            CHUNK,
+            HELD,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
         store_head(
             x,
             head,
@@ -212,9 +192,8 @@ def norm_qkv(
     if block_n > tile.block_n:
         tile = choose_tile("norm_heads", *layer)
         _, block_n = head_tiles(*together, block_n=tile.block_n)
-    held = held_depth(weight, block_n)
     # A head's norm is a sum over a tile's columns, in an order that is known of sixteen rows only.
-    rows, units, tile, most_rows = norm_first(
+    held, rows, units, tile, most_rows = norm_first(
         hidden, norm, weight, replace(tile, block_n=block_n), num_rows, may=head_norm is None
     )
     num_tiles, block_n = head_tiles(*together, block_n=tile.block_n)

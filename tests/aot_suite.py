@@ -38,6 +38,7 @@ NUM_DRAFT = 8
 IN_EVERY_DTYPE = ("gpt2-medium", "pythia-1.4b")
 IN_FLOAT16 = ("smollm2-135m", "qwen3-0.6b", "gpt2-xl")
 BY_GROUP = ("smollm2-135m", "gpt2-medium")
+WIDE = "gpt2-xl"  # too wide to be held
 IN_PROMPTS, PROMPTS = ("gpt2-medium", "smollm2-135m"), (256, 512)
 PROMPT_DTYPES = ("float16", "int8", "int4_min")
 # What the report says of a launch's tile.
@@ -320,11 +321,13 @@ def all_launches(*, all_dtypes: bool) -> Iterator[tuple[str, Launch]]:
             is_grouped = isinstance(dtype, int)
             is_default = name in (BY_GROUP if is_grouped else IN_EVERY_DTYPE)
             is_default |= name in IN_FLOAT16 and dtype == torch.float16
+            is_default |= name == WIDE and dtype == torch.int8
             if all_dtypes or is_default:
                 for launch in new(forward_launches(size, dtype)):
                     yield f"{name} {dtype_name}", launch
     prompts = itertools.product(IN_PROMPTS, PROMPT_DTYPES, PROMPTS)
-    for name, dtype_name, num_tokens in (*prompts, ("gpt2-xl", "float16", PROMPTS[0])):
+    wide = ((WIDE, dtype_name, PROMPTS[0]) for dtype_name in ("float16", "int8"))
+    for name, dtype_name, num_tokens in (*prompts, *wide):
         for launch in new(prompt_launches(SIZES[name], DTYPES[dtype_name], num_tokens)):
             yield f"{name} prompt of {num_tokens} {dtype_name}", launch
 

@@ -7,6 +7,7 @@ before a dependent launch's wait.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -111,9 +112,12 @@ def check_resources(report: dict[str, Any]) -> None:
 def test_every_op_was_compiled(report: dict[str, Any]) -> None:
     compiled = {kernel["name"] for kernel in report["kernels"]}
     # expand_batch is begin_forward's kernel without what comes after, begin_round the same behind a plan; prompts are
-    # normed before norm_qkv and norm_linear.
+    # normed before norm_qkv and norm_linear, and rounded before an int8 linear_residual.
     ops = {f"spec_{op}" for op in reference.OPS}
-    assert compiled == (ops - {"spec_expand_batch", "spec_begin_round"}) | {"spec_norm_rows"}
+    assert compiled == (ops - {"spec_expand_batch", "spec_begin_round"}) | {
+        "spec_norm_rows",
+        "spec_round_rows",
+    }
     for option in ("plan_ptr", "num_more_ptr"):
         begun = {option in kernel["parameters"] for kernel in named(report, {"spec_begin_forward"})}
         assert begun == {False, True}, option
@@ -187,9 +191,9 @@ def check_prompts(kernels: list[dict[str, Any]]) -> None:
             assert 1 <= share <= depth / width, (model, name, share)
     names = ("norm_qkv", "norm_linear", "linear_residual")
     layers = {(name, "float16", rows) for name in names for rows in (64, 128)}
-    layers |= {(name, "int4_min", 64) for name in names} | {(name, "int8", 64) for name in names[:2]}
+    layers |= {(name, "int4_min", 64) for name in names} | {(name, "int8", 64) for name in names}
     # Tiles of whole heads, which 64 rows would take to `wgmma`.
-    assert found == layers | {("norm_qkv", "float16", 32)}
+    assert found == layers | {("norm_qkv", dtype, 32) for dtype in ("float16", "int8")}
 
 
 def test_prompts_read_weights_once_for_64_rows_and_longer_ones_for_128(report: dict[str, Any]) -> None:
@@ -220,7 +224,7 @@ def row_sums(report: dict[str, Any], dtype: str, *, is_held: bool, is_alone: boo
     return found
 
 
-@pytest.mark.parametrize(("dtype", "is_held"), [("float16", True), ("float16", False), ("int8", True)])
+@pytest.mark.parametrize(("dtype", "is_held"), itertools.product(("float16", "int8"), (True, False)))
 def test_prompts_are_normed_in_the_order_that_few_rows_are(
     report: dict[str, Any], dtype: str, is_held: bool
 ) -> None:

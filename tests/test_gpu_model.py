@@ -242,14 +242,20 @@ def test_int8_weights_are_read_in_half_the_bytes_and_their_counts_stay(
     assert layers["spec_linear_residual"]["shuffles"] <= 20
 
 
-@pytest.mark.parametrize(("dtype", "most_us"), [("float16", 55), ("int8", 82)])
-def test_a_prompts_rows_are_normed_once(dtype: str, most_us: float, tmp_path: Path) -> None:
-    found = run_model(tmp_path, "gpt2-medium prompt", dtype=dtype)["gpt2-medium prompt"]
+@pytest.mark.parametrize(
+    ("size", "dtype", "most_us"),
+    [("gpt2-medium", "float16", 55), ("gpt2-medium", "int8", 40), ("gpt2-xl", "int8", 70)],
+)
+def test_a_prompts_rows_are_normed_and_rounded_once(
+    size: str, dtype: str, most_us: float, tmp_path: Path
+) -> None:
+    found = run_model(tmp_path, f"{size} prompt", dtype=dtype)[f"{size} prompt"]
     assert found["us"] <= most_us
     kernels = {kernel["name"]: kernel for kernel in found["kernels"]}
     assert kernels["spec_norm_rows"]["count"] == 2
-    assert kernels["spec_norm_rows"]["us"] <= 2.2
-    for name in ("spec_norm_qkv", "spec_norm_linear"):
+    assert kernels["spec_norm_rows"]["us"] <= (2.2 if size == "gpt2-medium" else 4.7)
+    assert ("spec_round_rows" in kernels) == (dtype == "int8")
+    for name in ("spec_norm_qkv", "spec_norm_linear", "spec_linear_residual"):
         assert kernels[name]["shuffles"] == 0
 
 

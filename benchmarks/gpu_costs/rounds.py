@@ -16,7 +16,9 @@ NUM_LAYERS = {"gpt2": 12, "gpt2-medium": 24, "gpt2-xl": 48, "distilgpt2": 6}
 SHAPES = {**SIZES, "distilgpt2": SIZES["gpt2"]}
 DRAFT, K = "distilgpt2", 4
 PROMPT = 256
-_LINEARS = {"spec_norm_rows", "spec_norm_qkv", "spec_linear_residual", "spec_norm_linear"}
+_LINEARS = {
+    f"spec_{name}" for name in ("norm_rows", "round_rows", "norm_qkv", "linear_residual", "norm_linear")
+}
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ the same layout, and multiplied with the same parts of K, whose sums are added i
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -28,11 +29,20 @@ from specengine.kernels.device.linear import (
     held_depth,
     load_parts,
     multiply,
+    norm_multiply,
     norm_rows,
     round_to_127ths,
 )
+from specengine.kernels.device.rounded import multiply_rounded, rounded_scratch, store_rounded
 from specengine.kernels.device.rounding import as_operand, round_to
-from specengine.kernels.device.tiles import BLOCK_M, FEWEST_NORMED, NORMED_DTYPES, NORMED_TILE, Tile
+from specengine.kernels.device.tiles import (
+    BLOCK_M,
+    DTYPES_ALONE,
+    FEWEST_ALONE,
+    NORMED_TILE,
+    ROUNDED_TILE,
+    Tile,
+)
 from specengine.kernels.device.workspace import scratch
 from specengine.kernels.types.packed import Norm, PackedLinear
 
@@ -78,19 +88,25 @@ def spec_norm_rows(
             k = first + tl.arange(0, CHUNK // DEPTH)[:, None] * DEPTH + tl.arange(0, DEPTH)[None, :]
             norm = (norm_weight_ptr, norm_bias_ptr, mean, inverse)
             x = load_parts(hidden_ptr, hidden_stride, rows, is_row, k, *norm, WIDTH, False)
-            at = rows[None, :, None].to(tl.int64) * out_stride + k[:, None, :]
-            mask = is_row[None, :, None] & (k < out_stride)[:, None, :]
-            tl.store(out_ptr + at, round_to(x, out_ptr.dtype.element_ty), mask)
+            if unit_ptr is None:
+                at = rows[None, :, None].to(tl.int64) * out_stride + k[:, None, :]
+                mask = is_row[None, :, None] & (k < out_stride)[:, None, :]
+                tl.store(out_ptr + at, round_to(x, out_ptr.dtype.element_ty), mask)
+            else:
+                chunk = first // DEPTH + tl.arange(0, CHUNK // DEPTH)
+                store_rounded(x, out_ptr, out_stride, unit_ptr, rows, is_row, chunk, k)
 
 
 class RowsOfLayer(NamedTuple):
     """What a normed layer multiplies, and in which tiles.
 
+    held:      see `held_depth`
     rows:      fp32 that its programs norm; or normed and rounded as they meet the weights, in scratch memory: fp16,
                bf16, or int8 in `units` of `[T, D / 128]` fp32
     most_rows: of a tile
     """
 
+    held: int
     rows: Tensor
     units: Tensor | None
     tile: Tile
@@ -106,22 +122,21 @@ def norm_first(
     *,
     may: bool = True,
 ) -> RowsOfLayer:
-    """Norms the rows for `multiply_normed` where they are many and weights are of 16 bits, or int8 and would be held:
-    else that is left to the layer's programs, and the rows are returned as they are.
+    """Norms and rounds the rows for `multiply_normed` where they are many, of weights by group or fp32 excepted: else
+    that is left to the layer's programs, and the rows are returned as they are.
 
     tile: of few rows, which decides in what order sums are made
     may:  False leaves it to the programs in any case
     """
     count, dtype = hidden.shape[0], weight.weight.dtype
-    held = held_depth(weight, tile.block_n)
-    if not may or count < FEWEST_NORMED or dtype not in (NORMED_DTYPES if held else NORMED_DTYPES[:2]):
-        return RowsOfLayer(hidden, None, tile, 64 if held else BLOCK_M)
-    depth = held or weight.weight.shape[1]
-    rows = scratch(count * depth, dtype, hidden.device)[: count * depth].view(count, depth)
-    units = None
-    if dtype == torch.int8:
-        num_parts = depth // min(depth, PART_DEPTH.value)
-        units = scratch(count * num_parts, torch.float32, hidden.device)
+    held, is_int8 = held_depth(weight, tile.block_n), dtype == torch.int8
+    if not may or count < FEWEST_ALONE or dtype not in DTYPES_ALONE:
+        return RowsOfLayer(held, hidden, None, tile, 64 if held else BLOCK_M)
+    if is_int8:
+        rows, units = rounded_scratch(count, held or weight.weight.shape[1], hidden.device)
+    else:
+        depth = held or weight.weight.shape[1]
+        rows, units = scratch(count * depth, dtype, hidden.device)[: count * depth].view(count, depth), None
     launch(
         spec_norm_rows,
         (ceil_div(count, ROWS_AT_ONCE.value),),
@@ -131,7 +146,7 @@ def norm_first(
         norm.bias,
         norm.eps,
         rows,
-        depth,
+        rows.shape[1],
         units,
         count,
         num_rows,
@@ -140,9 +155,77 @@ def norm_first(
         HELD=held,
         num_warps=4,
     )
+    is_narrow = tile.block_n <= FEW_COLUMNS.value
     if held:
-        return RowsOfLayer(rows, units, NORMED_TILE, 64 if dtype == torch.int8 else 128)
-    return RowsOfLayer(rows, units, tile, 64 if tile.block_n <= FEW_COLUMNS.value else 32)
+        return RowsOfLayer(held, rows, units, NORMED_TILE, 64 if is_int8 else 128)
+    if is_int8 and is_narrow:
+        tile = replace(ROUNDED_TILE, block_k=tile.block_k)
+    return RowsOfLayer(held, rows, units, tile, 64 if is_narrow else 32)
+
+
+@triton.jit
+def multiply_rows(
+    hidden_ptr,
+    hidden_stride,
+    unit_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    eps,
+    weight_ptr,
+    scale_ptr,
+    bias_ptr,
+    first_row,
+    num_rows,
+    columns,
+    WIDTH: tl.constexpr,
+    WEIGHT_STRIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HELD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """norm(rows from first_row on) W^T + b for `columns`, `[BLOCK_M, BLOCK_N]` fp32, of fp32 rows or of those that
+    `norm_first` made of them; and which rows these are, and which of them there are."""
+    rows = first_row + tl.arange(0, BLOCK_M)
+    row_mask = rows < num_rows
+    if hidden_ptr.dtype.element_ty == tl.float32:
+        total = norm_multiply(
+            hidden_ptr,
+            hidden_stride,
+            norm_weight_ptr,
+            norm_bias_ptr,
+            eps,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            first_row,
+            num_rows,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            CHUNK,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_K,
+        )
+    else:
+        total = multiply_normed(
+            hidden_ptr,
+            hidden_stride,
+            unit_ptr,
+            rows,
+            row_mask,
+            weight_ptr,
+            scale_ptr,
+            bias_ptr,
+            columns,
+            WIDTH,
+            WEIGHT_STRIDE,
+            HELD,
+            BLOCK_K,
+        )
+    return total, rows, row_mask
 
 
 @triton.jit
@@ -167,6 +250,11 @@ def multiply_normed(
         total = multiply_parts_of_held(
             rows_ptr, row_stride, unit_ptr, rows, row_mask, weight_ptr, columns, HELD, WEIGHT_STRIDE
         )
+    elif unit_ptr is not None:
+        total = multiply_rounded(
+            rows_ptr, unit_ptr, rows, row_mask, weight_ptr, scale_ptr, columns, WEIGHT_STRIDE, 1, BLOCK_K
+        )
+        return finish_columns(total, None, bias_ptr, columns)
     else:
         end: tl.constexpr = (WIDTH + BLOCK_K - 1) // BLOCK_K
         where = (rows_ptr, row_stride, rows, row_mask, weight_ptr, columns)

@@ -25,10 +25,10 @@ _PROMPT_TILES = ((65, 32, 3), (65, 64, 3), (512, 128, 2))
 # most 64 of a thread's registers (`specengine.kernels.device.linear.hold_weights`).
 HELD_COLUMNS, HELD_WIDTH = 16, 1024
 HELD_DTYPES = (torch.float16, torch.bfloat16, torch.int8, torch.uint8)
-# In launches of so many rows and more, those that meet weights of these types are normed by a launch of their own (int8
-# where weights would be held), and where weights would be held other tiles multiply them, see `norm_first`.
-FEWEST_NORMED = _PROMPT_TILES[0][0]
-NORMED_DTYPES = (torch.float16, torch.bfloat16, torch.int8)
+# In launches of so many rows and more, those that meet weights of these types are normed and rounded by a launch of
+# their own, and where weights would be held, or are int8, other tiles multiply them: see `norm_first`, `round_rows`.
+FEWEST_ALONE = _PROMPT_TILES[0][0]
+DTYPES_ALONE = (torch.float16, torch.bfloat16, torch.int8)
 INT8_BLOCK_K = 128  # rows enter an int8 product in chunks of this size, each with a scale of its own
 _INT8_PARTS = 4 * INT8_BLOCK_K  # as many chunks as `multiply_parts` has parts
 
@@ -67,6 +67,7 @@ class Tile:
 
 
 NORMED_TILE = Tile(32, 256, num_stages=2)
+ROUNDED_TILE = Tile(32, INT8_BLOCK_K, num_stages=3)
 
 
 def rows_of_tile(tile: Tile, num_rows: int, *, largest: int) -> tuple[int, dict[str, Any]]:

@@ -19,6 +19,7 @@ from kernel_cases import (
 
 from specengine.kernels import linear_residual as kernel
 from specengine.kernels import reference
+from specengine.kernels.device import rounded
 from specengine.kernels.device.launch import record
 from specengine.kernels.device.tiles import Tile
 from specengine.ops.backend import Backend
@@ -148,3 +149,69 @@ def test_a_dropped_residual_or_a_shifted_row_is_noticed(ops: Backend) -> None:
     for fault in (dropped, shifted):
         with pytest.raises(AssertionError):
             check_linear_residual(ops, (5, 33, 50), torch.float32, has_bias=True, op=fault)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("width", "block_k", "split_k"),
+    [
+        (40, 512, 1),
+        (640, 512, 2),
+        (1540, 512, 2),
+        (1540, 512, 4),
+        (100, 128, 2),
+        (300, 128, 2),
+        (600, 128, 4),
+    ],
+)
+def test_int8_rows_of_a_prompt_are_rounded_once_with_the_same_bits(
+    width: int, block_k: int, split_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of as many ranges as blocks, of more (some are empty) and of fewer, which have more than a block each."""
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(16, block_k, split_k=split_k))
+    layer = random_layer(width, 40, torch.int8, ops=TRITON)
+    x, residual = random_rows(90, width), random_rows(90, 40, seed=9)
+    x[3, 5], x[70, -1], x[8] = float("nan"), float("inf"), 0.0
+    x[20:25] *= torch.logspace(-30, 30, 5)[:, None]
+    with record() as launches:
+        TRITON.linear_residual(x, layer.packed, residual)
+    assert [launch.name for launch in launches] == ["spec_round_rows", "spec_linear_residual"]
+    assert launches[1].grid == (2, 2, 1)
+    together = TRITON.linear_residual(x, layer.packed, residual)
+    pairs = zip(x.split(11), residual.split(11), strict=True)
+    apart = torch.cat([TRITON.linear_residual(rows, layer.packed, others) for rows, others in pairs])
+    assert torch.equal(together.view(torch.int32), apart.view(torch.int32))
+    limit, out = torch.tensor([70], dtype=torch.int32), torch.full((90, 40), 7.0)
+    TRITON.linear_residual(x, layer.packed, residual, out=out, num_rows=limit)
+    assert torch.equal(out[:70].view(torch.int32), together[:70].view(torch.int32))
+    assert (out[70:] == 7.0).all()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("fault", ["order", "last row", "last unit"])
+def test_a_fault_in_rows_that_are_rounded_first_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    def faulty(x, weight, num_rows):
+        rows, units = rounded.round_rows(x, weight, num_rows)
+        if fault == "order":  # of two chunks, in rows, units and weights
+            places = torch.arange(512).view(4, 128)[[1, 0, 2, 3]]
+            weight.weight.copy_(weight.weight[:, places.flatten()])
+            rows, units = (
+                rows[:, places.flatten()].contiguous(),
+                units.view(-1, 4)[:, [1, 0, 2, 3]].contiguous(),
+            )
+        elif fault == "last row":
+            rows[-1] = rows[-2]
+        else:
+            units[-1] *= 1.001
+        return rows, units
+
+    monkeypatch.setattr(kernel, "choose_tile", lambda *layer: Tile(16, 512))
+    layer = random_layer(512, 40, torch.int8, ops=TRITON)
+    x, residual = random_rows(70, 512), random_rows(70, 40)
+    pairs = zip(x.split(35), residual.split(35), strict=True)
+    apart = torch.cat([TRITON.linear_residual(rows, layer.packed, others) for rows, others in pairs])
+    assert torch.equal(TRITON.linear_residual(x, layer.packed, residual), apart)
+    monkeypatch.setattr(kernel, "round_rows", faulty)
+    assert not torch.equal(TRITON.linear_residual(x, layer.packed, residual), apart)

@@ -287,7 +287,7 @@ def test_rows_that_are_normed_first_have_the_bits_of_those_that_meet_held_weight
 
 @pytest.mark.triton
 @pytest.mark.parametrize("block_n", [16, 32, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("is_rms", [False, True])
 def test_rows_that_are_normed_first_have_the_bits_of_those_that_a_loop_norms(
     monkeypatch: pytest.MonkeyPatch, block_n: int, dtype: torch.dtype, is_rms: bool
