@@ -12,7 +12,9 @@ whole, its parts are not known: then verify(n) + rest(n) is what a round without
 to it counts as theirs.
 
 Whatever makes the machine slower makes all rounds slower: `pace` follows that at once, and what was measured long ago
-moves along. All curves are seconds at the pace 1.
+moves along. All curves are seconds at the pace 1. The pace and the place of a curve that was measured are corrected by
+shares of one deviation, so that neither moves for long without the other: times that only scatter, as they do on a busy
+machine, leave every place where it is, whether it is measured in each round or never again.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ from collections.abc import Callable, Hashable
 # may be.
 NUM_FIRST = 2
 _RATE = 0.08
-_MOST = 1.25
+_MOST = 1.5
 _TRUSTED = 512
 _TRUSTED_PACE = 1.5
 _PLAUSIBLE = 2.0
-# Of the pace: how fast it follows, and how far off a round may be and still count in full.
+# Of the pace: how fast it follows.
 _PACE_RATE = 0.25
-_PACE_MOST = 2.0
+# Seconds at the pace 1 below which nothing is told apart.
+_LEAST = 1e-12
 # What such a measurement still weighs at the next.
 _MISSED_MEMORY = 0.75
 # What one more row costs, of the whole, before two places of a curve are known.
@@ -54,17 +57,22 @@ class _Point:
         is_like_now = pace < _TRUSTED_PACE * self.pace and self.pace < _TRUSTED_PACE * pace
         return is_like_now and now - self.noted_at <= _TRUSTED
 
-    def note(self, value: float, now: int, pace: float) -> None:
+    def is_known(self, now: int, pace: float) -> bool:
+        return self.count >= NUM_FIRST and self.is_fresh(now, pace)
+
+    def note(self, value: float, now: int, pace: float) -> float:
+        """Returns how far off it was expected to be; 0.0 where nothing was to be expected."""
         is_fresh, self.noted_at, self.pace = self.is_fresh(now, pace), now, pace
         if not is_fresh:
             self.value, self.count = value, 1
-            return
+            return 0.0
         self.count += 1
         if self.count <= NUM_FIRST:
             self.value = min(self.value, value)
-            return
-        value = min(max(value, self.value / _MOST), self.value * _MOST)
-        self.value += (value - self.value) * max(1.0 / self.count, _RATE)
+            return 0.0
+        deviation = _deviation(value, self.value)
+        self.value *= math.exp(deviation * max(1.0 / self.count, _RATE))
+        return deviation
 
 
 class Curve:
@@ -79,17 +87,18 @@ class Curve:
         self._places: list[int] = []
         self.num_notes = 0
 
-    def note(self, size: int, seconds: float, pace: float) -> None:
-        """So long it took at this size, on a machine of this pace."""
+    def note(self, size: int, seconds: float, pace: float) -> float:
+        """So long it took at this size, on a machine of this pace. Returns how far off that was, as a share of what was
+        measured there; 0.0 where too little was."""
         self.num_notes += 1
         self._pace = pace
         place = _place(size)
         point = self._points.get(place)
         if point is not None:
-            point.note(seconds / pace, self.num_notes, pace)
-            return
+            return point.note(seconds / pace, self.num_notes, pace)
         self._points[place] = _Point(seconds / pace, self.num_notes, pace)
         self._places = sorted(self._points)
+        return 0.0
 
     def count(self, size: int) -> int:
         """How often it was measured there."""
@@ -113,19 +122,23 @@ class Curve:
         """
         point = self._points.get(size)
         if point is not None:
-            is_fresh = point.is_fresh(self.num_notes, self._pace)
-            if (is_fresh and point.count >= NUM_FIRST) or len(self._places) == 1:
+            if self._is_known(size) or len(self._places) == 1:
                 return point.value
             expected = self._between(size, [place for place in self._places if place != size])
-            is_plausible = is_fresh and point.value <= _PLAUSIBLE * expected
+            is_plausible = point.is_fresh(self.num_notes, self._pace) and point.value <= _PLAUSIBLE * expected
             return point.value if is_plausible else min(point.value, expected)
         return self._between(size, self._places)
 
+    def _is_known(self, place: int) -> bool:
+        return self._points[place].is_known(self.num_notes, self._pace)
+
     def slope(self) -> float:
-        """Seconds that one more adds, from the lowest place to the highest."""
+        """Seconds that one more adds, from the lowest place to the highest of those that are known: what seems dear
+        from one slow measurement, or an old one, would never be tried again."""
         if not self._places:
             return 0.0
-        first, last = self._places[0], self._places[-1]
+        first = self._places[0]
+        last = next((place for place in reversed(self._places) if self._is_known(place)), first)
         low = self._points[first].value
         if last < 2 * first:  # too near to tell
             return low * _ASSUMED_ROW / (1.0 + _ASSUMED_ROW * first)
@@ -223,12 +236,8 @@ class RoundCosts:
         draft, verify: its parts, where they are known
         num_missed:    tokens that others drafted, or nobody, which the drafter had to compute first
         """
-        is_typical = not num_missed
         if not self.pace:
             self.pace = seconds
-        if is_typical and self._knows(size, k, num_rows, drafter):
-            ratio = seconds / (self.pace * self._predict(size, k, num_rows, drafter))
-            self.pace *= 1.0 + (min(max(ratio, 1.0 / _PACE_MOST), _PACE_MOST) - 1.0) * _PACE_RATE
         pace, self._has_parts = self.pace, verify is not None
         if k:
             self._tried.add(drafter)
@@ -240,28 +249,27 @@ class RoundCosts:
             took, count = self._missed.get(drafter, (0.0, 0.0))
             took, count = _MISSED_MEMORY * took + max(0.0, longer), _MISSED_MEMORY * count + num_missed
             self._missed[drafter] = took, count
-        drafting = self._line(size, drafter) if k and is_typical else None
+        drafting = self._line(size, drafter) if k and not num_missed else None
+        deviation = 0.0
         if verify is not None:
-            self._verify.note(num_rows, verify, pace)
+            deviation = self._verify.note(num_rows, verify, pace)
             self._rest.note(size, max(0.0, seconds - verify - (draft or 0.0)), pace)
             if drafting is not None and draft is not None:
                 drafting.note(k, draft / pace)
         elif not k:
-            self._verify.note(size, seconds, pace)
+            deviation = self._verify.note(size, seconds, pace)
         elif drafting is not None:
+            if self._verify.count(size) >= NUM_FIRST and drafting.num_notes >= NUM_FIRST:
+                expected = self._predict(size, k, num_rows, drafter)
+                deviation = _deviation(seconds / pace, expected)
+                seconds = pace * expected * (1.0 + deviation)
             drafting.note(k, max(0.0, seconds / pace - self._verify.at(size)))
+        self.pace *= math.exp(_PACE_RATE * deviation)
 
     def missed(self, drafter: Hashable = None) -> float:
         """Seconds of a token that the drafter missed, at the pace 1."""
         took, count = self._missed.get(drafter, (0.0, 1.0))
         return took / count
-
-    def _knows(self, size: int, k: int, num_rows: int, drafter: Hashable) -> bool:
-        """Whether such a round has been measured, part by part."""
-        if self._verify.count(num_rows if self._has_parts else size) < NUM_FIRST:
-            return False
-        line = self._draft.get(drafter, {}).get(_place(size))
-        return not k or (line is not None and line.num_notes >= NUM_FIRST)
 
     @property
     def knows_plain(self) -> bool:
@@ -320,6 +328,11 @@ class RoundCosts:
     def plain(self, size: int) -> float | None:
         """Seconds of a round without drafts, as they would be now; None before anything was measured."""
         return (self.verify(size, size) + self.rest(size)) * self.pace if self._verify.num_notes else None
+
+
+def _deviation(seconds: float, expected: float) -> float:
+    """As a share of what was expected, as far as one round counts."""
+    return min(max(seconds / max(expected, _LEAST), 1.0 / _MOST), _MOST) - 1.0
 
 
 def _place(size: int) -> int:

@@ -485,3 +485,48 @@ def test_more_rows_never_seem_cheaper_than_fewer() -> None:
     for _ in range(8):
         costs.note(1, 2, 3, 1.3, draft=0.2, verify=1.1)
     assert costs.verify(1, 1) <= costs.verify(3, 1)
+
+
+def scattered(rng: random.Random) -> float:
+    """What a round takes on a busy machine, of what it takes: a little more or less, now and then twice or thrice."""
+    return rng.gauss(1.0, 0.08) * (rng.choice((2.0, 3.0)) if rng.random() < 0.05 else 1.0)
+
+
+@pytest.mark.parametrize("knows_parts", [False, True])
+def test_rounds_that_scatter_make_nothing_seem_dearer_that_is_not_measured(knows_parts: bool) -> None:
+    """Thousands of rounds without drafts: those with drafts still take what they took beside them, and so does the
+    machine."""
+    for seed in range(5):
+        rng, costs = random.Random(seed), RoundCosts()
+
+        def note(k: int, rng: random.Random = rng, costs: RoundCosts = costs) -> None:
+            draft, verify = 0.1 * k * scattered(rng), (1.0 + 0.15 * k) * scattered(rng)
+            if knows_parts:
+                costs.note(1, k, k + 1, draft + verify, draft=draft, verify=verify)
+            else:
+                costs.note(1, k, k + 1, draft + verify)
+
+        def slower(costs: RoundCosts = costs) -> float:
+            return (costs.verify(5, 1) + costs.draft(1)(4)) / costs.verify(1, 1)
+
+        for _ in range(60):
+            note(0)
+            note(4)
+        assert slower() == pytest.approx(2.0, rel=0.2)
+        before, pace = slower(), costs.pace
+        for _ in range(4000):
+            note(0)
+        assert 1.0 < slower() < 1.2 * before
+        assert costs.pace == pytest.approx(pace, rel=0.5)
+
+
+def test_one_slow_round_is_not_what_a_row_costs() -> None:
+    """The only one with drafts so far: what seems dear would never be tried again."""
+    costs = RoundCosts()
+    for _ in range(40):
+        costs.note(1, 0, 1, 1.0, draft=0.0, verify=1.0)
+    costs.note(1, 4, 5, 50.0, draft=0.0, verify=50.0)
+    assert costs.row() * costs.pace < 0.1
+    for _ in range(2):
+        costs.note(1, 4, 5, 1.8, draft=0.0, verify=1.8)
+    assert costs.row() * costs.pace == pytest.approx(0.2, rel=0.1)
