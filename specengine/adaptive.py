@@ -56,10 +56,13 @@ _ENOUGH_BETTER = 1.02
 # Rounds that a choice holds, and sequences for which it does so one longer: it takes time in proportion to them.
 _HOLD_LEAST = 2
 _HOLD_SEQUENCES = 4
-# Where lookups had nothing worth a row: rounds without a look after so many looks in a row that were in vain, for each
-# of them, and at most.
-_IDLE_LOOKS_A_ROUND = 4
-_IDLE_MOST = 8
+# Where lookups had nothing worth a row and a look: after so many looks that were in vain twice as many rounds go by
+# without one, up to so many, and not for longer than so many seconds; and how many of these looks one that was of use
+# makes up for.
+_IDLE_LOOKS = 2
+_IDLE_MOST = 15
+_IDLE_SECONDS = 0.064
+_USEFUL_LOOK = 2
 # Probes: rounds, rounds before the first, the share of time they may take; after a new sequence they come
 # sooner again, and what is remembered of drafts weighs less than what they find.
 _PROBE_ROUNDS = 2
@@ -306,8 +309,10 @@ class Chooser:
         self._part, self._k, self._rate = next(iter(self._steppers), -1), AUTO_NUM_SPECULATIVE_TOKENS, 0.0
         self._held: list[int] = []
         self._num_held = 0
-        # Looks in a row after which nobody drafted anything.
+        # Looks after which nobody drafted anything; one that was of use takes some of them back, other sequences half.
         self._num_idle_looks = 0
+        # Whether the latest round ran alone, not as one of several in a row.
+        self._is_alone = True
         # Rounds that may run before it is asked again.
         self.max_rounds = 1
         # Rounds of a probe that are to come.
@@ -424,18 +429,25 @@ class Chooser:
         if not self._lookups:
             is_settled = before == (self._part, self._k)
             return _HOLD_LEAST + len(ids) // _HOLD_SEQUENCES if is_settled else 0
-        if ids != self._held or not is_idle:
-            self._num_idle_looks = 0
-        self._num_idle_looks += is_idle
-        return min(self._num_idle_looks // _IDLE_LOOKS_A_ROUND, _IDLE_MOST)
+        if ids != self._held:
+            self._num_idle_looks //= 2
+        if not is_idle:
+            self._num_idle_looks = max(0, self._num_idle_looks - _USEFUL_LOOK)
+            return 0
+        plain = self.costs.plain(len(ids)) or _LEAST_SECONDS
+        num_held = min((1 << self._num_idle_looks // _IDLE_LOOKS) - 1, _IDLE_MOST, int(_IDLE_SECONDS / plain))
+        self._num_idle_looks += num_held < _IDLE_MOST
+        return num_held
 
     def _is_open(self, sequence: Sequence) -> bool:
         """Whether anything is to be chosen: how many drafts, or who makes them."""
         return sequence.has_auto_k or (self._has_ways and sequence.part is None)
 
     def go_on(self, num_rounds: int) -> None:
-        """So many rounds have run besides the one that was chosen for."""
-        self._num_held = max(0, self._num_held - num_rounds)
+        """So many rounds have run besides the one that was chosen for. When a row of them is over the host looks at
+        them, and lookups may be asked as well."""
+        self._is_alone = not num_rounds
+        self._num_held = 0 if num_rounds and self._lookups else max(0, self._num_held - num_rounds)
 
     def observe(
         self,
@@ -485,6 +497,8 @@ class Chooser:
                 verify=verify,
                 num_missed=num_missed,
             )
+            if verify is not None and stepper is None and not self._hides_host:
+                self.costs.note_outside(seconds - verify, is_alone=self._is_alone)
         if stepper is not None and plain is not None and self._probing[stepper].is_asleep and self._rate:
             num_tokens = sum([result.num_accepted + 1 for result in results if result is not None])
             self._probing[stepper].note(seconds - num_tokens * self.costs.pace / self._rate, plain)
@@ -581,7 +595,9 @@ class Chooser:
         # The chance of being emitted that a draft must have to be worth the time of its row.
         least = self._rate * costs.row()
         rows = [self._row(each) for each in chosen]
-        offers = [self._best_offer(row, least) for row in rows]
+        # An offer that is taken makes Python look at the round, which is all sequences' cost.
+        look = self._rate * costs.look() / size if all(each.max_rounds_unread > 1 for each in chosen) else 0.0
+        offers = [self._best_offer(row, least, look) for row in rows]
         is_simple = not self._lookups and all(each.has_auto_k for each in chosen)
         rest, best, last = costs.rest(size), (0.0, -1, 0), 0.0
         pick = partial(self._pick, chosen, rows, offers, least)
@@ -649,9 +665,9 @@ class Chooser:
             options.append(self._acceptance(row, way).gains(min(limit, _room(each)), chance, num_free=1))
         return options
 
-    def _best_offer(self, row: _Row, least: float) -> _Choice:
-        """The lookup that promises most."""
-        best, most = _NOTHING, 0.0
+    def _best_offer(self, row: _Row, least: float, look: float) -> _Choice:
+        """The lookup that promises most, if that is more than the tokens that a look costs."""
+        best, most = _NOTHING, look
         for way, offer in row.offers.items():
             if offer:
                 acceptance = self._acceptance(row, way, is_long=len(offer) >= _LONG_OFFER)

@@ -214,6 +214,8 @@ class RoundCosts:
         self._verify = Curve()
         self._rest = Curve()
         self._has_parts = True
+        # What is not the target's forward, of a round that Python ran alone, and of one of several in a row.
+        self._outside: dict[bool, _Point] = {}
         # By drafter, of tokens that it missed and computed before it drafted: seconds, at the pace 1, and how many.
         self._missed: dict[Hashable, tuple[float, float]] = {}
         self._tried: set[Hashable] = set()
@@ -265,6 +267,21 @@ class RoundCosts:
                 seconds = pace * expected * (1.0 + deviation)
             drafting.note(k, max(0.0, seconds / pace - self._verify.at(size)))
         self.pace *= math.exp(_PACE_RATE * deviation)
+
+    def note_outside(self, seconds: float, *, is_alone: bool) -> None:
+        """What the noted round took beside the target's forward; whether Python ran it alone, or several in a row."""
+        point, value = self._outside.get(is_alone), seconds / self.pace
+        if point is None:
+            self._outside[is_alone] = _Point(value, 0, self.pace)
+        else:
+            point.note(value, 0, self.pace)
+
+    def look(self) -> float:
+        """Seconds that a round takes longer because Python looks at it before the next, at the pace 1; 0 where that was
+        not measured."""
+        if len(self._outside) < len((True, False)):
+            return 0.0
+        return max(0.0, self._outside[True].value - self._outside[False].value)
 
     def missed(self, drafter: Hashable = None) -> float:
         """Seconds of a token that the drafter missed, at the pace 1."""

@@ -45,6 +45,7 @@ class Row:
     num_tokens: int = 1
     num_missed: int = 100
     remaining: int = 10**6
+    max_rounds_unread: int = 1
     num_rounds_ahead: int = 0
     way: int = 0
     num_own_drafts: int = 0
