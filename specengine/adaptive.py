@@ -436,7 +436,7 @@ class Chooser:
             return 0
         plain = self.costs.plain(len(ids)) or _LEAST_SECONDS
         num_held = min((1 << self._num_idle_looks // _IDLE_LOOKS) - 1, _IDLE_MOST, int(_IDLE_SECONDS / plain))
-        self._num_idle_looks += num_held < _IDLE_MOST
+        self._num_idle_looks = min(self._num_idle_looks + 1, _IDLE_LOOKS * _IDLE_MOST.bit_length())
         return num_held
 
     def _is_open(self, sequence: Sequence) -> bool:
