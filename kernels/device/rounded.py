@@ -118,13 +118,14 @@ def multiply_rounded(
     place = 0
     IS_WHOLE: tl.constexpr = WEIGHT_STRIDE % BLOCK_K == 0
     for block in tl.range(0, NUM_BLOCKS):
-        where = (rows_ptr, unit_ptr, rows, row_mask, weight_ptr, columns, WEIGHT_STRIDE, IS_WHOLE)
+        # Numbers that the compiler knows are none any more, for Triton 3.6, in a tuple.
+        where = (rows_ptr, unit_ptr, rows, row_mask, weight_ptr, columns)
         chunk = block * CHUNKS
-        first += multiply_chunk(chunk, *where)
+        first += multiply_chunk(chunk, *where, WEIGHT_STRIDE, IS_WHOLE)
         if CHUNKS > 1:
-            second += multiply_chunk(chunk + 1, *where)
-            third += multiply_chunk(chunk + 2, *where)
-            fourth += multiply_chunk(chunk + 3, *where)
+            second += multiply_chunk(chunk + 1, *where, WEIGHT_STRIDE, IS_WHOLE)
+            third += multiply_chunk(chunk + 2, *where, WEIGHT_STRIDE, IS_WHOLE)
+            fourth += multiply_chunk(chunk + 3, *where, WEIGHT_STRIDE, IS_WHOLE)
         if SPLITS == NUM_BLOCKS:
             total += add_chunks(first, second, third, fourth, CHUNKS) * scale
             first = tl.zeros_like(total)
