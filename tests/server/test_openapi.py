@@ -144,7 +144,7 @@ def test_answers_are_as_they_are_described(
     usage = {"include_usage": True, "continuous_usage_stats": True}
     events = events_of(server.ask("POST", path, {**body, **more, "stream": True, "stream_options": usage})[2])
     assert events.pop() == "[DONE]"
-    assert len(events) > 2
+    assert len(events) >= 2  # text, all at once on a busy machine, and what it took
     for event in events:
         chunk.model_validate(event, strict=True)
     with pytest.raises(pydantic.ValidationError, match="surprise"):
