@@ -55,7 +55,7 @@ class HuggingFace:
 
     def __init__(self, setup: Setup) -> None:
         if setup.dtype not in DTYPES:
-            raise UnavailableError("transformers has no int8 weights for CPUs of its own")
+            raise UnavailableError(f"transformers has no {setup.dtype} weights for CPUs of its own")
         torch.set_num_threads(setup.num_threads)
         self._device = torch.device(setup.device)
         self.instruction_set = instruction_set(self._device)
