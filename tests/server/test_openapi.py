@@ -117,6 +117,13 @@ def test_fields_are_described_as_the_library_declares_them(server: Running) -> N
     assert all("description" in field for name, field in fields.items() if name != "stream_options")
 
 
+def text_of(choice: dict[str, Any]) -> str:
+    """Of an answer or a chunk, of a completion or a chat."""
+    text = choice["text"] if "text" in choice else choice.get("message", choice.get("delta"))["content"]
+    assert isinstance(text, str)
+    return text
+
+
 @pytest.mark.parametrize("more", [{}, {"n": 2}, {"stop": ["a"]}, {"temperature": 0}], ids=str)
 @pytest.mark.parametrize(
     ("path", "body", "whole", "chunk"),
@@ -145,8 +152,12 @@ def test_answers_are_as_they_are_described(
     events = events_of(server.ask("POST", path, {**body, **more, "stream": True, "stream_options": usage})[2])
     assert events.pop() == "[DONE]"
     assert len(events) >= 2  # text, all at once on a busy machine, and what it took
+    texts = ["" for _ in answer["choices"]]
     for event in events:
         chunk.model_validate(event, strict=True)
+        for choice in event["choices"]:
+            texts[choice["index"]] += text_of(choice)
+    assert texts == [text_of(choice) for choice in answer["choices"]]
     with pytest.raises(pydantic.ValidationError, match="surprise"):
         whole.model_validate({**answer, "surprise": 1})
 
