@@ -31,7 +31,7 @@ from specengine.config import AUTO_NUM_SPECULATIVE_TOKENS
 from specengine.drafters.base import ALONE, RoundDrafter, RowResult, Way
 from specengine.drafters.host import HostDrafter
 from specengine.drafters.several import SeveralDrafters
-from specengine.round_costs import NUM_FIRST, RoundCosts
+from specengine.round_costs import LEAST_SECONDS, NUM_FIRST, RoundCosts
 from specengine.runtime.graphs import DRAFT_COUNTS
 from specengine.runtime.sequence import MAX_ROUNDS_UNREAD, Sequence
 
@@ -72,9 +72,6 @@ _PROBE_NEW_SEQUENCE = 32
 _PROBE_MOST = 2048
 _PROBE_MEMORY = 2.0
 
-
-# Of a round, at the pace 1, before anything was measured.
-_LEAST_SECONDS = 1e-9
 _NO_LOOKUPS: Mapping[int, HostDrafter] = {}
 
 
@@ -434,7 +431,7 @@ class Chooser:
         if not is_idle:
             self._num_idle_looks = max(0, self._num_idle_looks - _USEFUL_LOOK)
             return 0
-        plain = self.costs.plain(len(ids)) or _LEAST_SECONDS
+        plain = self.costs.plain(len(ids)) or LEAST_SECONDS
         num_held = min((1 << self._num_idle_looks // _IDLE_LOOKS) - 1, _IDLE_MOST, int(_IDLE_SECONDS / plain))
         self._num_idle_looks = min(self._num_idle_looks + 1, _IDLE_LOOKS * _IDLE_MOST.bit_length())
         return num_held
@@ -591,7 +588,7 @@ class Chooser:
         # Of drafts whose number is given half are taken to be accepted: what matters is that they cost nothing more.
         num_rows, expected = size + sum(others), size + sum(others) / 2
         if not self._rate:
-            self._rate = size / max(costs.verify(size, size) + costs.rest(size), _LEAST_SECONDS)
+            self._rate = size / max(costs.verify(size, size) + costs.rest(size), LEAST_SECONDS)
         # The chance of being emitted that a draft must have to be worth the time of its row.
         least = self._rate * costs.row()
         rows = [self._row(each) for each in chosen]
@@ -622,7 +619,7 @@ class Chooser:
                     total_rows = num_rows + sum([choice.limit for choice in choices])
                 steps = max(given, steps)
                 seconds = costs.verify(total_rows, size) + rest + (draft(steps) + missed if steps else 0.0)
-                rate = total / max(seconds, _LEAST_SECONDS)
+                rate = total / max(seconds, LEAST_SECONDS)
                 if rate > best[0]:
                     best = rate, part, k
                 if k and rate > best_rate:

@@ -36,7 +36,7 @@ _PLAUSIBLE = 2.0
 # Of the pace: how fast it follows.
 _PACE_RATE = 0.25
 # Seconds at the pace 1 below which nothing is told apart.
-_LEAST = 1e-12
+LEAST_SECONDS = 1e-9
 # What such a measurement still weighs at the next.
 _MISSED_MEMORY = 0.75
 # What one more row costs, of the whole, before two places of a curve are known.
@@ -215,7 +215,7 @@ class RoundCosts:
         self._rest = Curve()
         self._has_parts = True
         # What is not the target's forward, of a round that Python ran alone, and of one of several in a row.
-        self._outside: dict[bool, _Point] = {}
+        self._outside = {True: Curve(), False: Curve()}
         # By drafter, of tokens that it missed and computed before it drafted: seconds, at the pace 1, and how many.
         self._missed: dict[Hashable, tuple[float, float]] = {}
         self._tried: set[Hashable] = set()
@@ -270,18 +270,13 @@ class RoundCosts:
 
     def note_outside(self, seconds: float, *, is_alone: bool) -> None:
         """What the noted round took beside the target's forward; whether Python ran it alone, or several in a row."""
-        point, value = self._outside.get(is_alone), seconds / self.pace
-        if point is None:
-            self._outside[is_alone] = _Point(value, 0, self.pace)
-        else:
-            point.note(value, 0, self.pace)
+        self._outside[is_alone].note(1, seconds, self.pace)
 
     def look(self) -> float:
         """Seconds that a round takes longer because Python looks at it before the next, at the pace 1; 0 where that was
         not measured."""
-        if len(self._outside) < len((True, False)):
-            return 0.0
-        return max(0.0, self._outside[True].value - self._outside[False].value)
+        alone, in_row = self._outside[True], self._outside[False]
+        return max(0.0, alone.at(1) - in_row.at(1)) if in_row.num_notes else 0.0
 
     def missed(self, drafter: Hashable = None) -> float:
         """Seconds of a token that the drafter missed, at the pace 1."""
@@ -349,7 +344,7 @@ class RoundCosts:
 
 def _deviation(seconds: float, expected: float) -> float:
     """As a share of what was expected, as far as one round counts."""
-    return min(max(seconds / max(expected, _LEAST), 1.0 / _MOST), _MOST) - 1.0
+    return min(max(seconds / max(expected, LEAST_SECONDS), 1.0 / _MOST), _MOST) - 1.0
 
 
 def _place(size: int) -> int:

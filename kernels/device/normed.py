@@ -43,7 +43,6 @@ from specengine.kernels.device.tiles import (
     ROUNDED_TILE,
     Tile,
 )
-from specengine.kernels.device.workspace import scratch
 from specengine.kernels.types.packed import Norm, PackedLinear
 
 
@@ -132,11 +131,7 @@ def norm_first(
     held, is_int8 = held_depth(weight, tile.block_n), dtype == torch.int8
     if not may or count < FEWEST_ALONE or dtype not in DTYPES_ALONE:
         return RowsOfLayer(held, hidden, None, tile, 64 if held else BLOCK_M)
-    if is_int8:
-        rows, units = rounded_scratch(count, held or weight.weight.shape[1], hidden.device)
-    else:
-        depth = held or weight.weight.shape[1]
-        rows, units = scratch(count * depth, dtype, hidden.device)[: count * depth].view(count, depth), None
+    rows, units = rounded_scratch(count, held or weight.weight.shape[1], dtype, hidden.device)
     launch(
         spec_norm_rows,
         (ceil_div(count, ROWS_AT_ONCE.value),),

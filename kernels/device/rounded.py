@@ -63,15 +63,19 @@ def store_rounded(x, out_ptr, out_stride, unit_ptr, rows, is_row, chunk, k):
     tl.store(unit_ptr + at, unit, is_row[None, :] & (chunk < num_chunks)[:, None])
 
 
-def rounded_scratch(num_rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where rows `[T, width]` int8 go, and their units, `[T, width / 128]` fp32."""
-    rows = scratch(num_rows * width, torch.int8, device)[: num_rows * width].view(num_rows, width)
-    return rows, scratch(num_rows * ceil_div(width, PART_DEPTH.value), torch.float32, device)
+def rounded_scratch(
+    num_rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """Where rows `[T, width]` go as weights of this type meet them, and the units of int8, `[T, width / 128]` fp32."""
+    rows, units = scratch(num_rows * width, dtype, device)[: num_rows * width].view(num_rows, width), None
+    if dtype == torch.int8:
+        units = scratch(num_rows * ceil_div(width, PART_DEPTH.value), torch.float32, device)
+    return rows, units
 
 
-def round_rows(x: Tensor, weight: PackedLinear, num_rows: Tensor | None) -> tuple[Tensor, Tensor]:
+def round_rows(x: Tensor, weight: PackedLinear, num_rows: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x `[T, K]` fp32 as `multiply_rounded` takes it, in scratch memory."""
-    rows, units = rounded_scratch(x.shape[0], weight.weight.shape[1], x.device)
+    rows, units = rounded_scratch(x.shape[0], weight.weight.shape[1], torch.int8, x.device)
     chunks = min(_CHUNKS_AT_ONCE, triton.next_power_of_2(ceil_div(x.shape[1], PART_DEPTH.value)))
     launch(
         spec_round_rows,
