@@ -49,8 +49,8 @@ constexpr int64_t panel_bytes(int64_t k, DType dtype) {
 constexpr int kChunkK = 128;
 // Rows that share one pass over a panel.
 constexpr int kMaxPassRows = 256;
-// Packed rows after the last that kernels may read, whatever they hold: tiles are full.
-constexpr int kSpareRows = 15;
+// Floats for sums that wait while other panels are multiplied: as many as stay in the second cache.
+constexpr int64_t kWaitingSums = int64_t{1} << 17;
 // Attention partials cover KV tiles that start at absolute multiples of this.
 constexpr int kAttentionTile = 128;
 constexpr int kMaxHeadDim = 256;
@@ -74,9 +74,26 @@ constexpr int64_t activated_columns(int64_t columns, Activation activation) {
   return activation == Activation::kSwiglu ? columns / 2 : columns;
 }
 
-// Rows enter a linear as `pack_row` leaves them: [ceil(k / 128), num_rows, row_words] words, each a
-// float, a pair of bf16 or a quad of int8, as the instruction set likes to multiply with the
-// weights' type.
+// Rows enter a linear as `pack_row` leaves them, in stacks: [stacks, pieces, height, words]. A piece
+// has `k` elements, and a word is a float, a pair of bf16 or a quad of int8, as the instruction set
+// likes to multiply with the weights' type. The last stack may hold spare rows, whatever they are.
+struct RowLayout {
+  int k, words;
+  int64_t height;
+
+  int64_t num_pieces(int64_t row_k) const { return (row_k + k - 1) / k; }
+  int64_t row_words(int64_t row_k) const { return num_pieces(row_k) * words; }
+  // The first piece of a row; those that follow are `stride()` words apart.
+  int64_t begin(int64_t row, int64_t row_k) const {
+    return row / height * height * row_words(row_k) + row % height * words;
+  }
+  int64_t stride() const { return height * words; }
+  // Words of so many rows.
+  int64_t size(int64_t num_rows, int64_t row_k) const {
+    return (num_rows + height - 1) / height * height * row_words(row_k);
+  }
+};
+
 struct LinearArgs {
   const float* x;
   int64_t num_rows;
@@ -90,6 +107,7 @@ struct LinearArgs {
   float* out;  // [num_rows, stride out_stride]
   int64_t out_stride;
   int64_t num_columns;       // columns of the weight that are computed
+  float* waiting;            // [kWaitingSums]
   int64_t first_column = 0;  // the column that out[row][0] holds
 };
 
@@ -143,9 +161,11 @@ struct Kernels {
   // LayerNorm; without a bias RMSNorm. `out` may be `x`.
   void (*norm_row)(const float* x, const float* weight, const float* bias, float eps, int64_t size,
                    float* out);
-  int (*row_words)(DType weights);
-  void (*pack_row)(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride);
-  void (*linear_panel)(const LinearArgs& args, int64_t panel);
+  RowLayout (*row_layout)(DType weights, int64_t num_rows);
+  // Pieces of the row are `stride` words apart.
+  void (*pack_row)(const float* x, int64_t k, DType weights, float* out, int64_t stride);
+  // Panels begin … end - 1, which follow each other in memory.
+  void (*linear_panels)(const LinearArgs& args, int64_t begin, int64_t end);
   // scratch: [attention_scratch(head_dim)]
   void (*attention)(const AttentionArgs& args, int64_t sequence, int64_t kv_head, int64_t row_begin,
                     int64_t row_end, const AttentionPart& part, float* scratch);

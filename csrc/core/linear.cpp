@@ -35,14 +35,16 @@ class PackedRows {
     const LinearWeight& weight = *call.weight;
     const int64_t k = weight.in_features;
     const Kernels& isa = kernels();
-    const int64_t chunk_words = isa.row_words(weight.dtype);
-    row_words_ = (k + kChunkK - 1) / kChunkK * chunk_words;
-    const int64_t group_rows =
-        std::max<int64_t>(1, kGroupBytes / (row_words_ * static_cast<int64_t>(sizeof(float))));
+    const int64_t row_bytes =
+        isa.row_layout(weight.dtype, call.num_rows).row_words(k) * int64_t{sizeof(float)};
+    const int64_t group_rows = std::max<int64_t>(1, kGroupBytes / row_bytes);
     const int64_t wanted = (call.num_rows + group_rows - 1) / group_rows;
     const int64_t most = in_groups ? call.num_rows / isa.min_group_rows : 1;
     num_groups_ = std::max<int64_t>(1, std::min(wanted, most));
-    float* words = words_scratch.reserve(call.num_rows * row_words_ + kSpareRows * chunk_words);
+    for (int64_t group = 0; group < num_groups_; ++group) {
+      group_words_ = std::max(group_words_, layout(group).size(num_rows(group), k));
+    }
+    float* words = words_scratch.reserve(num_groups_ * group_words_);
     words_ = words;
     parallel_for(call.num_rows, call.num_rows * k >= kMinParallelRows, [&](int64_t row) {
       static thread_local Scratch<float> normal_scratch;
@@ -53,22 +55,25 @@ class PackedRows {
         x = normal;
       }
       const int64_t group = ((row + 1) * num_groups_ - 1) / call.num_rows;
-      const int64_t begin = this->begin(group);
-      isa.pack_row(x, k, weight.dtype, words + begin * row_words_ + (row - begin) * chunk_words,
-                   (this->begin(group + 1) - begin) * chunk_words);
+      const RowLayout layout = this->layout(group);
+      isa.pack_row(x, k, weight.dtype,
+                   words + group * group_words_ + layout.begin(row - begin(group), k),
+                   layout.stride());
     });
   }
 
   int64_t num_groups() const { return num_groups_; }
+  int64_t num_rows(int64_t group) const { return begin(group + 1) - begin(group); }
 
-  // What the kernels compute of a group's rows.
+  // What the kernels compute of a group's rows, for the calling thread.
   LinearArgs args(int64_t group) const {
+    static thread_local Scratch<float> waiting_scratch;
     const LinearWeight& weight = *call_.weight;
     const int64_t first = begin(group);
     const float* residual =
         call_.residual == nullptr ? nullptr : call_.residual + first * call_.num_columns;
-    return {words_ + first * row_words_,
-            begin(group + 1) - first,
+    return {words_ + group * group_words_,
+            num_rows(group),
             weight.panels,
             weight.dtype,
             weight.in_features,
@@ -78,16 +83,20 @@ class PackedRows {
             call_.activation,
             call_.out + first * call_.out_stride,
             call_.out_stride,
-            call_.num_columns};
+            call_.num_columns,
+            waiting_scratch.reserve(kWaitingSums)};
   }
 
  private:
   int64_t begin(int64_t group) const { return part_begin(call_.num_rows, num_groups_, group); }
+  RowLayout layout(int64_t group) const {
+    return kernels().row_layout(call_.weight->dtype, num_rows(group));
+  }
 
   const LinearCall& call_;
   const float* words_;
-  int64_t row_words_;
   int64_t num_groups_;
+  int64_t group_words_ = 0;
 };
 
 // Pieces of a weight, panels or tiles, that follow each other in memory, in parts: most of them in
@@ -169,34 +178,33 @@ void embed(const int32_t* token_ids, const int32_t* positions, int64_t num_rows,
 void linear(const LinearCall& call) {
   const PackedRows rows(call, true);
   const int64_t bytes = panel_bytes(call.weight->in_features, call.weight->dtype);
-  const Parts parts(num_panels(call.num_columns), bytes, rows.args(0).num_rows);
+  const Parts parts(num_panels(call.num_columns), bytes, rows.num_rows(0));
   const Kernels& isa = kernels();
   parallel_for(rows.num_groups() * parts.count(), is_worth_sharing(call), [&](int64_t task) {
     const LinearArgs args = rows.args(task / parts.count());
-    const int64_t part = task % parts.count(), end = parts.begin(part + 1);
-    for (int64_t panel = parts.begin(part); panel < end; ++panel) {
-      isa.linear_panel(args, panel);
-    }
+    const int64_t part = task % parts.count();
+    isa.linear_panels(args, parts.begin(part), parts.begin(part + 1));
   });
 }
 
 void linear_tiles(const LinearCall& call, TileConsumer consume, void* context) {
-  const LinearArgs whole = PackedRows(call, false).args(0);
+  const PackedRows rows(call, false);
+  const LinearWeight& weight = *call.weight;
   constexpr int64_t kTilePanels = kTileColumns / kPanelColumns;
   const int64_t num_tiles = (call.num_columns + kTileColumns - 1) / kTileColumns;
-  const Parts parts(num_tiles, kTilePanels * panel_bytes(whole.k, whole.dtype), call.num_rows);
+  const int64_t tile_bytes = kTilePanels * panel_bytes(weight.in_features, weight.dtype);
+  const Parts parts(num_tiles, tile_bytes, call.num_rows);
   const Kernels& isa = kernels();
   parallel_for(parts.count(), is_worth_sharing(call), [&](int64_t part) {
     static thread_local Scratch<float> tile_scratch;
-    LinearArgs args = whole;
+    LinearArgs args = rows.args(0);
     args.residual = nullptr;
     args.out = tile_scratch.reserve(call.num_rows * kTileColumns);
     args.out_stride = kTileColumns;
     for (int64_t tile = parts.begin(part); tile < parts.begin(part + 1); ++tile) {
       args.first_column = tile * kTileColumns;
       args.num_columns = std::min(args.first_column + kTileColumns, call.num_columns);
-      const int64_t end = num_panels(args.num_columns);
-      for (int64_t panel = tile * kTilePanels; panel < end; ++panel) isa.linear_panel(args, panel);
+      isa.linear_panels(args, tile * kTilePanels, num_panels(args.num_columns));
       consume(context, args.first_column, args.num_columns - args.first_column, args.out);
     }
   });

@@ -65,13 +65,22 @@ constexpr int64_t kMinGroupRows = kHasTiles ? kMaxPassRows : 128;
 // Whether bf16 weights meet rows that are rounded to bf16.
 constexpr bool kRoundsToBf16 = kHasBf16Dot || kHasTiles;
 
-// Words that hold a chunk of a row as weights of a type multiply it; see pack_row. What tiles read
-// lies in whole cache lines.
-constexpr int row_words(DType weights) {
-  if (is_grouped(weights)) return fixed_row_words(weights);
-  if (weights == DType::kInt8) return kChunkK / 4 + (kHasTiles ? 16 : 2);
-  return kRoundsToBf16 && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK;
+// Rows of a tile: of one or of two equal ones where they hold all, else of full ones.
+constexpr int64_t tile_height(int64_t num_rows) {
+  return num_rows > 32 ? 16 : num_rows > 16 ? (num_rows + 1) / 2 : num_rows;
 }
+
+// Rows as weights of a type multiply them; see pack_row. A tile's rows are a stack, what it reads of
+// them lies in whole cache lines, and those of bf16 rows follow each other.
+constexpr RowLayout row_layout(DType weights, int64_t num_rows) {
+  const bool is_tiled = kHasTiles && weights != DType::kFloat32 && weights != DType::kFloat16;
+  const int64_t height = num_rows == 0 ? 1 : is_tiled ? tile_height(num_rows) : num_rows;
+  if (is_grouped(weights)) return {kChunkK, fixed_row_words(weights), height};
+  if (weights == DType::kInt8) return {kChunkK, kChunkK / 4 + (kHasTiles ? 16 : 2), height};
+  if (weights == DType::kBFloat16 && kHasTiles) return {32, 16, height};
+  return {kChunkK, kRoundsToBf16 && weights == DType::kBFloat16 ? kChunkK / 2 : kChunkK, height};
+}
+constexpr int row_words(DType weights) { return row_layout(weights, 1).words; }
 
 // One chunk in floats, `num_k` of them.
 inline void pack_floats(const float* x, int num_k, float* out) {
@@ -79,14 +88,22 @@ inline void pack_floats(const float* x, int num_k, float* out) {
   if (num_k % 2 != 0) out[num_k] = 0.0f;
 }
 
-// One chunk rounded to bf16, two to a word, and zeros after it.
+inline void store_bf16(uint16_t* out, F16 v) {
+  const U16 bits = as_bits(v);
+  const U16 rounded = bits + set1_u(0x7fff) + (shift_right<16>(bits) & set1_u(1));
+  store_halves(out, shift_right<16>(select(is_nan(v), set1_u(0x7fc00000), rounded)));
+}
+
+// Up to kSize elements rounded to bf16, two to a word, and zeros after them.
+template <int kSize>
 inline void pack_bf16(const float* x, int num_k, uint32_t* out) {
-  alignas(64) uint16_t halves[kChunkK] = {};
-  for (int i = 0; i < num_k; i += 16) {
-    const F16 v = load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f);
-    const U16 bits = as_bits(v);
-    const U16 rounded = bits + set1_u(0x7fff) + (shift_right<16>(bits) & set1_u(1));
-    store_halves(halves + i, shift_right<16>(select(is_nan(v), set1_u(0x7fc00000), rounded)));
+  alignas(64) uint16_t halves[kSize] = {};
+  if (num_k == kSize) {
+    for (int i = 0; i < kSize; i += 16) store_bf16(halves + i, load(x + i));
+  } else {
+    for (int i = 0; i < num_k; i += 16) {
+      store_bf16(halves + i, load_first(x + i, num_k - i < 16 ? num_k - i : 16, 0.0f));
+    }
   }
   __builtin_memcpy(out, halves, sizeof(halves));
 }
@@ -119,10 +136,11 @@ inline void pack_int8(const float* x, int num_k, uint32_t* out) {
   __builtin_memcpy(out + kChunkK / 4 + 1, &start, sizeof(start));
 }
 
-// One input row as `weights` multiplies it, in chunks `chunk_stride` words apart.
-inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64_t chunk_stride) {
-  for (int64_t begin = 0; begin < k; begin += kChunkK, out += chunk_stride) {
-    const int num_k = k - begin < kChunkK ? static_cast<int>(k - begin) : kChunkK;
+// One input row as `weights` multiplies it, in pieces `stride` words apart.
+inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64_t stride) {
+  const int piece = row_layout(weights, 1).k;
+  for (int64_t begin = 0; begin < k; begin += piece, out += stride) {
+    const int num_k = k - begin < piece ? static_cast<int>(k - begin) : piece;
     if (weights == DType::kInt8) {
       pack_int8(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (weights == DType::kInt8Group) {
@@ -130,7 +148,7 @@ inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64
     } else if (is_grouped(weights)) {
       pack_fixed<DType::kInt4>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (kRoundsToBf16 && weights == DType::kBFloat16) {
-      pack_bf16(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
+      pack_bf16<row_layout(DType::kBFloat16, 1).k>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else {
       pack_floats(x + begin, num_k, out);
     }
@@ -293,46 +311,83 @@ inline void multiply_chunk(int num_rows, const char* weights, const char* next, 
   }
 }
 
-// A panel's row, of which `column` is the first: sums to outputs, but for the activation.
-inline F16 finish_columns(const LinearArgs& args, int64_t column, int n, const float* totals) {
-  F16 y = load(totals);
-  if (args.scale != nullptr) y = y * load_first(args.scale + column, n, 0.0f);
-  if (args.bias != nullptr) y = y + load_first(args.bias + column, n, 0.0f);
-  return y;
-}
+// Sums of up to sixteen columns to outputs, but for the activation.
+class FinishColumns {
+ public:
+  FinishColumns(const LinearArgs& args, int64_t column, int count)
+      : scale_(args.scale == nullptr ? set1(1.0f) : load_first(args.scale + column, count, 0.0f)),
+        bias_(args.bias == nullptr ? set1(-0.0f) : load_first(args.bias + column, count, 0.0f)) {}
+
+  F16 operator()(const float* sums) const { return load(sums) * scale_ + bias_; }
+
+ private:
+  F16 scale_, bias_;
+};
 
 // Of kSwiglu: pairs of columns to one.
-inline void store_gated_row(const LinearArgs& args, int64_t row, int64_t column,
-                            const float* totals) {
+inline void store_gated_panel(const LinearArgs& args, int64_t first_row, int num_rows,
+                              int64_t column, const float* totals) {
   alignas(64) float values[kPanelColumns], gates[kPanelColumns / 2], factors[kPanelColumns / 2];
   const int64_t left = args.num_columns - column;
   const int count = left < kPanelColumns ? static_cast<int>(left) : kPanelColumns;
-  for (int c = 0; c < count; c += 16) {
-    const int n = count - c < 16 ? count - c : 16;
-    store(values + c, finish_columns(args, column + c, n, totals + c));
-  }
-  for (int i = 0; i < kPanelColumns / 2; ++i) {
-    gates[i] = values[2 * i];
-    factors[i] = values[2 * i + 1];
-  }
-  float* out = args.out + row * args.out_stride + (column - args.first_column) / 2;
-  for (int c = 0; c < count / 2; c += 16) {
-    const int n = count / 2 - c < 16 ? count / 2 - c : 16;
-    store_first(out + c, silu(load(gates + c)) * load(factors + c), n);
+  for (int r = 0; r < num_rows; ++r) {
+    for (int c = 0; c < count; c += 16) {
+      const FinishColumns finish(args, column + c, count - c < 16 ? count - c : 16);
+      store(values + c, finish(totals + r * kPanelColumns + c));
+    }
+    for (int i = 0; i < kPanelColumns / 2; ++i) {
+      gates[i] = values[2 * i];
+      factors[i] = values[2 * i + 1];
+    }
+    float* out =
+        args.out + (first_row + r) * args.out_stride + (column - args.first_column) / 2;
+    for (int c = 0; c < count / 2; c += 16) {
+      const int n = count / 2 - c < 16 ? count / 2 - c : 16;
+      store_first(out + c, silu(load(gates + c)) * load(factors + c), n);
+    }
   }
 }
 
-inline void store_panel_row(const LinearArgs& args, int64_t row, int64_t column,
-                            const float* totals) {
-  if (args.activation == Activation::kSwiglu) return store_gated_row(args, row, column, totals);
+template <Activation kActivation>
+inline void store_active_panel(const LinearArgs& args, int64_t first_row, int num_rows,
+                               int64_t column, const float* totals) {
   for (int c = 0; c < kPanelColumns && column < args.num_columns; c += 16, column += 16) {
     const int64_t left = args.num_columns - column;
     const int n = left < 16 ? static_cast<int>(left) : 16;
-    F16 y = activate(finish_columns(args, column, n, totals + c), args.activation);
-    if (args.residual != nullptr) {
-      y = load_first(args.residual + row * args.num_columns + column, n, 0.0f) + y;
+    const FinishColumns finish(args, column, n);
+    const float* sums = totals + c;
+    float* out = args.out + first_row * args.out_stride + column - args.first_column;
+    const float* residual =
+        args.residual == nullptr ? nullptr : args.residual + first_row * args.num_columns + column;
+    for (int r = 0; r < num_rows; ++r, sums += kPanelColumns, out += args.out_stride) {
+      F16 y = activate(finish(sums), kActivation);
+      if (residual != nullptr) {
+        y = (n == 16 ? load(residual) : load_first(residual, n, 0.0f)) + y;
+        residual += args.num_columns;
+      }
+      if (n == 16) {
+        store(out, y);
+      } else {
+        store_first(out, y, n);
+      }
     }
-    store_first(args.out + row * args.out_stride + column - args.first_column, y, n);
+  }
+}
+
+// A panel's rows, of which `column` is the first.
+inline void store_panel(const LinearArgs& args, int64_t first_row, int num_rows, int64_t column,
+                        const float* totals) {
+  switch (args.activation) {
+    case Activation::kNone:
+      return store_active_panel<Activation::kNone>(args, first_row, num_rows, column, totals);
+    case Activation::kRelu:
+      return store_active_panel<Activation::kRelu>(args, first_row, num_rows, column, totals);
+    case Activation::kGelu:
+      return store_active_panel<Activation::kGelu>(args, first_row, num_rows, column, totals);
+    case Activation::kGeluTanh:
+      return store_active_panel<Activation::kGeluTanh>(args, first_row, num_rows, column, totals);
+    case Activation::kSwiglu:
+      return store_gated_panel(args, first_row, num_rows, column, totals);
   }
 }
 
@@ -351,26 +406,25 @@ inline void add_chunk(int num_rows, const char* chunk, const char* next, const f
   }
 }
 
-// Calls add(num_rows, x, totals) for the rows of one pass after the other, `words` each in a chunk,
-// and makes outputs of the totals.
+// Calls add(num_rows, x, totals) for the rows of one pass after the other, and makes outputs of the
+// totals.
 template <class Add>
-inline void for_each_pass(const LinearArgs& args, int64_t panel, int words, const Add& add) {
-  alignas(64) float totals[(kMaxPassRows + kSpareRows) * kPanelColumns];
+inline void for_each_pass(const LinearArgs& args, int64_t panel, const Add& add) {
+  const RowLayout layout = row_layout(args.dtype, args.num_rows);
+  alignas(64) float totals[kMaxPassRows * kPanelColumns];
   for (int64_t pass = 0; pass < args.num_rows; pass += kMaxPassRows) {
     const int64_t left = args.num_rows - pass;
     const int num_rows = left < kMaxPassRows ? static_cast<int>(left) : kMaxPassRows;
-    __builtin_memset(totals, 0, sizeof(float) * num_rows * kPanelColumns);
-    add(num_rows, args.x + pass * words, totals);
-    for (int row = 0; row < num_rows; ++row) {
-      store_panel_row(args, pass + row, panel * kPanelColumns, totals + row * kPanelColumns);
-    }
+    add(num_rows, args.x + layout.begin(pass, args.k), totals);
+    store_panel(args, pass, num_rows, panel * kPanelColumns, totals);
   }
 }
 
 template <DType W>
 inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
   const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
-  for_each_pass(args, panel, row_words(W), [&](int num_rows, const float* x, float* totals) {
+  const auto add = [&](int num_rows, const float* x, float* totals) {
+    __builtin_memset(totals, 0, sizeof(float) * num_rows * kPanelColumns);
     for (int64_t begin = 0; begin < args.k; begin += kChunkK, x += args.num_rows * row_words(W)) {
       const int num_k = args.k - begin < kChunkK ? static_cast<int>(args.k - begin) : kChunkK;
       const char* chunk = weights + panel_bytes(begin, W);
@@ -381,14 +435,20 @@ inline void linear_panel_of(const LinearArgs& args, int64_t panel) {
         add_chunk<W>(num_rows, chunk, next, x, num_k, totals);
       }
     }
-  });
+  };
+  for_each_pass(args, panel, add);
 }
 
-inline void linear_panel(const LinearArgs& args, int64_t panel) {
+template <DType W>
+inline void linear_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
+  for (int64_t panel = begin; panel < end; ++panel) linear_panel_of<W>(args, panel);
+}
+
+inline void linear_panels(const LinearArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
 #define SPECENGINE_WEIGHTS(W) \
   case DType::W:              \
-    return linear_panel_of<DType::W>(args, panel);
+    return linear_panels_of<DType::W>(args, begin, end);
     SPECENGINE_WEIGHTS(kFloat32)
     SPECENGINE_WEIGHTS(kBFloat16)
     SPECENGINE_WEIGHTS(kFloat16)

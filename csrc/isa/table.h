@@ -8,8 +8,8 @@
 
 constexpr Kernels table(const char* name) {
   return {
-      name,          kMinGroupRows,   norm_row,         row_words,
-      pack_row,      linear_panel,    attention,        row_maximum,
+      name,          kMinGroupRows,   norm_row,         row_layout,
+      pack_row,      linear_panels,   attention,        row_maximum,
       row_sum_exp,   row_entropy,     row_group_maxima, row_collect,
       row_mass_bins, row_collect_bin, row_argmax,       race,
       residual_mass, draw_tile,       vocabulary_bits,  read_block,

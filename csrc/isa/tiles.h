@@ -10,10 +10,12 @@
 // that a panel is read from front to back.
 constexpr int64_t kWeightRowBytes = 4 * kPanelColumns;
 constexpr int64_t kStepBytes = 16 * kWeightRowBytes;
-// Steps of 16-bit weights that stay in the first cache while one tile of rows after the other meets
-// them; their sums then wait in memory, as they are.
-constexpr int64_t kBlockSteps = 8;
-// How far ahead of the arithmetic weights are asked for where one tile of rows holds all.
+// Rows of a pass: two tiles, whose sums of two tiles of columns stay in registers over a block of K.
+constexpr int kPairRows = 32;
+// K of a block: of a panel 128 KB of bf16, which stay in the second cache with those that are next,
+// rows of a block, and sums that wait.
+constexpr int64_t kBlockK = 1024;
+// How far ahead of the arithmetic weights are asked for that nobody has asked for before.
 constexpr int64_t kAheadBytes = 2 * kStepBytes;
 
 class TilesInUse {
@@ -24,53 +26,120 @@ class TilesInUse {
   TilesInUse& operator=(const TilesInUse&) = delete;
 };
 
-// Tiles 0 … 3 hold sums, 4 … kFirstWeights - 1 rows, the others weights.
+// Tiles 0 … 3 hold sums, 4 … first_weights - 1 rows, the others weights.
 // row_bytes: of a row that meets weights
-template <int kFirstWeights>
-inline TileConfig linear_tiles(int num_rows, int row_bytes) {
+inline TileConfig linear_tiles(int64_t num_rows, int first_weights, int row_bytes) {
   TileConfig config;
   for (int tile = 0; tile < 8; ++tile) {
-    const bool is_sum = tile < 4, is_weight = tile >= kFirstWeights;
-    config.set_shape(tile, is_weight ? row_bytes / 4 : num_rows,
+    const bool is_sum = tile < 4, is_weight = tile >= first_weights;
+    config.set_shape(tile, is_weight ? row_bytes / 4 : static_cast<int>(num_rows),
                      is_sum || is_weight ? 64 : row_bytes);
   }
   return config;
 }
 
-// The rows of one pass over a panel, in tiles of equal height: the last may hold spare rows.
+// The rows of one pass, in tiles: the last may hold spare rows.
 struct TiledRows {
   int count, height;
   const char* x;
-  int64_t row_bytes, chunk_bytes;
+  int64_t row_bytes, piece_bytes, tile_bytes;
   float* totals;
 
-  TiledRows(int num_rows, const float* x, int words, int64_t num_packed, float* totals)
-      : count((num_rows + 15) / 16),
-        height((num_rows + count - 1) / count),
+  // layout: of all rows; x: the pass's first
+  TiledRows(int num_rows, const RowLayout& layout, int64_t row_k, const float* x, float* totals)
+      : count(static_cast<int>((num_rows + layout.height - 1) / layout.height)),
+        height(static_cast<int>(layout.height)),
         x(reinterpret_cast<const char*>(x)),
-        row_bytes(int64_t{4} * words),
-        chunk_bytes(num_packed * row_bytes),
-        totals(totals) {
-    const int num_spare = count * height - num_rows;
-    __builtin_memset(totals + num_rows * kPanelColumns, 0,
-                     sizeof(float) * num_spare * kPanelColumns);
-  }
+        row_bytes(int64_t{4} * layout.words),
+        piece_bytes(height * row_bytes),
+        tile_bytes(piece_bytes * layout.num_pieces(row_k)),
+        totals(totals) {}
 
-  const char* rows(int tile, int64_t chunk) const {
-    return x + chunk * chunk_bytes + tile * height * row_bytes;
+  const char* rows(int tile, int64_t piece) const {
+    return x + tile * tile_bytes + piece * piece_bytes;
   }
   float* sums(int tile) const { return totals + tile * height * kPanelColumns; }
+  void clear() const {
+    __builtin_memset(totals, 0, sizeof(float) * count * height * kPanelColumns);
+  }
 };
 
-// A tile's part of what is asked for while all tiles meet what lies before it.
-inline void ask_ahead(const char* weights, int64_t num_bytes, int tile, int count) {
-  const int64_t num_lines = num_bytes / 64;
-  for (int64_t i = num_lines * tile / count; i < num_lines * (tile + 1) / count; ++i) {
-    __builtin_prefetch(weights + 64 * i, 0, 2);
+// What is asked for while tiles are multiplied, a few lines at a turn: many at once would hold up the
+// loads behind them. Weights that are needed next, and the lines where outputs will go: a store to a
+// line that is not there waits for it.
+class Asking {
+ public:
+  void ask_for_weights(const char* weights, int64_t num_bytes, int64_t num_turns) {
+    at_ = weights;
+    end_ = weights + num_bytes;
+    turn_bytes_ = (num_bytes / 64 + num_turns - 1) / num_turns * 64;
   }
-}
+  void ask_for_outputs(const LinearArgs& args, int64_t first_row, int num_rows, int64_t panel) {
+    const int columns = static_cast<int>(activated_columns(kPanelColumns, args.activation));
+    out_ = reinterpret_cast<const char*>(args.out + first_row * args.out_stride + panel * columns -
+                                         activated_columns(args.first_column, args.activation));
+    out_stride_ = args.out_stride * int64_t{sizeof(float)};
+    out_bytes_ = columns * static_cast<int>(sizeof(float));
+    num_out_rows_ = num_rows;
+  }
 
-// A panel's weights, step after step; the last with zeros after it where it is not whole.
+  void ask() {
+    const char* const turn_end = at_ + turn_bytes_ < end_ ? at_ + turn_bytes_ : end_;
+    for (; at_ < turn_end; at_ += 64) __builtin_prefetch(at_, 0, 2);
+    if (num_out_rows_ == 0) return;
+    __builtin_prefetch(out_ + out_at_, 1, 2);
+    out_at_ += 64;
+    if (out_at_ < out_bytes_) return;
+    out_at_ = 0;
+    out_ += out_stride_;
+    --num_out_rows_;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  const char* end_ = nullptr;
+  int64_t turn_bytes_ = 0;
+  const char* out_ = nullptr;
+  int64_t out_stride_ = 0;
+  int out_bytes_ = 0, out_at_ = 0, num_out_rows_ = 0;
+};
+
+// Visits of a block of weights, by one pass of rows after the other. The first block of several is
+// asked for by the first visit while it reads it; all others ask for the next block, each for its
+// part, so that memory works as long as they do. A lone visit reads on from one block to the next.
+class Visits {
+ public:
+  // next: null after the last block
+  Visits(const char* block, int64_t num_bytes, int64_t count, bool is_first, const char* next,
+         int64_t num_next_bytes)
+      : block_(block),
+        next_(next),
+        num_bytes_(num_bytes),
+        num_next_lines_(next == nullptr ? 0 : num_next_bytes / 64),
+        count_(count),
+        is_first_(is_first) {}
+
+  // What the next visit asks for, in so many turns.
+  void begin(Asking& asking, int64_t num_turns) {
+    const int64_t visit = done_++;
+    if (count_ == 1 || (is_first_ && visit == 0)) {
+      const int64_t num_bytes = count_ == 1 ? num_bytes_ : num_bytes_ - kAheadBytes;
+      return asking.ask_for_weights(block_ + kAheadBytes, num_bytes, num_turns);
+    }
+    const int64_t count = count_ - is_first_, at = visit - is_first_;
+    const int64_t begin = num_next_lines_ * at / count, end = num_next_lines_ * (at + 1) / count;
+    asking.ask_for_weights(next_ + 64 * begin, 64 * (end - begin), num_turns);
+  }
+
+ private:
+  const char* block_;
+  const char* next_;
+  int64_t num_bytes_, num_next_lines_, count_;
+  bool is_first_;
+  int64_t done_ = 0;
+};
+
+// Weights, step after step; the last with zeros after it where it is not whole.
 class WeightSteps {
  public:
   WeightSteps(const char* weights, int64_t num_bytes)
@@ -106,86 +175,229 @@ inline void for_each_column(const Visit& visit) {
   visit.template operator()<3>();
 }
 
-inline void load_sums(const float* sums) {
-  for_each_column([&]<int c>() { Tiles::load<c>(sums + 16 * c, 4 * kPanelColumns); });
-}
-inline void store_sums(void* sums) {
-  for_each_column(
-      [&]<int c>() { Tiles::store<c>(static_cast<char*>(sums) + 64 * c, 4 * kPanelColumns); });
+template <DType W, int kSum, int kRows, int kWeights>
+inline void multiply_tiles() {
+  if constexpr (W == DType::kInt8) {
+    Tiles::multiply_int8<kSum, kRows, kWeights>();
+  } else {
+    Tiles::multiply_bf16<kSum, kRows, kWeights>();
+  }
 }
 
 // A tile of rows and a step's weights, of all columns. Steps that follow each other take turns with
 // the tiles that rows go to.
 template <DType W, int kRows>
-inline void multiply_step(const char* rows, int64_t row_bytes, const char* weights) {
+inline void multiply_step(const char* rows, int64_t row_bytes, const char* weights,
+                          Asking& asking) {
   Tiles::load<kRows>(rows, row_bytes);
   for_each_column([&]<int c>() {
     constexpr int kWeights = 6 + c % 2;
+    asking.ask();
     Tiles::load<kWeights>(weights + 64 * c, kWeightRowBytes);
-    if constexpr (W == DType::kInt8) {
-      Tiles::multiply_int8<c, kRows, kWeights>();
-    } else {
-      Tiles::multiply_bf16<c, kRows, kWeights>();
-    }
+    multiply_tiles<W, c, kRows, kWeights>();
   });
 }
 
-inline void add_bf16_panel(const TiledRows& tiled, const char* weights, int64_t k) {
-  constexpr int kStepK = 32, kStepsPerChunk = kChunkK / kStepK;
-  const WeightSteps steps(weights, panel_bytes(k, DType::kBFloat16));
-  const TilesInUse in_use(linear_tiles<6>(tiled.height, 64));
-  const int64_t block_steps = tiled.count == 1 ? steps.count : kBlockSteps;
-  const int64_t ahead = tiled.count == 1 ? kAheadBytes : kBlockSteps * kStepBytes;
-  for (int64_t block = 0; block < steps.count; block += block_steps) {
-    const int64_t end = block + block_steps < steps.count ? block + block_steps : steps.count;
-    for (int tile = 0; tile < tiled.count; ++tile) {
-      load_sums(tiled.sums(tile));
-      for (int64_t step = block; step < end; ++step) {
-        ask_ahead(weights + step * kStepBytes + ahead, kStepBytes, tile, tiled.count);
-        const char* rows =
-            tiled.rows(tile, step / kStepsPerChunk) + step % kStepsPerChunk * 2 * kStepK;
-        if (step % 2 == 0) {
-          multiply_step<DType::kBFloat16, 4>(rows, tiled.row_bytes, steps[step]);
-        } else {
-          multiply_step<DType::kBFloat16, 5>(rows, tiled.row_bytes, steps[step]);
-        }
-      }
-      store_sums(tiled.sums(tile));
+// Two tiles of rows and a step's weights, of two tiles of columns.
+template <DType W>
+inline void multiply_pair_step(const char* rows, const TiledRows& tiled, const char* weights,
+                               Asking& asking) {
+  Tiles::load<4>(rows, tiled.row_bytes);
+  asking.ask();
+  Tiles::load<6>(weights, kWeightRowBytes);
+  multiply_tiles<W, 0, 4, 6>();
+  asking.ask();
+  Tiles::load<7>(weights + 64, kWeightRowBytes);
+  multiply_tiles<W, 1, 4, 7>();
+  Tiles::load<5>(rows + tiled.tile_bytes, tiled.row_bytes);
+  multiply_tiles<W, 2, 5, 6>();
+  multiply_tiles<W, 3, 5, 7>();
+}
+
+// A tile that was not stored for some hundreds of nanoseconds takes 250 more to store, so a processor
+// with tiles is kept awake: every eighth step a tile of rows is stored to where nobody reads it.
+class StoreAwake {
+ public:
+  void step(int64_t step) {
+    if (step % 8 == 7) Tiles::store<4>(unread_, 64);
+  }
+
+ private:
+  alignas(64) char unread_[16 * 64];
+};
+
+// The sums of a tile of rows and all columns, [16, stride], or of two tiles of rows and of columns.
+constexpr int64_t kSumsStride = 4 * kPanelColumns;
+template <class Visit>
+inline void for_each_sum(bool is_pair, int height, const Visit& visit) {
+  const int64_t below = int64_t{height} * kPanelColumns;
+  visit.template operator()<0>(0);
+  visit.template operator()<1>(16);
+  visit.template operator()<2>(is_pair ? below : 32);
+  visit.template operator()<3>(is_pair ? below + 16 : 48);
+}
+inline void clear_sums() {
+  for_each_column([&]<int c>() { Tiles::zero<c>(); });
+}
+inline void load_sums(bool is_pair, int height, const float* sums) {
+  for_each_sum(is_pair, height,
+               [&]<int c>(int64_t at) { Tiles::load<c>(sums + at, kSumsStride); });
+}
+template <class T>
+inline void store_sums(bool is_pair, int height, T* sums) {
+  for_each_sum(is_pair, height,
+               [&]<int c>(int64_t at) { Tiles::store<c>(sums + at, kSumsStride); });
+}
+
+// What a pass of rows and a block of weights add to the pass's sums, or, with is_first, are.
+inline void add_bf16_block(const TiledRows& tiled, const WeightSteps& steps, bool is_first,
+                           Visits& visits, Asking& asking) {
+  constexpr DType W = DType::kBFloat16;
+  const bool is_pair = tiled.count == 2;
+  const int num_columns = is_pair ? 32 : kPanelColumns;
+  StoreAwake awake;
+  for (int column = 0; column < kPanelColumns; column += num_columns) {
+    float* totals = tiled.totals + column;
+    visits.begin(asking, steps.count * (is_pair ? 2 : 4));
+    if (is_first) {
+      clear_sums();
+    } else {
+      load_sums(is_pair, tiled.height, totals);
     }
+    if (is_pair) {
+      for (int64_t step = 0; step < steps.count; ++step) {
+        multiply_pair_step<W>(tiled.rows(0, step), tiled, steps[step] + 4 * column, asking);
+        awake.step(step);
+      }
+    } else {
+      for (int64_t step = 0; step < steps.count; ++step) {
+        const char* rows = tiled.rows(0, step);
+        if (step % 2 == 0) {
+          multiply_step<W, 4>(rows, tiled.row_bytes, steps[step], asking);
+        } else {
+          multiply_step<W, 5>(rows, tiled.row_bytes, steps[step], asking);
+        }
+        awake.step(step);
+      }
+    }
+    store_sums(is_pair, tiled.height, totals);
   }
 }
 
-// What a chunk's integers add to the sums of a tile of rows.
+// What a chunk's integers, [num_rows, stride kPanelColumns], add to the sums of as many rows and 16
+// kVectors columns.
+template <int kVectors>
 inline void add_int8_sums(int num_rows, const char* rows, int64_t row_bytes, const int32_t* sums,
                           float* totals) {
   using M = Multiply<DType::kInt8>;
-  for (int r = 0; r < num_rows; ++r, rows += row_bytes, totals += kPanelColumns) {
+  for (int r = 0; r < num_rows; ++r, rows += row_bytes) {
     const auto* row = reinterpret_cast<const float*>(rows);
-    for (int c = 0; c < kPanelColumns; c += 16) {
-      const U16 sum = load_words(sums + r * kPanelColumns + c) + M::start(row);
-      store(totals + c, M::accumulate(load(totals + c), sum, row));
+    const U16 start = M::start(row);
+    for (int c = 0; c < kVectors; ++c) {
+      const int64_t at = r * kPanelColumns + 16 * c;
+      store(totals + at, M::accumulate(load(totals + at), load_words(sums + at) + start, row));
     }
   }
 }
 
-inline void add_int8_panel(const TiledRows& tiled, const char* weights, int64_t k) {
-  constexpr int kStepK = 64;
-  const WeightSteps steps(weights, panel_bytes(k, DType::kInt8));
-  const TilesInUse in_use(linear_tiles<6>(tiled.height, 64));
-  constexpr int64_t kChunkBytes = panel_bytes(kChunkK, DType::kInt8);
-  alignas(64) int32_t sums[16 * kPanelColumns];
-  for (int64_t chunk = 0; chunk * kChunkK < k; ++chunk) {
-    const int64_t step = chunk * kChunkK / kStepK;
-    for (int tile = 0; tile < tiled.count; ++tile) {
-      const char* rows = tiled.rows(tile, chunk);
-      ask_ahead(weights + (chunk + 1) * kChunkBytes, kChunkBytes, tile, tiled.count);
-      for_each_column([&]<int c>() { Tiles::zero<c>(); });
-      multiply_step<DType::kInt8, 4>(rows, tiled.row_bytes, steps[step]);
-      if (step + 1 < steps.count) {
-        multiply_step<DType::kInt8, 5>(rows + kStepK, tiled.row_bytes, steps[step + 1]);
+// See add_bf16_block. A chunk's integers become floats while tiles multiply the next chunk.
+inline void add_int8_block(const TiledRows& tiled, const WeightSteps& steps, bool is_first,
+                           Visits& visits, Asking& asking) {
+  constexpr DType W = DType::kInt8;
+  constexpr int kStepK = 64, kStepsPerChunk = kChunkK / kStepK;
+  const bool is_pair = tiled.count == 2;
+  const int num_columns = is_pair ? 32 : kPanelColumns;
+  const int64_t num_chunks = (steps.count + kStepsPerChunk - 1) / kStepsPerChunk;
+  alignas(64) int32_t sums[2][kPairRows * kPanelColumns];
+  if (is_first) tiled.clear();
+  for (int column = 0; column < kPanelColumns; column += num_columns) {
+    visits.begin(asking, steps.count * (is_pair ? 2 : 4));
+    const auto add_sums = [&](int64_t chunk) {
+      for (int tile = 0; tile < tiled.count; ++tile) {
+        const int32_t* integers = sums[chunk % 2] + tile * tiled.height * kPanelColumns;
+        const char* rows = tiled.rows(tile, chunk);
+        float* totals = tiled.sums(tile) + column;
+        if (is_pair) {
+          add_int8_sums<2>(tiled.height, rows, tiled.row_bytes, integers, totals);
+        } else {
+          add_int8_sums<4>(tiled.height, rows, tiled.row_bytes, integers, totals);
+        }
       }
-      store_sums(sums);
-      add_int8_sums(tiled.height, rows, tiled.row_bytes, sums, tiled.sums(tile));
+    };
+    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
+      const int64_t step = chunk * kStepsPerChunk;
+      const bool is_whole = step + 1 < steps.count;
+      const char* rows = tiled.rows(0, chunk);
+      clear_sums();
+      if (is_pair) {
+        multiply_pair_step<W>(rows, tiled, steps[step] + 4 * column, asking);
+        if (is_whole) {
+          multiply_pair_step<W>(rows + kStepK, tiled, steps[step + 1] + 4 * column, asking);
+        }
+      } else {
+        multiply_step<W, 4>(rows, tiled.row_bytes, steps[step], asking);
+        if (is_whole) {
+          multiply_step<W, 5>(rows + kStepK, tiled.row_bytes, steps[step + 1], asking);
+        }
+      }
+      store_sums(is_pair, tiled.height, sums[chunk % 2]);
+      if (chunk > 0) add_sums(chunk - 1);
+    }
+    add_sums(num_chunks - 1);
+  }
+}
+
+// Panels begin … end - 1. Where several passes share the weights, K goes by in blocks, of one panel
+// after the other, while the sums of all wait.
+template <DType W>
+inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
+  const RowLayout layout = row_layout(W, args.num_rows);
+  const TilesInUse in_use(linear_tiles(layout.height, 6, 64));
+  const int64_t whole = args.num_rows / kPairRows, rest = args.num_rows % kPairRows;
+  const int64_t num_visits = 2 * whole + (rest > 16 ? 2 : rest > 0);
+  const int64_t panel_sums = layout.size(args.num_rows, 1) / layout.words * kPanelColumns;
+  const bool is_waiting =
+      args.num_rows > kPairRows && args.k > kBlockK && panel_sums <= kWaitingSums;
+  const int64_t block_k = is_waiting ? kBlockK : args.k;
+  const int64_t at_once = is_waiting ? kWaitingSums / panel_sums : end - begin;
+  const auto block_bytes = [&](int64_t k) {
+    return panel_bytes(args.k - k < block_k ? args.k - k : block_k, W);
+  };
+  const auto block_at = [&](int64_t panel, int64_t k) {
+    return static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W) +
+           panel_bytes(k, W);
+  };
+  alignas(64) float totals[kPairRows * kPanelColumns];
+  for (int64_t first = begin; first < end; first += at_once) {
+    const int64_t stop = first + at_once < end ? first + at_once : end;
+    for (int64_t k = 0; k < args.k; k += block_k) {
+      const bool is_last = k + block_k >= args.k;
+      const int64_t next_k = !is_last ? k + block_k : 0;
+      const float* x = args.x + k / layout.k * layout.stride();
+      for (int64_t panel = first; panel < stop; ++panel) {
+        const bool is_followed = panel + 1 < stop;
+        const int64_t after = is_followed ? panel + 1 : is_last ? stop : first;
+        const int64_t after_k = is_followed ? k : next_k;
+        const WeightSteps steps(block_at(panel, k), block_bytes(k));
+        Visits visits(block_at(panel, k), block_bytes(k), num_visits, panel == begin && k == 0,
+                      after < end ? block_at(after, after_k) : nullptr, block_bytes(after_k));
+        for (int64_t pass = 0; pass < args.num_rows; pass += kPairRows) {
+          const int64_t left = args.num_rows - pass;
+          const int num_rows = left < kPairRows ? static_cast<int>(left) : kPairRows;
+          float* sums = !is_waiting ? totals
+                                    : args.waiting + (panel - first) * panel_sums +
+                                          pass * kPanelColumns;
+          const TiledRows tiled(num_rows, layout, args.k, x + layout.begin(pass, args.k), sums);
+          Asking asking;
+          if (is_last) asking.ask_for_outputs(args, pass, num_rows, panel);
+          if constexpr (W == DType::kInt8) {
+            add_int8_block(tiled, steps, k == 0, visits, asking);
+          } else {
+            add_bf16_block(tiled, steps, k == 0, visits, asking);
+          }
+          if (is_last) store_panel(args, pass, num_rows, panel * kPanelColumns, sums);
+        }
+      }
     }
   }
 }
@@ -210,13 +422,14 @@ inline const char* expand_codes(const char* codes, char* out) {
 // totals += a group's sums, of a tile of rows and all columns.
 template <DType W>
 inline void add_group_tiles(int num_rows, const char* rows, const char* group, const char* codes,
-                            float* totals) {
+                            float* totals, Asking& asking) {
   constexpr int64_t kRowBytes = 4 * FixedGroup<W>::kRowWords;
   alignas(64) int32_t sums[4][FixedGroup<W>::kDigits][16][16];
   Tiles::load<4>(rows, kRowBytes);
   Tiles::load<5>(rows + kGroupK, kRowBytes);
   Tiles::load<6>(rows + 2 * kGroupK, kRowBytes);
   for_each_column([&]<int c>() {
+    asking.ask();
     Tiles::load<7>(codes + 64 * c, kWeightRowBytes);
     Tiles::zero<0>();
     Tiles::zero<1>();
@@ -242,12 +455,13 @@ inline void add_group_tiles(int num_rows, const char* rows, const char* group, c
 }
 
 template <DType W>
-inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64_t k) {
+inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64_t k,
+                              Asking& asking) {
   constexpr int kGroups = kChunkK / kGroupK;
-  const TilesInUse in_use(linear_tiles<7>(tiled.height, kGroupK));
   alignas(64) char expanded[kGroups][kGroupCodeBytes];
   const char* codes[kGroups];
   const char* group = weights;
+  tiled.clear();
   for (int64_t begin = 0; begin < k; begin += kChunkK) {
     const int64_t left = (k - begin) / kGroupK;
     const int count = left < kGroups ? static_cast<int>(left) : kGroups;
@@ -257,9 +471,8 @@ inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64
     for (int tile = 0; tile < tiled.count; ++tile) {
       const char* rows = tiled.rows(tile, begin / kChunkK);
       for (int i = 0; i < count; ++i) {
-        ask_ahead(group + (i + kGroups) * group_bytes(W), group_bytes(W), tile, tiled.count);
         add_group_tiles<W>(tiled.height, rows + i * 4 * FixedGroup<W>::kWords,
-                           group + i * group_bytes(W), codes[i], tiled.sums(tile));
+                           group + i * group_bytes(W), codes[i], tiled.sums(tile), asking);
       }
     }
     group += count * group_bytes(W);
@@ -267,36 +480,38 @@ inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64
 }
 
 template <DType W>
-inline void tile_panel_of(const LinearArgs& args, int64_t panel) {
-  const char* weights = static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W);
-  for_each_pass(args, panel, row_words(W), [&](int num_rows, const float* x, float* totals) {
-    const TiledRows tiled(num_rows, x, row_words(W), args.num_rows, totals);
-    if constexpr (is_grouped(W)) {
-      add_grouped_panel<W>(tiled, weights, args.k);
-    } else if constexpr (W == DType::kInt8) {
-      add_int8_panel(tiled, weights, args.k);
-    } else {
-      add_bf16_panel(tiled, weights, args.k);
-    }
-  });
+inline void tile_grouped_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
+  const int64_t num_bytes = panel_bytes(args.k, W);
+  const RowLayout layout = row_layout(W, args.num_rows);
+  const TilesInUse in_use(linear_tiles(layout.height, 7, kGroupK));
+  for (int64_t panel = begin; panel < end; ++panel) {
+    const char* weights = static_cast<const char*>(args.panels) + panel * num_bytes;
+    for_each_pass(args, panel, [&](int num_rows, const float* x, float* totals) {
+      const TiledRows tiled(num_rows, layout, args.k, x, totals);
+      const int64_t num_turns = args.k / kGroupK * 4 * tiled.count;
+      Asking asking;
+      asking.ask_for_weights(weights + kChunkK / kGroupK * group_bytes(W), num_bytes, num_turns);
+      add_grouped_panel<W>(tiled, weights, args.k, asking);
+    });
+  }
 }
 
-inline void tile_linear_panel(const LinearArgs& args, int64_t panel) {
+inline void tile_linear_panels(const LinearArgs& args, int64_t begin, int64_t end) {
   switch (args.dtype) {
     case DType::kFloat32:
-      return linear_panel_of<DType::kFloat32>(args, panel);
+      return linear_panels_of<DType::kFloat32>(args, begin, end);
     case DType::kFloat16:
-      return linear_panel_of<DType::kFloat16>(args, panel);
+      return linear_panels_of<DType::kFloat16>(args, begin, end);
     case DType::kBFloat16:
-      return tile_panel_of<DType::kBFloat16>(args, panel);
+      return tile_panels_of<DType::kBFloat16>(args, begin, end);
     case DType::kInt8:
-      return tile_panel_of<DType::kInt8>(args, panel);
+      return tile_panels_of<DType::kInt8>(args, begin, end);
     case DType::kInt4:
-      return tile_panel_of<DType::kInt4>(args, panel);
+      return tile_grouped_panels_of<DType::kInt4>(args, begin, end);
     case DType::kInt4Min:
-      return tile_panel_of<DType::kInt4Min>(args, panel);
+      return tile_grouped_panels_of<DType::kInt4Min>(args, begin, end);
     case DType::kInt8Group:
-      return tile_panel_of<DType::kInt8Group>(args, panel);
+      return tile_grouped_panels_of<DType::kInt8Group>(args, begin, end);
   }
 }
 
@@ -304,7 +519,7 @@ inline void tile_linear_panel(const LinearArgs& args, int64_t panel) {
 
 constexpr Kernels tile_table(const char* name) {
   Kernels kernels = table(name);
-  kernels.linear_panel = tile_linear_panel;
+  kernels.linear_panels = tile_linear_panels;
   kernels.attention = attention_of<TileProducts>;
   return kernels;
 }

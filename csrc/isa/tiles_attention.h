@@ -58,7 +58,7 @@ class TileProducts {
     for (int begin = 0; begin < next.count; begin += 16) ask_for(next, begin, 16, 0, row_bytes_);
     for (int q = 0; q < queries_.count; ++q) {
       float* weights = queries_.weights + q * kAttentionTile;
-      pack_bf16(weights, seen(q), reinterpret_cast<uint32_t*>(weights));
+      pack_bf16<kAttentionTile>(weights, seen(q), reinterpret_cast<uint32_t*>(weights));
     }
     if (pack_values(tile, tile.count, seen(first))) return add_values(tile.count);
     // What no query before it sees is no number, and would be none with the weight 0.
@@ -97,7 +97,7 @@ class TileProducts {
       for (int64_t begin = 0; begin < padded_; begin += kChunkK) {
         const int count = static_cast<int>(padded_ - begin < kChunkK ? padded_ - begin : kChunkK);
         alignas(64) uint32_t packed[kChunkK / 2];
-        pack_bf16(query + begin, count, packed);
+        pack_bf16<kChunkK>(query + begin, count, packed);
         uint32_t* out = pairs(q / height_, static_cast<int>(begin / kStepK)) + q % height_;
         for (int i = 0; i < count / 2; ++i) out[16 * i] = packed[i];
       }
