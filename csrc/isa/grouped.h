@@ -100,7 +100,7 @@ inline T* forget(T* p) {
 
 // How far ahead of the arithmetic the first rows that meet a group ask for another, across panels:
 // they follow each other.
-constexpr int64_t kPrefetchedGroups = 4;
+constexpr int64_t kPrefetchedGroups = kHasTiles ? 2 : 4;
 
 // Sixteen columns' scales of a group.
 template <DType W>

@@ -454,6 +454,9 @@ inline void add_group_tiles(int num_rows, const char* rows, const char* group, c
   }
 }
 
+// So few rows meet weights by group faster as vectors, with the same exact sums.
+constexpr int64_t kFewGroupedRows = 6;
+
 template <DType W>
 inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64_t k,
                               Asking& asking) {
@@ -481,6 +484,7 @@ inline void add_grouped_panel(const TiledRows& tiled, const char* weights, int64
 
 template <DType W>
 inline void tile_grouped_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
+  if (args.num_rows <= kFewGroupedRows) return linear_panels_of<W>(args, begin, end);
   const int64_t num_bytes = panel_bytes(args.k, W);
   const RowLayout layout = row_layout(W, args.num_rows);
   const TilesInUse in_use(linear_tiles(layout.height, 7, kGroupK));
