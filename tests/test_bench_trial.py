@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,8 @@ class Fake:
 
     def generate(self, task):
         does = self.setup.target if task.max_new_tokens > 1 else "works"
+        if does == f"dies drafting in {self.setup.build}" and task.num_speculative_tokens:
+            os.kill(os.getpid(), signal.SIGILL)
         if does == "dies" or does == f"dies in {self.setup.build}":
             print("tile load", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGILL)
@@ -157,6 +160,15 @@ def test_the_first_build_that_runs_counts_and_is_made_once(builds: list[str]) ->
     assert [options.split()[1] for options in builds] == ["-DGGML_NATIVE=ON", "-DGGML_NATIVE=OFF"]
     assert start("works") == ({}, "fake, native build")
     assert len(builds) == 2
+
+
+def test_a_build_that_dies_when_it_drafts_is_passed_over(builds: list[str]) -> None:
+    fails = replace(setup("dies drafting in native", "llama.cpp"), speculates=True)
+    with ExitStack() as stack:
+        workers, reasons = contest.start([fails], stack, print, tasks=TASKS)
+        assert reasons == {}
+        settings = workers["llama.cpp"].about["settings"]
+    assert settings == "fake, listed features build; native build: its process was ended by SIGILL"
 
 
 def test_where_no_build_runs_the_row_says_what_became_of_each(builds: list[str]) -> None:

@@ -1,6 +1,6 @@
 """A contestant counts when it has shown that it runs: loaded, a few tokens after a prompt and one after a long one, all
 in the process, with the threads and in the format that will be timed. One that is built here has several builds to
-try."""
+try, and shows too that it speculates, if it will be asked to: its draft may be in another format."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from generation.protocol import Setup, Task, UnavailableError
 # Of loading, and of each answer; the largest model's longest prompt takes the slowest a tenth of it.
 TRIAL_SECONDS = 300.0
 NUM_TOKENS = 8
+DRAFT_LENGTH = 4
 
 
 def tasks(short: list[int], long: list[int]) -> list[Task]:
@@ -30,6 +31,8 @@ def load(
     """
     if setup.contestant != "llama.cpp":
         return try_out(setup, tasks, timeout=timeout)
+    if setup.speculates:
+        tasks = [*tasks, Task(tasks[0].prompts, NUM_TOKENS, DRAFT_LENGTH)]
     failures: list[str] = []
     for build in llama_builds.ladder():
         built = replace(setup, build=build.name)
