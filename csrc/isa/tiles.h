@@ -16,7 +16,7 @@ constexpr int kPairRows = 32;
 // rows of a block, and sums that wait.
 constexpr int64_t kBlockK = 1024;
 // How far ahead of the arithmetic weights are asked for that nobody has asked for before.
-constexpr int64_t kAheadBytes = 2 * kStepBytes;
+constexpr int64_t kAheadBytes = 4 * kStepBytes;
 
 class TilesInUse {
  public:
