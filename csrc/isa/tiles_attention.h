@@ -123,11 +123,11 @@ class TileProducts {
   }
 
   template <int kTile>
-  void store_scores(int begin) const {
-    alignas(64) float by_key[16][16] = {}, by_query[16 * 16];
-    Tiles::store<kTile>(by_key, 64);
+  void store_scores(int begin) {
+    alignas(64) float by_query[16 * 16];
+    Tiles::store<kTile>(by_key_, 64);
     const float* rows[16];
-    for (int i = 0; i < 16; ++i) rows[i] = by_key[i];
+    for (int i = 0; i < 16; ++i) rows[i] = by_key_[i];
     const int64_t size = (height_ + 3) / 4 * 4;
     transpose_rows(rows, size, by_query);
     transpose_rows(rows + 8, size, by_query + 8);
@@ -140,7 +140,8 @@ class TileProducts {
   // The tile's first `count` values in pairs of tokens, [kAttentionTile / 2, padded, 2], zeros
   // after them. Whether those from `first_checked` on are finite.
   bool pack_values(const TileRows& tile, int count, int first_checked) const {
-    alignas(64) uint16_t copied[2][kMaxHeadDim] = {};
+    alignas(64) uint16_t copied[2][kMaxHeadDim];
+    if (padded_ != head_dim_) __builtin_memset(copied, 0, sizeof(copied));
     const int end = (tile.count + kStepK - 1) / kStepK * kStepK;
     F16 poison = set1(0.0f);
     for (int begin = 0; begin < end; begin += 2) {
@@ -192,5 +193,6 @@ class TileProducts {
   uint32_t* pairs_;   // [2, steps, 16, 16]
   char* copied_;      // [16, steps * 64]
   uint32_t* values_;  // [kAttentionTile / 2, padded]
+  alignas(64) float by_key_[16][16] = {};  // scores as a tile leaves them, columns without a query 0
   const TilesInUse in_use_;
 };
