@@ -140,7 +140,7 @@ def test_every_benchmark_names_the_instruction_set(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.jsonl")), ids=lambda path: path.name)
 def test_every_row_that_was_kept_names_its_instruction_set(path: Path) -> None:
-    known = re.compile(r"\b(portable|avx2|avx512|avx512_bf16|\w*amx\w*)\b")
+    known = re.compile(r"\b(portable|avx2|avx512|avx512_bf16|avx512_vnni|\w*amx\w*)\b")
     for line in path.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         assert row.get("instruction_set") or known.search(row["machine"]), row

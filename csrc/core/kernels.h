@@ -74,9 +74,10 @@ constexpr int64_t activated_columns(int64_t columns, Activation activation) {
   return activation == Activation::kSwiglu ? columns / 2 : columns;
 }
 
-// Rows enter a linear as `pack_row` leaves them, in stacks: [stacks, pieces, height, words]. A piece
-// has `k` elements, and a word is a float, a pair of bf16 or a quad of int8, as the instruction set
-// likes to multiply with the weights' type. The last stack may hold spare rows, whatever they are.
+// Rows enter a linear as `pack_row` leaves them, in stacks: [stacks, pieces, height, words]. A
+// piece has `k` elements, and a word is a float, a pair of bf16 or a quad of int8, as the
+// instruction set likes to multiply with the weights' type. The last stack may hold spare rows,
+// whatever they are.
 struct RowLayout {
   int k, words;
   int64_t height;
@@ -199,6 +200,7 @@ struct Kernels {
 #if defined(__x86_64__)
 extern const Kernels kAvx512AmxKernels;
 extern const Kernels kAvx512Bf16Kernels;
+extern const Kernels kAvx512VnniKernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx2Kernels;
 #endif
@@ -209,8 +211,8 @@ extern const Kernels kEmulatedTilesKernels;
 // The kernels in use: the best the processor has, unless SPECENGINE_INSTRUCTION_SET names others or
 // set_instruction_set chose some.
 const Kernels& kernels();
-// "auto", "avx512_amx", "avx512_bf16", "avx512", "avx2", "portable" or "emulated_tiles"; false when
-// unknown or not supported here.
+// "auto", "avx512_amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable" or
+// "emulated_tiles"; false when unknown or not supported here.
 bool set_instruction_set(const char* name);
 bool supports_instruction_set(const char* name);
 

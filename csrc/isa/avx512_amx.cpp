@@ -24,6 +24,8 @@ namespace specengine {
 namespace avx512_amx {
 #include "isa/simd_avx512.h"
 //
+#include "isa/simd_avx512_vnni.h"
+//
 #include "isa/simd_avx512_bf16.h"
 //
 #include "isa/tiles_amx.h"

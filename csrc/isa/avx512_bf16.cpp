@@ -21,6 +21,8 @@ namespace specengine {
 namespace avx512_bf16 {
 #include "isa/simd_avx512.h"
 //
+#include "isa/simd_avx512_vnni.h"
+//
 #include "isa/simd_avx512_bf16.h"
 constexpr bool kHasTiles = false;
 #include "isa/table.h"

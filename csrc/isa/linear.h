@@ -70,8 +70,8 @@ constexpr int64_t tile_height(int64_t num_rows) {
   return num_rows > 32 ? 16 : num_rows > 16 ? (num_rows + 1) / 2 : num_rows;
 }
 
-// Rows as weights of a type multiply them; see pack_row. A tile's rows are a stack, what it reads of
-// them lies in whole cache lines, and those of bf16 rows follow each other.
+// Rows as weights of a type multiply them; see pack_row. A tile's rows are a stack, what it reads
+// of them lies in whole cache lines, and those of bf16 rows follow each other.
 constexpr RowLayout row_layout(DType weights, int64_t num_rows) {
   const bool is_tiled = kHasTiles && weights != DType::kFloat32 && weights != DType::kFloat16;
   const int64_t height = num_rows == 0 ? 1 : is_tiled ? tile_height(num_rows) : num_rows;
@@ -148,7 +148,8 @@ inline void pack_row(const float* x, int64_t k, DType weights, float* out, int64
     } else if (is_grouped(weights)) {
       pack_fixed<DType::kInt4>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
     } else if (kRoundsToBf16 && weights == DType::kBFloat16) {
-      pack_bf16<row_layout(DType::kBFloat16, 1).k>(x + begin, num_k, reinterpret_cast<uint32_t*>(out));
+      pack_bf16<row_layout(DType::kBFloat16, 1).k>(x + begin, num_k,
+                                                   reinterpret_cast<uint32_t*>(out));
     } else {
       pack_floats(x + begin, num_k, out);
     }
@@ -339,8 +340,7 @@ inline void store_gated_panel(const LinearArgs& args, int64_t first_row, int num
       gates[i] = values[2 * i];
       factors[i] = values[2 * i + 1];
     }
-    float* out =
-        args.out + (first_row + r) * args.out_stride + (column - args.first_column) / 2;
+    float* out = args.out + (first_row + r) * args.out_stride + (column - args.first_column) / 2;
     for (int c = 0; c < count / 2; c += 16) {
       const int n = count / 2 - c < 16 ? count / 2 - c : 16;
       store_first(out + c, silu(load(gates + c)) * load(factors + c), n);

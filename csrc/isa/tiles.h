@@ -10,7 +10,8 @@
 // that a panel is read from front to back.
 constexpr int64_t kWeightRowBytes = 4 * kPanelColumns;
 constexpr int64_t kStepBytes = 16 * kWeightRowBytes;
-// Rows of a pass: two tiles, whose sums of two tiles of columns stay in registers over a block of K.
+// Rows of a pass: two tiles, whose sums of two tiles of columns stay in registers over a block of
+// K.
 constexpr int kPairRows = 32;
 // K of a block: of a panel 128 KB of bf16, which stay in the second cache with those that are next,
 // rows of a block, and sums that wait.
@@ -64,9 +65,9 @@ struct TiledRows {
   }
 };
 
-// What is asked for while tiles are multiplied, a few lines at a turn: many at once would hold up the
-// loads behind them. Weights that are needed next, and the lines where outputs will go: a store to a
-// line that is not there waits for it.
+// What is asked for while tiles are multiplied, a few lines at a turn: many at once would hold up
+// the loads behind them. Weights that are needed next, and the lines where outputs will go: a store
+// to a line that is not there waits for it.
 class Asking {
  public:
   void ask_for_weights(const char* weights, int64_t num_bytes, int64_t num_turns) {
@@ -214,8 +215,9 @@ inline void multiply_pair_step(const char* rows, const TiledRows& tiled, const c
   multiply_tiles<W, 3, 5, 7>();
 }
 
-// A tile that was not stored for some hundreds of nanoseconds takes 250 more to store, so a processor
-// with tiles is kept awake: every eighth step a tile of rows is stored to where nobody reads it.
+// A tile that was not stored for some hundreds of nanoseconds takes 250 more to store, so a
+// processor with tiles is kept awake: every eighth step a tile of rows is stored to where nobody
+// reads it.
 class StoreAwake {
  public:
   void step(int64_t step) {
@@ -240,8 +242,7 @@ inline void clear_sums() {
   for_each_column([&]<int c>() { Tiles::zero<c>(); });
 }
 inline void load_sums(bool is_pair, int height, const float* sums) {
-  for_each_sum(is_pair, height,
-               [&]<int c>(int64_t at) { Tiles::load<c>(sums + at, kSumsStride); });
+  for_each_sum(is_pair, height, [&]<int c>(int64_t at) { Tiles::load<c>(sums + at, kSumsStride); });
 }
 template <class T>
 inline void store_sums(bool is_pair, int height, T* sums) {
@@ -384,9 +385,9 @@ inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
         for (int64_t pass = 0; pass < args.num_rows; pass += kPairRows) {
           const int64_t left = args.num_rows - pass;
           const int num_rows = left < kPairRows ? static_cast<int>(left) : kPairRows;
-          float* sums = !is_waiting ? totals
-                                    : args.waiting + (panel - first) * panel_sums +
-                                          pass * kPanelColumns;
+          float* sums = !is_waiting
+                            ? totals
+                            : args.waiting + (panel - first) * panel_sums + pass * kPanelColumns;
           const TiledRows tiled(num_rows, layout, args.k, x + layout.begin(pass, args.k), sums);
           Asking asking;
           if (is_last) asking.ask_for_outputs(args, pass, num_rows, panel);

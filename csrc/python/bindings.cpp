@@ -364,8 +364,8 @@ uint64_t read_all_op(const Tensor& tensor) {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const char* name :
-       {"avx512_amx", "avx512_bf16", "avx512", "avx2", "portable", "emulated_tiles"}) {
+  for (const char* name : {"avx512_amx", "avx512_bf16", "avx512_vnni", "avx512", "avx2", "portable",
+                           "emulated_tiles"}) {
     if (supports_instruction_set(name)) names.emplace_back(name);
   }
   return names;

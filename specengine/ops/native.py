@@ -2,8 +2,8 @@
 
 Row-invariant by construction: an output row's bits depend on neither the rows computed with it nor the
 number of threads. They do depend on the instruction set, which is the best that the processor has: the environment
-variable SPECENGINE_INSTRUCTION_SET (avx512_amx, avx512_bf16, avx512, avx2, portable; for tests emulated_tiles) chooses
-another. Arguments are checked once, in the C++ bindings (`ValueError`).
+variable SPECENGINE_INSTRUCTION_SET (avx512_amx, avx512_bf16, avx512_vnni, avx512, avx2, portable; for tests
+emulated_tiles) chooses another. Arguments are checked once, in the C++ bindings (`ValueError`).
 """
 
 from __future__ import annotations
