@@ -65,9 +65,13 @@ constexpr int64_t kMinGroupRows = kHasTiles ? kMaxPassRows : 128;
 // Whether bf16 weights meet rows that are rounded to bf16.
 constexpr bool kRoundsToBf16 = kHasBf16Dot || kHasTiles;
 
+// Rows of a pass through tiles: a pair of tiles, whose sums of two tiles of columns stay in
+// registers over a block of K.
+constexpr int kTileRows = 16, kPairRows = 2 * kTileRows;
 // Rows of a tile: of one or of two equal ones where they hold all, else of full ones.
 constexpr int64_t tile_height(int64_t num_rows) {
-  return num_rows > 32 ? 16 : num_rows > 16 ? (num_rows + 1) / 2 : num_rows;
+  if (num_rows > kPairRows) return kTileRows;
+  return num_rows > kTileRows ? (num_rows + 1) / 2 : num_rows;
 }
 
 // Rows as weights of a type multiply them; see pack_row. A tile's rows are a stack, what it reads

@@ -10,9 +10,6 @@
 // that a panel is read from front to back.
 constexpr int64_t kWeightRowBytes = 4 * kPanelColumns;
 constexpr int64_t kStepBytes = 16 * kWeightRowBytes;
-// Rows of a pass: two tiles, whose sums of two tiles of columns stay in registers over a block of
-// K.
-constexpr int kPairRows = 32;
 // K of a block: of a panel 128 KB of bf16, which stay in the second cache with those that are next,
 // rows of a block, and sums that wait.
 constexpr int64_t kBlockK = 1024;
@@ -355,7 +352,7 @@ inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
   const RowLayout layout = row_layout(W, args.num_rows);
   const TilesInUse in_use(linear_tiles(layout.height, 6, 64));
   const int64_t whole = args.num_rows / kPairRows, rest = args.num_rows % kPairRows;
-  const int64_t num_visits = 2 * whole + (rest > 16 ? 2 : rest > 0);
+  const int64_t num_visits = 2 * whole + (rest > kTileRows ? 2 : rest > 0);
   const int64_t panel_sums = layout.size(args.num_rows, 1) / layout.words * kPanelColumns;
   const bool is_waiting =
       args.num_rows > kPairRows && args.k > kBlockK && panel_sums <= kWaitingSums;
