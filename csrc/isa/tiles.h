@@ -282,67 +282,50 @@ inline void add_bf16_block(const TiledRows& tiled, const WeightSteps& steps, boo
   }
 }
 
-// What a chunk's integers, [num_rows, stride kPanelColumns], add to the sums of as many rows and 16
-// kVectors columns.
-template <int kVectors>
+// What a chunk's integers, [num_rows, kPanelColumns], add to the sums of as many rows.
 inline void add_int8_sums(int num_rows, const char* rows, int64_t row_bytes, const int32_t* sums,
                           float* totals) {
   using M = Multiply<DType::kInt8>;
   for (int r = 0; r < num_rows; ++r, rows += row_bytes) {
     const auto* row = reinterpret_cast<const float*>(rows);
     const U16 start = M::start(row);
-    for (int c = 0; c < kVectors; ++c) {
-      const int64_t at = r * kPanelColumns + 16 * c;
+    for (int64_t at = r * kPanelColumns, end = at + kPanelColumns; at < end; at += 16) {
       store(totals + at, M::accumulate(load(totals + at), load_words(sums + at) + start, row));
     }
   }
 }
 
-// See add_bf16_block. A chunk's integers become floats while tiles multiply the next chunk.
+// See add_bf16_block. A chunk meets one tile of rows after the other, while it is in the first
+// cache; a tile's integers become floats while the next is multiplied.
 inline void add_int8_block(const TiledRows& tiled, const WeightSteps& steps, bool is_first,
                            Visits& visits, Asking& asking) {
   constexpr DType W = DType::kInt8;
   constexpr int kStepK = 64, kStepsPerChunk = kChunkK / kStepK;
-  const bool is_pair = tiled.count == 2;
-  const int num_columns = is_pair ? 32 : kPanelColumns;
-  const int64_t num_chunks = (steps.count + kStepsPerChunk - 1) / kStepsPerChunk;
-  alignas(64) int32_t sums[2][kPairRows * kPanelColumns];
+  alignas(64) int32_t sums[2][kTileRows * kPanelColumns];
   if (is_first) tiled.clear();
-  for (int column = 0; column < kPanelColumns; column += num_columns) {
-    visits.begin(asking, steps.count * (is_pair ? 2 : 4));
-    const auto add_sums = [&](int64_t chunk) {
-      for (int tile = 0; tile < tiled.count; ++tile) {
-        const int32_t* integers = sums[chunk % 2] + tile * tiled.height * kPanelColumns;
-        const char* rows = tiled.rows(tile, chunk);
-        float* totals = tiled.sums(tile) + column;
-        if (is_pair) {
-          add_int8_sums<2>(tiled.height, rows, tiled.row_bytes, integers, totals);
-        } else {
-          add_int8_sums<4>(tiled.height, rows, tiled.row_bytes, integers, totals);
-        }
-      }
-    };
-    for (int64_t chunk = 0; chunk < num_chunks; ++chunk) {
-      const int64_t step = chunk * kStepsPerChunk;
-      const bool is_whole = step + 1 < steps.count;
-      const char* rows = tiled.rows(0, chunk);
+  visits.begin(asking, steps.count * 4 * tiled.count);
+  int turn = 0, last_tile = 0;
+  const char* last_rows = nullptr;
+  const auto add_last = [&] {
+    if (last_rows == nullptr) return;
+    add_int8_sums(tiled.height, last_rows, tiled.row_bytes, sums[1 - turn], tiled.sums(last_tile));
+  };
+  for (int64_t chunk = 0, step = 0; step < steps.count; ++chunk, step += kStepsPerChunk) {
+    for (int tile = 0; tile < tiled.count; ++tile) {
+      const char* rows = tiled.rows(tile, chunk);
       clear_sums();
-      if (is_pair) {
-        multiply_pair_step<W>(rows, tiled, steps[step] + 4 * column, asking);
-        if (is_whole) {
-          multiply_pair_step<W>(rows + kStepK, tiled, steps[step + 1] + 4 * column, asking);
-        }
-      } else {
-        multiply_step<W, 4>(rows, tiled.row_bytes, steps[step], asking);
-        if (is_whole) {
-          multiply_step<W, 5>(rows + kStepK, tiled.row_bytes, steps[step + 1], asking);
-        }
+      multiply_step<W, 4>(rows, tiled.row_bytes, steps[step], asking);
+      if (step + 1 < steps.count) {
+        multiply_step<W, 5>(rows + kStepK, tiled.row_bytes, steps[step + 1], asking);
       }
-      store_sums(is_pair, tiled.height, sums[chunk % 2]);
-      if (chunk > 0) add_sums(chunk - 1);
+      store_sums(false, tiled.height, sums[turn]);
+      add_last();
+      last_rows = rows;
+      last_tile = tile;
+      turn = 1 - turn;
     }
-    add_sums(num_chunks - 1);
   }
+  add_last();
 }
 
 // Panels begin … end - 1. Where several passes share the weights, K goes by in blocks, of one panel
@@ -351,8 +334,12 @@ template <DType W>
 inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
   const RowLayout layout = row_layout(W, args.num_rows);
   const TilesInUse in_use(linear_tiles(layout.height, 6, 64));
-  const int64_t whole = args.num_rows / kPairRows, rest = args.num_rows % kPairRows;
-  const int64_t num_visits = 2 * whole + (rest > kTileRows ? 2 : rest > 0);
+  // bf16 rows in pairs of tiles, which visit half a panel at a time.
+  constexpr bool kInPairs = W == DType::kBFloat16;
+  constexpr int kPassRows = kInPairs ? kPairRows : kMaxPassRows;
+  const int64_t whole = args.num_rows / kPassRows, rest = args.num_rows % kPassRows;
+  const int64_t num_visits =
+      kInPairs ? 2 * whole + (rest > kTileRows ? 2 : rest > 0) : whole + (rest > 0);
   const int64_t panel_sums = layout.size(args.num_rows, 1) / layout.words * kPanelColumns;
   const bool is_waiting =
       args.num_rows > kPairRows && args.k > kBlockK && panel_sums <= kWaitingSums;
@@ -365,7 +352,7 @@ inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
     return static_cast<const char*>(args.panels) + panel * panel_bytes(args.k, W) +
            panel_bytes(k, W);
   };
-  alignas(64) float totals[kPairRows * kPanelColumns];
+  alignas(64) float totals[kPassRows * kPanelColumns];
   for (int64_t first = begin; first < end; first += at_once) {
     const int64_t stop = first + at_once < end ? first + at_once : end;
     for (int64_t k = 0; k < args.k; k += block_k) {
@@ -379,9 +366,9 @@ inline void tile_panels_of(const LinearArgs& args, int64_t begin, int64_t end) {
         const WeightSteps steps(block_at(panel, k), block_bytes(k));
         Visits visits(block_at(panel, k), block_bytes(k), num_visits, panel == begin && k == 0,
                       after < end ? block_at(after, after_k) : nullptr, block_bytes(after_k));
-        for (int64_t pass = 0; pass < args.num_rows; pass += kPairRows) {
+        for (int64_t pass = 0; pass < args.num_rows; pass += kPassRows) {
           const int64_t left = args.num_rows - pass;
-          const int num_rows = left < kPairRows ? static_cast<int>(left) : kPairRows;
+          const int num_rows = left < kPassRows ? static_cast<int>(left) : kPassRows;
           float* sums = !is_waiting
                             ? totals
                             : args.waiting + (panel - first) * panel_sums + pass * kPanelColumns;
