@@ -396,7 +396,7 @@ def test_a_part_that_nobody_names_would_be_noticed(tmp_path: Path, monkeypatch: 
         lambda name, **payload: span("step/other" if name == ranges.VERIFY else name, **payload),
     )
     out = tmp_path / "trace.json"
-    code, stdout, _ = invoke("--max-new-tokens", "12", "--out", str(out), "--json")
+    code, stdout, _ = invoke("--max-new-tokens", "12", "-k", "4", "--out", str(out), "--json")
     assert code == 0
     with pytest.raises(AssertionError, match="verify"):
         check_report(json.loads(stdout))
