@@ -196,20 +196,19 @@ inline void multiply_step(const char* rows, int64_t row_bytes, const char* weigh
   });
 }
 
-// Two tiles of rows and a step's weights, of two tiles of columns.
-template <DType W>
+// Two tiles of bf16 rows and a step's weights, of two tiles of columns.
 inline void multiply_pair_step(const char* rows, const TiledRows& tiled, const char* weights,
                                Asking& asking) {
   Tiles::load<4>(rows, tiled.row_bytes);
   asking.ask();
   Tiles::load<6>(weights, kWeightRowBytes);
-  multiply_tiles<W, 0, 4, 6>();
+  multiply_tiles<DType::kBFloat16, 0, 4, 6>();
   asking.ask();
   Tiles::load<7>(weights + 64, kWeightRowBytes);
-  multiply_tiles<W, 1, 4, 7>();
+  multiply_tiles<DType::kBFloat16, 1, 4, 7>();
   Tiles::load<5>(rows + tiled.tile_bytes, tiled.row_bytes);
-  multiply_tiles<W, 2, 5, 6>();
-  multiply_tiles<W, 3, 5, 7>();
+  multiply_tiles<DType::kBFloat16, 2, 5, 6>();
+  multiply_tiles<DType::kBFloat16, 3, 5, 7>();
 }
 
 // A tile that was not stored for some hundreds of nanoseconds takes 250 more to store, so a
@@ -264,7 +263,7 @@ inline void add_bf16_block(const TiledRows& tiled, const WeightSteps& steps, boo
     }
     if (is_pair) {
       for (int64_t step = 0; step < steps.count; ++step) {
-        multiply_pair_step<W>(tiled.rows(0, step), tiled, steps[step] + 4 * column, asking);
+        multiply_pair_step(tiled.rows(0, step), tiled, steps[step] + 4 * column, asking);
         awake.step(step);
       }
     } else {

@@ -193,7 +193,7 @@ class TileProducts {
   uint32_t* pairs_;   // [2, steps, 16, 16]
   char* copied_;      // [16, steps * 64]
   uint32_t* values_;  // [kAttentionTile / 2, padded]
-  alignas(
-      64) float by_key_[16][16] = {};  // scores as a tile leaves them, columns without a query 0
+  // Scores as a tile leaves them; columns without a query stay 0.
+  alignas(64) float by_key_[16][16] = {};
   const TilesInUse in_use_;
 };
